@@ -1,0 +1,58 @@
+"""The truth bench: does the alpha estimator find the truth, and does its alpha train better?
+
+    python benchmarks/truth_bench.py            everything, about half an hour on one core
+    python benchmarks/truth_bench.py --quick    two regimes' training and small samples, under two minutes; not kept
+    python benchmarks/truth_bench.py --only frozen | training | report
+
+A reasoning model small enough to enumerate (truth_bench/model.py) gives the marginal loss and its gradient exactly,
+so that bias, variance and the true optimum are known. Seeds are fixed. Tables and plots go to
+benchmarks/results/truth_bench/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from truth_bench import studies
+from truth_bench.report import write_report
+
+RESULTS = Path(__file__).parent / "results" / "truth_bench"
+
+
+def write_csv(path: Path, rows: list[studies.Row]) -> None:
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small samples")
+    parser.add_argument("--only", choices=["frozen", "training", "report"], help="one part")
+    parser.add_argument("--out", type=Path, help="folder of the tables")
+    args = parser.parse_args()
+    size = studies.QUICK if args.quick else studies.Size()
+    out = args.out or (RESULTS.parent.parent / "results-quick" if args.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.only in (None, "frozen"):
+        regimes, decays, paths = studies.frozen_rows(size)
+        write_csv(out / "regimes.csv", regimes)
+        write_csv(out / "decays.csv", decays)
+        write_csv(out / "paths.csv", [row for rows in paths.values() for row in rows])
+        write_csv(out / "gap.csv", studies.gap_rows())
+    if args.only in (None, "training"):
+        rows, curves = studies.training_rows(size)
+        write_csv(out / "training.csv", rows)
+        write_csv(out / "curves.csv", curves)
+    print(write_report(out))
+
+
+if __name__ == "__main__":
+    main()

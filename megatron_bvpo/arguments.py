@@ -1,0 +1,276 @@
+"""Command-line arguments: ms-swift's Megatron RLHF flags, plus ours, all starting with `bvpo_`.
+
+`BvpoArguments` belongs to the host; the rest of the project gets the frozen `BvpoConfig` instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
+import swift.megatron.pipelines.train.rlhf  # noqa: F401
+from swift.megatron.arguments import MegatronRLHFArguments
+from transformers import AutoConfig
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.layout import check_layout, check_model_fits
+from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
+
+DEFAULT_BETA = {"simpo": 2.0}
+
+
+@dataclass(frozen=True)
+class BvpoConfig:
+    """What BVPO does in this run.
+
+    Attributes:
+        alpha: fixed weight of the trace stream, or None: estimated from the gradients' moments.
+        alpha_prior: where the estimate starts and what it shrinks to.
+        criterion, kappa: `mse`, or `sgd` with kappa = learning rate × smoothness, in (0, 1].
+        probe_interval: optimizer steps between two measurements of the moments.
+        moment_decay: EMA decay of the scaled moments, per probe.
+        empty: what rows without own empty-trace answers get: `strip` or `require`.
+        empty_block: text of an empty trace, or None: the template's own.
+        logp_impl: implementation of the log-probs.
+        ref_cache: folder of reference log-probs, or None.
+        preference: the base loss.
+    """
+
+    alpha: float | None
+    alpha_prior: float
+    criterion: str
+    kappa: float
+    probe_interval: int
+    moment_decay: float
+    empty: str
+    empty_block: str | None
+    logp_impl: str
+    ref_cache: str | None
+    preference: PreferenceConfig
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams that are run: with alpha fixed at 1 or 0 the other one is dead."""
+        if self.alpha == 1.0:
+            return ("trace",)
+        if self.alpha == 0.0:
+            return ("empty",)
+        return ("trace", "empty")
+
+    @property
+    def eval_alpha(self) -> float:
+        """The alpha of `eval_loss`: fixed over a run, so that checkpoints can be compared."""
+        return self.alpha_prior if self.alpha is None else self.alpha
+
+
+@dataclass
+class BvpoArguments(MegatronRLHFArguments):
+    """ms-swift's Megatron RLHF arguments with `rlhf_type bvpo` and the `bvpo_*` flags (README, "Flags")."""
+
+    rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm", "bvpo"] = "bvpo"
+    bvpo_alpha: str = "0.5"
+    bvpo_alpha_prior: float = 0.5
+    bvpo_criterion: Literal["mse", "sgd"] = "mse"
+    bvpo_kappa: float = 1.0
+    bvpo_probe_interval: int = 10
+    bvpo_moment_decay: float = 0.9
+    bvpo_empty: Literal["strip", "require"] = "strip"
+    bvpo_empty_block: str | None = None
+    bvpo_simpo_gamma: float = 1.0
+    bvpo_logp_impl: Literal["auto", "triton", "te", "torch"] = "auto"
+    bvpo_ref_cache: str | None = None
+
+    # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
+    cross_entropy_loss_fusion: bool = False
+    # ms-swift's 18,000,000 s would let a hang burn the whole allocation.
+    ddp_timeout: int = 1800
+
+    def __post_init__(self):
+        settle_preference_defaults(self)
+        bvpo_config(vars(self))  # raises for bad settings before anything is loaded
+        refuse_unsupported(self)
+        check_resume(self)
+        super().__post_init__()
+
+    @property
+    def bvpo(self) -> BvpoConfig:
+        return bvpo_config(vars(self))
+
+    def _init_output_dir(self):
+        try:
+            super()._init_output_dir()
+        except OSError as e:
+            raise UserError(
+                f"the output folder {self.output_dir} cannot be written: {e.strerror or e}",
+                field="--output_dir",
+                remedy="name a folder on a disk that every node can write",
+            ) from None
+
+    def _init_distributed(self):
+        check_layout(self, int(os.environ.get("WORLD_SIZE", "1")))
+        check_model_fits(self, AutoConfig.from_pretrained(self.model_dir, trust_remote_code=True))
+        super()._init_distributed()
+
+    def init_iters(self, train_dataset, val_dataset):
+        asked_eval_iters = self.eval_iters
+        super().init_iters(train_dataset, val_dataset)
+        if asked_eval_iters < 0 and hasattr(val_dataset, "__len__"):
+            # Every held-out pair counts once: the last batch is filled up with pairs of weight 0.
+            self.eval_iters = math.ceil(len(val_dataset) / self.global_batch_size)
+        if not self.train_iters:
+            items = "packs" if self.packing else "rows"
+            raise UserError(
+                f"{len(train_dataset)} {items} do not fill one global batch of {self.global_batch_size}",
+                field="--global_batch_size",
+                remedy="add rows, or lower --global_batch_size",
+            )
+
+
+def parse_alpha(value: Any) -> float | None:
+    """`auto` to None, else a number in [0, 1]; raises UserError."""
+    text = str(value).strip().lower()
+    if text == "auto":
+        return None
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 <= alpha <= 1:
+        raise UserError(
+            f"alpha is {value!r}; expected a number in [0, 1], or auto",
+            field="--bvpo_alpha",
+            remedy="0.5 is the paper's value; 1 trains on the traces alone, 0 on the empty traces alone",
+        )
+    return alpha
+
+
+def _number(values: dict[str, Any], name: str, low: float, high: float, *, low_open: bool = False) -> float:
+    try:
+        number = float(values[name])
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (low < number if low_open else low <= number) or not number <= high:
+        bracket = "(" if low_open else "["
+        raise UserError(
+            f"{name} is {values[name]!r}; expected a number in {bracket}{low:g}, {high:g}]",
+            field=f"--{name}",
+            remedy="leave the flag out for its default",
+        )
+    return number
+
+
+def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
+    """The frozen configuration from argument values (`vars(args)`); raises UserError naming the flag."""
+    alpha = parse_alpha(values["bvpo_alpha"])
+    if alpha is None:
+        raise UserError(
+            "alpha auto is not built yet",
+            field="--bvpo_alpha",
+            remedy="give a number in [0, 1]; 0.5 is the paper's value",
+        )
+    interval = values["bvpo_probe_interval"]
+    if int(interval) < 1:
+        raise UserError(
+            f"bvpo_probe_interval is {interval}; expected 1 or more",
+            field="--bvpo_probe_interval",
+            remedy="10 measures the moments at every tenth step",
+        )
+    if values["bvpo_ref_cache"]:
+        raise UserError(
+            "the cache of reference log-probs is not built yet", field="--bvpo_ref_cache", remedy="leave the flag out"
+        )
+    try:
+        preference = PreferenceConfig(
+            loss_type=values["loss_type"],
+            beta=float(values["beta"]),
+            label_smoothing=float(values["label_smoothing"]),
+            rpo_alpha=float(values["rpo_alpha"] or 0.0),
+            reference_free=bool(values["reference_free"]),
+            simpo_gamma=float(values["bvpo_simpo_gamma"]),
+        )
+    except ValueError as e:
+        name = str(e).split()[0]
+        raise UserError(str(e), field=f"--{name}", remedy=f"see the README's table of losses for --{name}") from None
+    return BvpoConfig(
+        alpha=alpha,
+        alpha_prior=_number(values, "bvpo_alpha_prior", 0, 1),
+        criterion=values["bvpo_criterion"],
+        kappa=_number(values, "bvpo_kappa", 0, 1, low_open=True),
+        probe_interval=int(interval),
+        moment_decay=_number(values, "bvpo_moment_decay", 0, 0.9999),
+        empty=values["bvpo_empty"],
+        empty_block=values["bvpo_empty_block"],
+        logp_impl=values["bvpo_logp_impl"],
+        ref_cache=values["bvpo_ref_cache"],
+        preference=preference,
+    )
+
+
+def settle_preference_defaults(args) -> None:
+    """ms-swift knows no defaults for a type of ours: sigmoid, and beta 0.1 (simpo: 2.0)."""
+    args.loss_type = args.loss_type or "sigmoid"
+    if args.loss_type not in LOSS_TYPES:
+        raise UserError(
+            f"loss_type is {args.loss_type!r}; BVPO knows {', '.join(LOSS_TYPES)}",
+            field="--loss_type",
+            remedy="sigmoid is DPO's own loss",
+        )
+    if args.beta is None:
+        args.beta = DEFAULT_BETA.get(args.loss_type, 0.1)
+
+
+def refuse_unsupported(args) -> None:
+    """Settings under which BVPO would be wrong or was never shown to be right."""
+    leave = "leave the flag out"
+    refusals = [
+        (
+            args.use_megatron_fsdp,
+            "use_megatron_fsdp",
+            "Megatron-FSDP hides the finalised gradients that BVPO needs",
+            "use the distributed optimizer (the default)",
+        ),
+        (
+            "muon" in str(args.optimizer),
+            "optimizer",
+            "Muon's update is not linear in the gradient, so it is not an update with the mixed gradient",
+            "use --optimizer adam",
+        ),
+        (
+            args.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor",
+            "dropping tokens by capacity makes one stream's gradient depend on the other",
+            leave,
+        ),
+        (
+            args.async_save,
+            "async_save",
+            "a checkpoint is renamed into place when it is whole, and an asynchronous one is not whole yet",
+            leave,
+        ),
+        (
+            args.calculate_per_token_loss,
+            "calculate_per_token_loss",
+            "BVPO's losses are means over pairs, not over tokens",
+            leave,
+        ),
+        (args.f_divergence_type != "reverse_kl", "f_divergence_type", "BVPO has the reverse KL only", leave),
+        (args.task_type not in (None, "causal_lm"), "task_type", "BVPO trains causal language models", leave),
+        (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
+    ]
+    for refused, flag, reason, remedy in refusals:
+        if refused:
+            raise UserError(f"{flag} is {getattr(args, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)
+
+
+def check_resume(args) -> None:
+    """A checkpoint to go on from must be whole; raises UserError naming the newest whole one beside it."""
+    from megatron_bvpo.host.checkpoint import require_whole_checkpoint
+
+    if args.finetune:
+        return
+    for flag in ("mcore_adapter", "mcore_model"):
+        if getattr(args, flag, None):
+            require_whole_checkpoint(getattr(args, flag), flag=f"--{flag}")

@@ -1,0 +1,116 @@
+"""The file that runs in each rank of a BVPO run, and the `bvpo` command.
+
+A rank: put the CPU stand-ins in place if a rehearsal is wanted, check versions and device, check the flags,
+then run the pipeline. User errors end as one line on stderr and exit code 2.
+
+`python -m megatron_bvpo.cli rlhf …` is `megatron rlhf …` where the package is on the path but not installed.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Python put this file's folder first on the path, where `data`, `kernels` and `rehearsal` would hide
+    # packages of those names. The folder above goes last, for a checkout that is not installed.
+    _here = os.path.dirname(os.path.abspath(__file__))
+    if sys.path and os.path.abspath(sys.path[0]) == _here:
+        del sys.path[0]
+    sys.path.append(os.path.dirname(_here))
+
+if __name__ == "__mp_main__" and os.environ.get("BVPO_REHEARSAL") == "1":
+    # A worker that multiprocessing spawned (packing, checkpoints): it imports this file again and does no
+    # more than put the stand-ins in place for itself.
+    from megatron_bvpo.rehearsal import install
+
+    install()
+
+
+def run_rank(argv: list[str]) -> None:
+    """Run one rank with unrolled flags. Ends the process on a user error."""
+    from megatron_bvpo.errors import UserError
+    from megatron_bvpo.host import argv as flags
+    from megatron_bvpo.host import preflight, report
+
+    _, argv = flags.take_megatron(argv)
+    sys.argv[1:] = argv
+    ours = flags.rlhf_type(argv) == "bvpo"
+    try:
+        if ours:
+            preflight.check(argv)
+        if preflight.rehearsal_requested() or (ours and preflight.help_without_engine(argv)):
+            from megatron_bvpo.rehearsal import install
+
+            install()
+        if ours:
+            _run_bvpo(argv)
+        else:
+            _run_stock()
+    except UserError as error:
+        report.leave(error)
+
+
+def _run_bvpo(argv: list[str]) -> None:
+    from megatron_bvpo.host import argv as flags
+
+    if flags.wants_help(argv) and os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # one rank per node prints it
+    # As ms-swift's own Megatron commands set it, before CUDA starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # The pipeline comes first: ms-swift's Megatron modules import in one order only.
+    from megatron_bvpo.pipeline import bvpo_main
+    from megatron_bvpo.arguments import BvpoArguments  # isort: skip
+    from megatron_bvpo.host.flags import check_flags
+
+    check_flags(BvpoArguments, argv)
+    bvpo_main()
+
+
+def _run_stock() -> None:
+    """Run the file behind `megatron rlhf` as it would run by itself."""
+    import runpy
+
+    runpy.run_module("swift.cli._megatron.rlhf", run_name="__main__")
+
+
+def launch(argv: list[str]) -> None:
+    """`rlhf …` in the launching process: what `megatron rlhf …` does where the route is installed."""
+    import swift.cli.main as swift_main
+    from swift.cli._megatron.main import ROUTE_MAPPING
+
+    from megatron_bvpo.host.route import run_rlhf
+
+    sys.argv[1:] = argv
+    original = getattr(swift_main.cli_main, "__wrapped__", swift_main.cli_main)
+    run_rlhf(swift_main, original, ROUTE_MAPPING, is_megatron=True)
+
+
+def bvpo(argv: list[str] | None = None) -> int:
+    """The `bvpo` command. Returns its exit code."""
+    import argparse
+
+    import megatron_bvpo
+    from megatron_bvpo.errors import EXIT_CODE, UserError
+    from megatron_bvpo.host import doctor, report
+
+    parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
+    parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    doctor.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        report.write(error)
+        return EXIT_CODE
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if argv[:1] == ["rlhf"]:
+        launch(argv)
+    else:
+        run_rank(argv)
+
+
+if __name__ == "__main__":
+    main()

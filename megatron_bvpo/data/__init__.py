@@ -1,0 +1,1 @@
+"""From preference rows to batches that hold a trace pair and an empty-trace pair."""

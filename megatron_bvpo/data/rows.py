@@ -1,0 +1,353 @@
+"""Rows of preference data: what is wrong with one, and how it looks once it is right.
+
+A row is an ms-swift DPO row: `messages`, whose last message is the chosen response, with `rejected_response`
+(text, or a list of messages) or `rejected_messages` (a whole conversation). Two optional fields hold answers
+that were generated with thinking off: `empty_response` and `empty_rejected_response`.
+
+A row gives a trace pair and an empty pair. It can lose the empty pair and keep the trace pair. It cannot
+lose the trace pair alone: then the row is dropped. A stream that the run does not use (α fixed at 1 or 0)
+asks nothing of the rows. `check_row` never raises; it reports.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_bvpo.data.empty_trace import (
+    ThinkTags,
+    Trace,
+    own_answer,
+    split_trace,
+    strip_answer,
+    with_think_prefix,
+)
+from megatron_bvpo.data.verdicts import RowProblem, RowRules, RowTally, RowVerdict, require_rows
+
+__all__ = ["RowProblem", "RowRules", "RowTally", "RowVerdict", "check_row", "normalise_row", "require_rows"]
+
+ROLES = frozenset({"system", "user", "assistant", "tool", "tool_call", "tool_response"})
+TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response"})
+MEDIA_FIELDS = ("images", "videos", "audios", "rejected_images", "rejected_videos", "rejected_audios")
+
+_CUT_OFF = "generation was cut off; raise the generation limit, or leave the row out"
+_LEAVE_OUT = "mend the row or leave it out"
+
+
+@dataclass
+class _Pair:
+    """The two responses of a row, once its shape is known to be right."""
+
+    chosen: str = ""
+    rejected: str = ""
+    rejected_field: str = "rejected_response"
+    problems: list[RowProblem] = field(default_factory=list)
+
+
+def check_row(row: Any, rules: RowRules) -> RowVerdict:
+    """Judges one row in ms-swift's standard form. Missing fields and None are the same. Never raises."""
+    pair = _check_shape(row)
+    if pair.problems:
+        return RowVerdict(False, False, None, tuple(pair.problems))
+    problems = _trace_problems(pair, rules.tags) if "trace" in rules.streams else []
+    if problems or "empty" not in rules.streams:
+        return RowVerdict(not problems, False, None, tuple(problems))
+    source, empty_problems = _check_empty(row, pair, rules)
+    drops_row = any(problem.drops == "row" for problem in empty_problems)
+    if empty_problems:
+        source = None
+    trace_ok = "trace" in rules.streams and not drops_row
+    return RowVerdict(trace_ok, source is not None, source, tuple(empty_problems))
+
+
+def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> dict[str, Any]:
+    """The row as the template should see it; the input is not changed.
+
+    The opening think tag stands in both responses, the rejected side is given in one way only, and
+    `empty_response` and `empty_rejected_response` are both texts, or both None where there is no empty pair.
+    Other columns stay. Doing it twice with one verdict changes nothing.
+    """
+    assert verdict.kept, "a dropped row has no normal form"
+    new = dict(row)
+    new["messages"] = _prefixed(row["messages"], rules.tags)
+    response = row.get("rejected_response")
+    if response is None:
+        # ms-swift reads a None here as a rejected response and fails.
+        new.pop("rejected_response", None)
+        new["rejected_messages"] = _prefixed(row["rejected_messages"], rules.tags)
+    else:
+        is_text = isinstance(response, str)
+        prefixed = with_think_prefix(response, rules.tags) if is_text else _prefixed(response, rules.tags)
+        new["rejected_response"] = prefixed
+        new.pop("rejected_messages", None)
+    if verdict.empty_source == "own":
+        answers = [own_answer(row[name], rules.tags) for name in ("empty_response", "empty_rejected_response")]
+    elif verdict.empty_source == "stripped":
+        pair = _check_shape(row)
+        answers = [strip_answer(pair.chosen, rules.tags), strip_answer(pair.rejected, rules.tags)]
+    else:
+        answers = [None, None]
+    new["empty_response"], new["empty_rejected_response"] = answers
+    return new
+
+
+def _prefixed(messages: list[dict[str, Any]], tags: ThinkTags) -> list[dict[str, Any]]:
+    last = messages[-1]
+    return [*messages[:-1], {**last, "content": with_think_prefix(last["content"], tags)}]
+
+
+# --- shape: is there a prompt, a chosen and a rejected response at all? ---
+
+
+def _check_shape(row: Any) -> _Pair:
+    if not isinstance(row, dict):
+        problem = RowProblem("row", "expected an object", _LEAVE_OUT, found=kind_of(row), structural=True)
+        return _Pair(problems=[problem])
+    pair = _Pair()
+    for name in MEDIA_FIELDS:
+        if _is_filled(row.get(name)):
+            pair.problems.append(RowProblem(name, "not empty", "only text rows can be trained; leave it out"))
+    messages = row.get("messages")
+    problems = _conversation_problems(messages, "messages")
+    if problems:
+        pair.problems += problems
+        return pair
+    pair.chosen = messages[-1]["content"]
+    _check_rejected(row, messages[: _last_user(messages) + 1], pair)
+    return pair
+
+
+def _check_rejected(row: dict[str, Any], prompt: list[dict[str, Any]], pair: _Pair) -> None:
+    """Finds the rejected text, in whichever of the two fields it stands."""
+    response, conversation = row.get("rejected_response"), row.get("rejected_messages")
+    if response is None and conversation is None:
+        remedy = "give rejected_response or rejected_messages, or leave the row out"
+        pair.problems.append(RowProblem("rejected_response", "missing", remedy))
+        return
+    texts = []
+    if response is not None:
+        texts.append(_from_response(response, prompt, pair))
+    if conversation is not None and not pair.problems:
+        texts.append(_from_conversation(conversation, prompt, pair))
+    if pair.problems:
+        return
+    pair.rejected = texts[0]
+    pair.rejected_field = "rejected_messages" if response is None else "rejected_response"
+    if texts[0] != texts[-1]:
+        problem = "rejected_response holds another response"
+        pair.problems.append(RowProblem("rejected_messages", problem, "give one of the two fields"))
+    elif response is not None and pair.rejected == pair.chosen:
+        # Whatever streams are in use: ms-swift deletes such rows while it loads them.
+        pair.problems.append(_same_text(pair.rejected_field))
+
+
+def _from_response(response: Any, prompt: list[dict[str, Any]], pair: _Pair) -> str:
+    name = "rejected_response"
+    if isinstance(response, str):
+        return response
+    if not isinstance(response, list):
+        problem = "expected text or a list of messages"
+        pair.problems.append(RowProblem(name, problem, _LEAVE_OUT, found=kind_of(response), structural=True))
+        return ""
+    if any(isinstance(message, dict) and message.get("role") == "user" for message in response):
+        problem = "holds a user turn"
+        pair.problems.append(RowProblem(name, problem, "put the whole conversation in rejected_messages"))
+        return ""
+    pair.problems += _conversation_problems(response, name, prompt)
+    return "" if pair.problems else response[-1]["content"]
+
+
+def _from_conversation(conversation: Any, prompt: list[dict[str, Any]], pair: _Pair) -> str:
+    name = "rejected_messages"
+    pair.problems += _conversation_problems(conversation, name)
+    if pair.problems:
+        return ""
+    if _spoken(conversation[: _last_user(conversation) + 1]) != _spoken(prompt):
+        problem = "another prompt than in messages"
+        remedy = "both must be the same up to the last user turn, system message included"
+        pair.problems.append(RowProblem(name, problem, remedy))
+    return conversation[-1]["content"]
+
+
+def _conversation_problems(messages: Any, name: str, prompt: list[dict[str, Any]] | None = None) -> list[RowProblem]:
+    """At most one problem: the first thing that keeps the messages from being prompt and one response."""
+    if messages is None:
+        return [RowProblem(name, "missing", "give the conversation as a list of messages")]
+    if not isinstance(messages, list):
+        kind = kind_of(messages)
+        return [RowProblem(name, "expected a list of messages", _LEAVE_OUT, found=kind, structural=True)]
+    if not messages:
+        return [RowProblem(name, "empty", "give the conversation as a list of messages")]
+    for i, message in enumerate(messages):
+        if problem := _message_problem(message, f"{name}[{i}]", is_first=i == 0 and prompt is None):
+            return [problem]
+    last_user = _last_user(messages)
+    if prompt is None and last_user < 0:
+        return [RowProblem(name, "no user turn", "the prompt needs at least one user message")]
+    response = messages[last_user + 1 :]
+    if any(message["role"] in TOOL_ROLES or message.get("tool_calls") for message in response):
+        remedy = "only plain text responses can be trained; leave the row out"
+        return [RowProblem(name, "tool calls in the response", remedy)]
+    if not response or response[-1]["role"] != "assistant":
+        problem, found = "the last message is not the assistant's", f"role {messages[-1]['role']!r}"
+        return [RowProblem(name, problem, "end it with the response", found=found)]
+    if len(response) > 1:
+        problem, found = "several messages after the last user turn", str(len(response))
+        return [RowProblem(name, problem, "join them into one assistant message", found=found)]
+    return []
+
+
+def _message_problem(message: Any, where: str, is_first: bool) -> RowProblem | None:
+    if not isinstance(message, dict):
+        remedy = "write {'role': …, 'content': …}"
+        return RowProblem(where, "expected an object", remedy, found=kind_of(message), structural=True)
+    role, content = message.get("role"), message.get("content")
+    if role is None:
+        return RowProblem(f"{where}.role", "missing", "give user, assistant or system")
+    if not isinstance(role, str):
+        found = kind_of(role)
+        return RowProblem(f"{where}.role", "expected text", _LEAVE_OUT, found=found, structural=True)
+    if role not in ROLES:
+        remedy = "use user, assistant or system"
+        return RowProblem(f"{where}.role", "unknown role", remedy, found=_short(role))
+    if role == "system" and not is_first:
+        remedy = "put the system message first"
+        return RowProblem(f"{where}.role", "a system message after the start", remedy)
+    if message.get("tool_calls") or (role in TOOL_ROLES and content is not None):
+        return None  # tool turns of the prompt may hold objects; ms-swift writes them as text
+    if content is None:
+        return RowProblem(f"{where}.content", "missing", _LEAVE_OUT)
+    if not isinstance(content, str):
+        remedy = "write the message as one text"
+        return RowProblem(f"{where}.content", "expected text", remedy, found=kind_of(content), structural=True)
+    return None
+
+
+def _last_user(messages: list[dict[str, Any]]) -> int:
+    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+
+
+def _spoken(messages: list[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
+    """Roles and contents, without the columns that only steer the loss."""
+    roles = {"tool_response": "tool"}
+    return [(roles.get(m["role"], m["role"]), m.get("content"), m.get("tool_calls")) for m in messages]
+
+
+def _is_filled(value: Any) -> bool:
+    return any(item is not None for item in value) if isinstance(value, list) else bool(value)
+
+
+# --- trace pair ---
+
+
+def _trace_problems(pair: _Pair, tags: ThinkTags) -> list[RowProblem]:
+    sides = (("messages", pair.chosen), (pair.rejected_field, pair.rejected))
+    problems = [problem for name, text in sides if (problem := _response_problem(name, text, tags))]
+    if problems:
+        return problems
+    texts = [with_think_prefix(text, tags).strip() for _, text in sides]
+    if texts[0] == texts[1]:
+        return [_same_text(pair.rejected_field)]
+    # One empty trace is a sample like any other: some models skip thinking, and that can be preferred or not.
+    if not any(split_trace(text, tags).trace.strip() for text in texts):
+        remedy = "generate with thinking on; answers without thinking belong in empty_response"
+        return [RowProblem("messages", "neither response has a trace", remedy)]
+    return []
+
+
+def _response_problem(name: str, text: str, tags: ThinkTags) -> RowProblem | None:
+    parts = split_trace(text, tags)
+    if not parts.trace.strip() and not parts.answer.strip():
+        return RowProblem(name, "blank response", _LEAVE_OUT)
+    if parts.closed:
+        if _reopened(parts, tags):
+            return RowProblem(name, f"no {tags.close} after the second {tags.open}", _CUT_OFF)
+        return None
+    if parts.opened or tags.open in text:
+        return RowProblem(name, f"no {tags.close}", _CUT_OFF)
+    remedy = "generate with thinking on; if the trace was cut off, raise the generation limit"
+    return RowProblem(name, f"no trace, neither {tags.open} nor {tags.close}", remedy)
+
+
+def _reopened(parts: Trace, tags: ThinkTags) -> bool:
+    return parts.closed and parts.answer.lstrip().startswith(tags.open)
+
+
+def _same_text(name: str) -> RowProblem:
+    return RowProblem(name, "the same text as the chosen response", "leave the row out: it prefers nothing")
+
+
+# --- empty pair ---
+
+
+def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str | None, list[RowProblem]]:
+    """Where the empty answers come from, and what stands against them."""
+    # Without a trace stream the empty pair is all that the row has.
+    drops = "empty" if "trace" in rules.streams else "row"
+    answers = {name: row.get(name) for name in ("empty_response", "empty_rejected_response")}
+    missing = [name for name, answer in answers.items() if answer is None]
+    if len(missing) == 2:
+        if rules.empty == "require":
+            remedy = "--bvpo_empty require needs both empty answers; add them, or use strip"
+            return None, [RowProblem("empty_response", "missing", remedy, "row")]
+        return "stripped", _stripped_problems(pair, rules.tags, drops)
+    if missing:
+        remedy = "give both empty answers or neither"
+        return None, [RowProblem(missing[0], "missing, the other empty answer is there", remedy, drops)]
+    return "own", _own_problems(answers, rules.tags, drops)
+
+
+def _own_problems(answers: dict[str, Any], tags: ThinkTags, drops: str) -> list[RowProblem]:
+    problems, texts = [], []
+    for name, answer in answers.items():
+        if not isinstance(answer, str):
+            found = kind_of(answer)
+            problems.append(RowProblem(name, "expected text", _LEAVE_OUT, drops, found, structural=True))
+            continue
+        text = own_answer(answer, tags)
+        texts.append(text)
+        if text is None:
+            remedy = "generate it with thinking off"
+            problems.append(RowProblem(name, "holds a trace", remedy, drops))
+        elif not text:
+            remedy = "leave both empty answers out of the row to use the stripped ones"
+            problems.append(RowProblem(name, "blank", remedy, drops))
+        elif text.startswith(tags.open):
+            problems.append(RowProblem(name, f"no {tags.close} after the second {tags.open}", _CUT_OFF, drops))
+    if not problems and texts[0] == texts[1]:
+        remedy = "an empty pair needs two different answers"
+        problems.append(RowProblem("empty_rejected_response", "the same text as empty_response", remedy, drops))
+    return problems
+
+
+def _stripped_problems(pair: _Pair, tags: ThinkTags, drops: str) -> list[RowProblem]:
+    add = "add empty_response and empty_rejected_response"
+    sides = [("messages", split_trace(pair.chosen, tags))]
+    sides.append((pair.rejected_field, split_trace(pair.rejected, tags)))
+    problems = []
+    for name, parts in sides:
+        if parts.cut_off or _reopened(parts, tags):
+            problems.append(RowProblem(name, f"no {tags.close}, so no answer", _CUT_OFF, drops))
+        elif not parts.answer.strip():
+            problems.append(RowProblem(name, f"no answer after {tags.close}", add, drops))
+        elif not parts.closed and any(other.closed for _, other in sides):
+            # A cut-off trace of a model that never writes the opening tag looks just like an answer.
+            problem = "no trace, while the other response has one"
+            problems.append(RowProblem(name, problem, f"{add}, or check that it was not cut off", drops))
+    if not problems and sides[0][1].answer.strip() == sides[1][1].answer.strip():
+        problem = "the same answer as the chosen response once the traces are stripped"
+        problems.append(RowProblem(pair.rejected_field, problem, add, drops))
+    return problems
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value in a reader's words."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    if type(value) in (int, float):
+        return f"the number {_short(value)}"
+    kind = names.get(type(value), type(value).__name__)
+    return f"{kind} {_short(value)}" if kind == "text" else kind
+
+
+def _short(value: Any) -> str:
+    # A number of thousands of digits cannot be printed in Python, and need not be.
+    text = "with too many digits" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
+    return text if len(text) <= 40 else f"{text[:36]}…"

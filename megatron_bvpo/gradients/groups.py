@@ -1,0 +1,65 @@
+"""The only reader of Megatron's parallel_state. Everything else gets its groups as arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """Process groups and coordinates of this rank.
+
+    Attributes:
+        dp: ranks that hold other samples (context parallelism not included).
+        cp: ranks that hold other parts of the same sequences.
+        tp: tensor-parallel ranks.
+        pp: pipeline stages.
+        tp_rank, pp_size, cp_size, dp_size, tp_size, ep_size, etp_size: sizes and coordinates.
+        last_stage: True on the last pipeline stage (of the last virtual chunk's rank).
+    """
+
+    dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    tp_rank: int
+    dp_rank: int
+    tp_size: int
+    pp_size: int
+    cp_size: int
+    dp_size: int
+    ep_size: int
+    etp_size: int
+    last_stage: bool
+
+    @staticmethod
+    def current() -> ParallelGroups:
+        """Groups of the initialised Megatron process; raises RuntimeError before `initialize_megatron`."""
+        from megatron.core import parallel_state as ps
+
+        if not ps.is_initialized():
+            raise RuntimeError("Megatron's process groups do not exist yet; initialise Megatron first")
+        return ParallelGroups(
+            dp=ps.get_data_parallel_group(),
+            cp=ps.get_context_parallel_group(),
+            tp=ps.get_tensor_model_parallel_group(),
+            pp=ps.get_pipeline_model_parallel_group(),
+            tp_rank=ps.get_tensor_model_parallel_rank(),
+            dp_rank=ps.get_data_parallel_rank(),
+            tp_size=ps.get_tensor_model_parallel_world_size(),
+            pp_size=ps.get_pipeline_model_parallel_world_size(),
+            cp_size=ps.get_context_parallel_world_size(),
+            dp_size=ps.get_data_parallel_world_size(),
+            ep_size=ps.get_expert_model_parallel_world_size(),
+            etp_size=ps.get_expert_tensor_parallel_world_size(),
+            last_stage=ps.is_pipeline_last_stage(ignore_virtual=True),
+        )
+
+    def any_rank(self, flag: bool, device: torch.device | int) -> bool:
+        """True on every rank if `flag` is true on one: a decision that all ranks must take alike."""
+        value = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())

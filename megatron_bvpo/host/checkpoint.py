@@ -1,0 +1,157 @@
+"""Checkpoints that are whole or not there: staging, the state file, and each rank's random state.
+
+ms-swift writes a checkpoint in place, so a killed run can leave half of one under its final name. Here
+it is written below `<output_dir>/.saving` and renamed once everything is on disk; `bvpo_state.json`,
+written last, says that it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_bvpo.errors import UserError
+
+STATE_FILE = "bvpo_state.json"
+STATE_FORMAT = 1
+STAGING = ".saving"
+RNG_FOLDER = "bvpo_rng"
+REPLACED = ".replaced"
+
+
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    return (Path(checkpoint) / STATE_FILE).is_file()
+
+
+def _put_back_replaced(output_dir: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for replaced in output_dir.glob(f"checkpoint-*{REPLACED}"):
+        target = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if not target.exists():
+            try:
+                os.rename(replaced, target)
+            except FileNotFoundError:
+                pass  # another rank was faster
+
+
+def require_whole_checkpoint(checkpoint: str, *, flag: str) -> None:
+    """Raises UserError where `checkpoint` is no whole checkpoint of this project."""
+    path = Path(checkpoint).resolve()
+    _put_back_replaced(path.parent)
+    if is_whole(path):
+        return
+    whole = sorted(
+        (p for p in path.parent.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and is_whole(p)),
+        key=lambda p: int(p.name.rsplit("-", 1)[1]),
+    )
+    remedy = f"the newest whole checkpoint there is {whole[-1]}" if whole else "no whole checkpoint is beside it"
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {checkpoint}", field=flag, remedy=remedy)
+    raise UserError(
+        f"{checkpoint} has no {STATE_FILE}: it is half-written, or no checkpoint of BVPO",
+        field=flag,
+        remedy=remedy,
+    )
+
+
+def read_state(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """The state file of a whole checkpoint; raises UserError where it cannot be read."""
+    path = Path(checkpoint) / STATE_FILE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if state["format"] != STATE_FORMAT:
+            raise UserError(
+                f"format {state['format']}; this version reads format {STATE_FORMAT}",
+                file=str(path),
+                remedy="resume with the version of megatron-bvpo that wrote it",
+            )
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"cannot be read: {e}", file=str(path), remedy="use an older checkpoint") from None
+
+
+def write_state(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write the state file in one step: it is there whole or not at all."""
+    path = Path(checkpoint) / STATE_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"format": STATE_FORMAT, **state}, indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def clear_staging(output_dir: str | os.PathLike) -> None:
+    """Remove what a killed run left half-written."""
+    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+
+
+def open_staging(output_dir: str | os.PathLike) -> Path:
+    """An empty staging folder with the run's args.json, where ms-swift expects it."""
+    clear_staging(output_dir)
+    staging = Path(output_dir) / STAGING
+    staging.mkdir(parents=True)
+    args_file = Path(output_dir) / "args.json"
+    if args_file.exists():
+        shutil.copy(args_file, staging / "args.json")
+    return staging
+
+
+def publish(staging: Path, name: str) -> Path:
+    """Rename `<staging>/name` (and `name-merged`, first) beside the staging folder; returns the new path."""
+    output_dir = staging.parent
+    for folder in (f"{name}-merged", name):
+        source, target = staging / folder, output_dir / folder
+        if not source.exists():
+            continue
+        replaced = target.with_name(f"{folder}{REPLACED}")
+        if target.exists():  # a resumed run saves the same iteration again
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(target, replaced)
+        os.rename(source, target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    return output_dir / name
+
+
+def save_rank_rng(checkpoint: str | os.PathLike, rank: int) -> None:
+    """Keep this rank's random state.
+
+    Megatron keeps one data-parallel rank's and gives it to all, but the ranks' states drift apart: each
+    draws dropout masks of its own lengths.
+    """
+    from megatron.core import tensor_parallel
+
+    folder = Path(checkpoint) / RNG_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, python_gauss = random.getstate()
+    state = {
+        "python": [version, list(words), python_gauss],
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    torch.save(state, folder / f"rank_{rank:05d}.pt")
+
+
+def load_rank_rng(checkpoint: str | os.PathLike, rank: int) -> None:
+    """Restore what `save_rank_rng` kept."""
+    from megatron.core import tensor_parallel
+
+    state = torch.load(Path(checkpoint) / RNG_FOLDER / f"rank_{rank:05d}.pt", weights_only=True)
+    version, words, python_gauss = state["python"]
+    random.setstate((version, tuple(words), python_gauss))
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

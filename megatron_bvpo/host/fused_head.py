@@ -1,0 +1,88 @@
+"""Target log-probs in place of the whole logits, at the model's last stage.
+
+mcore-bridge's `_postprocess` calls `_forward_output_layer(hidden, weight=…)` and hands what that returns
+to `compute_language_model_loss(labels, logits)`. Between the two live the [S, B, V] logits. On the models
+of a BVPO run the first returns the hidden states unchanged, and the second computes the target log-probs
+from them. Both are replaced on the model object, so other models in the process keep theirs.
+
+Shapes: S sequence on this rank (a tensor-parallel chunk of it under sequence parallelism), B batch, H
+hidden, V this rank's vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from swift.utils import get_logger
+
+from megatron_bvpo.kernels import target_logps
+
+logger = get_logger()
+
+
+@dataclass
+class HiddenForHead:
+    """What the output layer would have been given."""
+
+    hidden_SBH: torch.Tensor
+    weight_VH: torch.Tensor
+
+
+def why_not_plain(model) -> str | None:
+    """Reason why this model's head is more than a matrix product, or None."""
+    from mcore_bridge.model.gpt_model import GPTModel
+
+    head = getattr(model, "output_layer", None)
+    if type(head) is not ColumnParallelLinear:
+        return f"its output layer is a {type(head).__name__}"
+    if head.bias is not None:
+        return "its output layer has a bias"
+    if type(model)._forward_output_layer is not GPTModel._forward_output_layer:
+        return "it computes its logits in its own way"
+    if type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
+        return "it computes its loss in its own way"
+    if getattr(model.config, "use_mup", False) or getattr(model, "mtp_process", False):
+        return "it scales its logits or predicts several tokens"
+    return None
+
+
+def install_fused_head(model, *, impl: str, vocab_size: int) -> None:
+    """Replace both methods on `model` (one unwrapped chunk) if it is a last stage with a plain head.
+
+    Args:
+        impl: `auto`, `triton` or `torch`; `te` keeps the stock path.
+        vocab_size: real vocabulary rows; padding rows take no part in the softmax.
+    """
+    if not model.post_process or impl == "te":
+        return
+    reason = why_not_plain(model)
+    if reason is not None:
+        logger.warning(f"Log-probs come from whole logits: this model has no plain head ({reason}).")
+        return
+    head = model.output_layer
+
+    def forward_output_layer(hidden_SBH, weight=None, runtime_gather_output=None):
+        # The head's own forward is not called, so its hooks must be: with overlapped parameter gathering
+        # they wait for its weight.
+        for hook in head._forward_pre_hooks.values():
+            hook(head, (hidden_SBH,))
+        return HiddenForHead(hidden_SBH, head.weight if weight is None else weight)
+
+    def compute_language_model_loss(labels_BS, found: HiddenForHead):
+        hidden_SBH = found.hidden_SBH
+        logps_N = target_logps(
+            hidden_SBH.reshape(-1, hidden_SBH.shape[-1]),
+            found.weight_VH,
+            labels_BS.transpose(0, 1).reshape(-1),
+            tp_group=head.tp_group if head.tp_group.size() > 1 else None,
+            sequence_parallel=head.sequence_parallel,
+            impl=impl,
+            vocab_size=vocab_size,
+        )
+        return -logps_N.view(labels_BS.shape[1], labels_BS.shape[0]).transpose(0, 1)
+
+    model._forward_output_layer = forward_output_layer
+    model.compute_language_model_loss = compute_language_model_loss

@@ -1,0 +1,57 @@
+"""What must be true before a BVPO run loads anything heavy."""
+
+import importlib.util
+import os
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host import argv as flags
+from megatron_bvpo.host import plugin_settings
+
+
+def rehearsal_requested() -> bool:
+    """Whether BVPO_REHEARSAL=1 asks for the CPU stand-ins."""
+    return os.environ.get("BVPO_REHEARSAL") == "1"
+
+
+def check(argv: list[str]) -> None:
+    """Raise UserError where a BVPO run with these arguments cannot start on this machine."""
+    from megatron_bvpo.host import versions  # only here: an ordinary `swift rlhf` has no use for packaging
+
+    versions.require_supported()
+    stray = plugin_settings.given(os.environ)
+    if stray:
+        flag = plugin_settings.SETTINGS[stray[0]].field
+        raise UserError(
+            f"{', '.join(stray)}: set in the environment, which only the plugin of --external_plugins reads.",
+            remedy=f"Unset it and use --{flag} or the same key in the YAML file.",
+        )
+    if not rehearsal_requested() and not flags.wants_help(argv):
+        require_gpu()
+
+
+def help_without_engine(argv: list[str]) -> bool:
+    """Whether the flags are only to be explained, on a machine whose ms-swift cannot load its Megatron half.
+
+    It cannot without Transformer Engine; the stand-ins serve for printing the help.
+    """
+    return flags.wants_help(argv) and importlib.util.find_spec("transformer_engine") is None
+
+
+def require_gpu() -> None:
+    """Raise UserError without a CUDA device, or without the Transformer Engine that Megatron needs on one."""
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES={hidden!r})"
+        ranks = os.environ.get("NPROC_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"
+        raise UserError(
+            f"no CUDA device is visible{seen}.",
+            remedy="To rehearse the same run on CPU ranks, put BVPO_REHEARSAL=1 "
+            f"NPROC_PER_NODE={ranks} before the command.",
+        )
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(
+            "transformer_engine is not installed, and Megatron's layers need it on a GPU.",
+            remedy="Run: pip install --no-build-isolation 'megatron-bvpo[gpu]'",
+        )

@@ -1,0 +1,149 @@
+"""Saving and resuming for the trainer: whole checkpoints, exact merges, and the state to go on from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mcore_bridge import LoraParallelLinear
+from swift.utils import get_logger, is_master, update_last_checkpoint_symlink
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host import checkpoint as ckpt
+
+logger = get_logger()
+
+MODEL_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_experts")
+
+
+class CheckpointMixin:
+    """Goes in front of ms-swift's Megatron trainer."""
+
+    # ---- merging
+
+    def merge_lora_adapters(self, adapter_name="default"):
+        """Merge, and keep the base weights: `W += d; W -= d` does not give W back in floating point."""
+        self._base_weights = []
+        for model in self.unwrapped_models:
+            for module in model.modules():
+                if isinstance(module, LoraParallelLinear):
+                    for param in module.get_base_layer().parameters(recurse=False):
+                        self._base_weights.append((param, param.detach().to("cpu", copy=True)))
+        super().merge_lora_adapters(adapter_name)
+
+    def unmerge_lora_adapters(self):
+        super().unmerge_lora_adapters()
+        with torch.no_grad():
+            for param, weight in self._base_weights:
+                param.copy_(weight)
+        self._base_weights = []
+
+    # ---- saving
+
+    def save_checkpoint(self):
+        args, state = self.args, self.state
+        output_dir = args.output_dir
+        staging = Path(output_dir) / ckpt.STAGING
+        if is_master():
+            ckpt.open_staging(output_dir)
+        dist.barrier()
+        args.output_dir = str(staging)
+        try:
+            super().save_checkpoint()
+        finally:
+            args.output_dir = output_dir
+        name = Path(state.last_model_checkpoint).name
+        ckpt.save_rank_rng(staging / name, dist.get_rank())
+        dist.barrier()
+        state.last_model_checkpoint = str(Path(output_dir) / name)
+        if state.best_global_step is not None:
+            best = Path(output_dir) / f"checkpoint-{state.best_global_step}"
+            if best.name == name or best.exists():
+                state.best_model_checkpoint = str(best)
+        if is_master():
+            ckpt.write_state(staging / name, self._checkpoint_state())
+            ckpt.publish(staging, name)
+            update_last_checkpoint_symlink(state.last_model_checkpoint)
+            self._rotate_checkpoints(output_dir)
+            logger.info(f"The checkpoint is whole: {state.last_model_checkpoint}")
+        dist.barrier()
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        """What bvpo_state.json holds besides its format."""
+        state = self.state
+        return {
+            "iteration": state.iteration,
+            "consumed_train_samples": state.consumed_train_samples,
+            "alpha": self.alpha,
+            "best_metric": state.best_metric,
+            "best_global_step": state.best_global_step,
+            "best_model_checkpoint": state.best_model_checkpoint,
+            "layout": self._layout_name(),
+            "model": self._model_identity(),
+            "loss": vars(self.bvpo.preference),
+        }
+
+    def _layout_name(self) -> dict[str, int]:
+        args = self.args
+        return {
+            "world_size": dist.get_world_size(),
+            "tp": args.tensor_model_parallel_size,
+            "pp": args.pipeline_model_parallel_size,
+            "vpp": args.virtual_pipeline_model_parallel_size or 1,
+            "cp": args.context_parallel_size,
+            "ep": args.expert_model_parallel_size,
+            "etp": args.expert_tensor_parallel_size,
+        }
+
+    def _model_identity(self) -> dict[str, Any]:
+        config = self.template.config
+        config = getattr(config, "text_config", None) or config
+        return {key: getattr(config, key, None) for key in MODEL_KEYS}
+
+    # ---- resuming
+
+    def _resume_folder(self) -> str | None:
+        args = self.args
+        if args.finetune:
+            return None
+        return args.mcore_adapter or args.mcore_model
+
+    def _load_checkpoint(self):
+        folder = self._resume_folder()
+        if folder is not None:
+            saved = ckpt.read_state(folder)
+            self._check_same_model(folder, saved)
+        if is_master():
+            ckpt.clear_staging(self.args.output_dir)
+        super()._load_checkpoint()
+        if folder is not None:
+            self._restore(folder, saved)
+
+    def _check_same_model(self, folder: str, saved: dict[str, Any]) -> None:
+        mine = self._model_identity()
+        differing = [k for k in MODEL_KEYS if saved["model"].get(k) != mine[k]]
+        if differing:
+            what = ", ".join(f"{k} {saved['model'].get(k)} there and {mine[k]} here" for k in differing)
+            raise UserError(
+                f"the checkpoint is of another model: {what}",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                field="--mcore_adapter" if self.args.mcore_adapter else "--mcore_model",
+                remedy="give the --model that the checkpoint was trained from",
+            )
+
+    def _restore(self, folder: str, saved: dict[str, Any]) -> None:
+        state = self.state
+        state.best_metric = saved["best_metric"]
+        state.best_global_step = saved["best_global_step"]
+        state.best_model_checkpoint = saved["best_model_checkpoint"]
+        if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
+            ckpt.load_rank_rng(folder, dist.get_rank())
+        else:
+            logger.info(
+                f"The checkpoint was written in another layout ({saved['layout']}): random states are not "
+                "restored, so dropout masks differ from those of an uninterrupted run."
+            )
+        logger.info(f"Going on from step {saved['iteration']} of {folder}.")

@@ -1,0 +1,239 @@
+"""One forward and one backward of the target log-probs; the mathematics is MATH.md §4.
+
+Per token: anchor a = l_t, s = Σ_{v≠t} exp(l_v - a) over all ranks, e_t = exp(l_t - a) = 1, and
+
+    logp        = (l_t - a) - log1p((e_t - 1) + s)                      (= -log1p(s) at this anchor)
+    dlogp/dx    = -(Σ_{v≠t} exp(l_v - a) W_v - s W_t) / (e_t + s)
+
+The forward pass, in phases:
+
+    1 targets   drop ignored tokens (a device synchronisation), l_t everywhere              one all-reduce
+    2 blocks    per block of tokens: logits, s, and with a frozen head Σ exp(l_v - a) W_v
+    3 ranks     s over the ranks                                                            one all-reduce
+    4 finish    logp; with a frozen head dlogp/dx, which is kept in place of the hidden states
+    5 overflow  tokens with logp below about -80 go through 2 to 4 again, anchored at their row's maximum
+    6 reduce    dlogp/dx over the ranks                                 one all-reduce or reduce-scatter
+
+With a frozen head the backward pass is upstream · dlogp/dx and communicates nothing. With a trainable head
+dW needs the upstream gradient before its product, so the backward pass recomputes tile by tile.
+The number and the shapes of the collectives depend on the targets alone, never on a rank's tile sizes.
+
+Shapes: N tokens of the sequence, L tokens of this rank (N, or N / ranks under sequence parallelism), M
+tokens that are not ignored, n of one block, B of those to do again, H hidden, V this rank's vocabulary rows
+with padding, R without, v of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from megatron_bvpo.kernels.tensor_parallel import TensorParallel
+from megatron_bvpo.kernels.torch_logprob import accumulate_dtype, add_product, row_max, target_rows, tiles
+
+# Sums up to e^80 (logp -80) keep e^a's products with the weights inside float32 (its limit is e^88.7).
+OVERFLOW = 5.5e34
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `target_logps` decided: constants of one call, the same on every rank except `first_row`, `rows`
+    and the tile sizes."""
+
+    passes: ModuleType  # torch_logprob or triton_logprob
+    tp: TensorParallel
+    first_row: int  # vocabulary id of weight_VH[0]
+    rows: int  # R, rows of weight_VH that are no padding
+    ignore_index: int
+    block_tokens: int
+    tile_vocab: int
+    backward_block_tokens: int
+    backward_tile_vocab: int
+
+
+@dataclass
+class Tokens:
+    """The tokens that take part, and the sums that the forward pass found for them."""
+
+    kept_M: torch.Tensor  # their positions in the sequence, int64
+    local_M: torch.Tensor  # target as a row of this rank's shard; out of [0, R) where another rank owns it
+    logit_M: torch.Tensor  # l_t
+    anchor_M: torch.Tensor
+    s_M: torch.Tensor
+
+    def blocks(self, size: int) -> list[slice]:
+        count = self.kept_M.shape[0]
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def subset(self, index: torch.Tensor) -> Tokens:
+        return Tokens(*(x.index_select(0, index) for x in vars(self).values()))
+
+    def exp_target_M(self) -> torch.Tensor:
+        return torch.exp(self.logit_M - self.anchor_M)
+
+    def logps_M(self) -> torch.Tensor:
+        return (self.logit_M - self.anchor_M) - torch.log1p(self.exp_target_M() - 1 + self.s_M)
+
+
+class TargetLogps(torch.autograd.Function):
+    """(hidden_LH, weight_VH, targets_N, plan) → logps_N. Called by `target_logps` only, which validates."""
+
+    @staticmethod
+    def forward(ctx, hidden_LH, weight_VH, targets_N, plan: Plan):
+        needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        frozen = needs_hidden and not needs_weight
+        with torch.autocast(hidden_LH.device.type, enabled=False):
+            x_NH = plan.tp.gather_tokens(hidden_LH)
+            weight_RH = weight_VH[: plan.rows]
+            tokens = find_targets(x_NH, weight_RH, targets_N, plan)
+            unscaled_NH = gradient_buffer(x_NH, tokens, plan) if frozen else None
+            accumulate(x_NH, weight_RH, tokens, plan, unscaled_NH)
+            redo_overflowed(x_NH, weight_RH, tokens, plan, unscaled_NH)
+            logps_N = tokens.s_M.new_zeros(targets_N.shape)
+            logps_N.index_copy_(0, tokens.kept_M, tokens.logps_M())
+            if frozen:
+                ctx.save_for_backward(plan.tp.sum_tokens(unscaled_NH).to(hidden_LH.dtype), targets_N)
+            elif needs_weight:
+                ctx.save_for_backward(hidden_LH, weight_VH, *vars(tokens).values())
+            ctx.plan, ctx.frozen = plan, frozen
+        return logps_N
+
+    @staticmethod
+    def backward(ctx, upstream_N):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "target_logps: double backward is not supported (this backward pass was called with "
+                "create_graph=True); call it with create_graph=False, or take second derivatives of "
+                "kernels.reference"
+            )
+        plan = ctx.plan
+        with torch.autocast(upstream_N.device.type, enabled=False):
+            if ctx.frozen:
+                unscaled_LH, targets_N = ctx.saved_tensors
+                upstream_N = upstream_N.masked_fill(targets_N == plan.ignore_index, 0)
+                grad_LH = torch.empty_like(unscaled_LH)
+                torch.mul(unscaled_LH, plan.tp.own_tokens(upstream_N)[:, None], out=grad_LH)
+                return grad_LH, None, None, None
+            hidden_LH, weight_VH, *tokens = ctx.saved_tensors
+            grads = recompute_grads(
+                hidden_LH, weight_VH, Tokens(*tokens), upstream_N, plan, needs_hidden=ctx.needs_input_grad[0]
+            )
+            return *grads, None, None
+
+
+def find_targets(x_NH, weight_RH, targets_N, plan: Plan) -> Tokens:
+    """Phase 1: the tokens that are not ignored, with l_t from the rank that owns the target."""
+    kept_M = (targets_N != plan.ignore_index).nonzero().squeeze(1)
+    local_M = targets_N.index_select(0, kept_M).long() - plan.first_row
+    logit_M = torch.empty(kept_M.shape, dtype=accumulate_dtype(x_NH.dtype), device=x_NH.device)
+    tokens = Tokens(kept_M, local_M, logit_M, anchor_M=logit_M, s_M=torch.empty_like(logit_M))
+    for block in tokens.blocks(plan.block_tokens):
+        x_nH = x_NH.index_select(0, kept_M[block])
+        logit_M[block] = plan.passes.target_logits(x_nH, weight_RH, local_M[block])
+    if kept_M.numel():
+        plan.tp.sum_(logit_M)
+    return tokens
+
+
+def gradient_buffer(x_NH, tokens: Tokens, plan: Plan) -> torch.Tensor:
+    """Where dlogp/dx goes, zero for ignored tokens. [N, H]
+
+    In the dtype of the hidden states on one rank. With several it holds partial sums, first unscaled (s is
+    not known before phase 3) and then to be added up: both in float32, rounded once at the end.
+    """
+    dtype = x_NH.dtype if plan.tp.size == 1 else tokens.s_M.dtype
+    whole = tokens.kept_M.shape[0] == x_NH.shape[0]
+    return (torch.empty if whole else torch.zeros)(x_NH.shape, dtype=dtype, device=x_NH.device)
+
+
+def accumulate(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None:
+    """Phases 2 to 4: fills tokens.s_M, and the tokens' rows of unscaled_NH unless that is None."""
+    blocks = tokens.blocks(plan.block_tokens)
+    several = plan.tp.size > 1
+    for block in blocks:
+        rows_n = tokens.kept_M[block]
+        s_n, products_nH = plan.passes.sum_exp(
+            x_NH.index_select(0, rows_n),
+            weight_RH,
+            tokens.local_M[block],
+            tokens.anchor_M[block],
+            tile_vocab=plan.tile_vocab,
+            with_products=unscaled_NH is not None,
+        )
+        tokens.s_M[block] = s_n
+        if unscaled_NH is not None:
+            if not several:
+                finish_gradient(products_nH, weight_RH, tokens, block)
+            unscaled_NH.index_copy_(0, rows_n, products_nH.to(unscaled_NH.dtype))
+    if several and blocks:
+        plan.tp.sum_(tokens.s_M)
+        for block in blocks if unscaled_NH is not None else ():
+            rows_n = tokens.kept_M[block]
+            products_nH = unscaled_NH.index_select(0, rows_n)
+            finish_gradient(products_nH, weight_RH, tokens, block)
+            unscaled_NH.index_copy_(0, rows_n, products_nH)
+
+
+def finish_gradient(products_nH, weight_RH, tokens: Tokens, block: slice) -> None:
+    """products → -(products - s W_t) / (e_t + s) in place; W_t is zero where another rank owns the target."""
+    s_n = tokens.s_M[block]
+    total_n = torch.exp(tokens.logit_M[block] - tokens.anchor_M[block]) + s_n
+    products_nH.addcmul_(target_rows(weight_RH, tokens.local_M[block]), s_n[:, None], value=-1)
+    products_nH.mul_((-1 / total_n)[:, None])
+
+
+def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None:
+    """Phase 5: tokens whose s left the range of float32, once more with e_v = exp(l_v - max l).
+
+    All ranks see the same s, so all agree on which tokens these are. NaN goes through here and stays NaN.
+    """
+    bad_B = (~(tokens.s_M <= OVERFLOW)).nonzero().squeeze(1)
+    if bad_B.numel() == 0:
+        return
+    redone = tokens.subset(bad_B)
+    redone.anchor_M = torch.empty_like(redone.logit_M)
+    for block in redone.blocks(plan.block_tokens):
+        x_nH = x_NH.index_select(0, redone.kept_M[block])
+        redone.anchor_M[block] = row_max(x_nH, weight_RH, tile_vocab=plan.tile_vocab)
+    plan.tp.max_(redone.anchor_M)
+    accumulate(x_NH, weight_RH, redone, plan, unscaled_NH)
+    tokens.anchor_M = tokens.anchor_M.index_copy(0, bad_B, redone.anchor_M)
+    tokens.s_M.index_copy_(0, bad_B, redone.s_M)
+
+
+def recompute_grads(hidden_LH, weight_VH, tokens: Tokens, upstream_N, plan: Plan, *, needs_hidden: bool):
+    """(d hidden_LH or None, d weight_VH): three products, vocabulary tile by tile.
+
+    The tile loop is the outer one, so that a tile of dW is finished in float32 and rounded once; only dX is
+    carried through all tiles in float32.
+    """
+    x_NH = plan.tp.gather_tokens(hidden_LH)
+    x_MH = x_NH if tokens.kept_M.shape[0] == x_NH.shape[0] else x_NH.index_select(0, tokens.kept_M)
+    dtype = tokens.s_M.dtype
+    scale_M = -upstream_N.index_select(0, tokens.kept_M) / (tokens.exp_target_M() + tokens.s_M)
+    blocks = tokens.blocks(plan.backward_block_tokens)
+    grad_x_MH = torch.zeros(x_MH.shape, dtype=dtype, device=x_MH.device) if needs_hidden else None
+    grad_weight_VH = torch.zeros_like(weight_VH)  # zeros: padded rows have no gradient
+    for start, tile_vH in tiles(weight_VH[: plan.rows], plan.backward_tile_vocab):
+        grad_tile_vH = torch.zeros(tile_vH.shape, dtype=dtype, device=tile_vH.device)
+        for block in blocks:
+            grad_nv = plan.passes.grad_logits(
+                x_MH[block],
+                tile_vH,
+                tokens.local_M[block] - start,
+                tokens.anchor_M[block],
+                scale_M[block],
+                tokens.s_M[block],
+            )
+            if grad_x_MH is not None:
+                add_product(grad_x_MH[block], grad_nv, tile_vH.to(grad_nv.dtype))
+            add_product(grad_tile_vH, grad_nv.T, x_MH[block].to(grad_nv.dtype))
+        grad_weight_VH[start : start + tile_vH.shape[0]] = grad_tile_vH
+    if grad_x_MH is None:
+        return None, grad_weight_VH
+    if grad_x_MH.shape[0] != x_NH.shape[0]:
+        grad_x_NH = torch.zeros(x_NH.shape, dtype=dtype, device=x_NH.device)
+        grad_x_MH = grad_x_NH.index_copy_(0, tokens.kept_M, grad_x_MH)
+    return plan.tp.sum_tokens(grad_x_MH).to(hidden_LH.dtype), grad_weight_VH

@@ -1,0 +1,251 @@
+"""`target_logps`: log-probabilities of target tokens from hidden states and the head's weight.
+
+The public face: validates, agrees with the other tensor-parallel ranks, picks a path and its tile sizes.
+The passes are in `torch_logprob.py` and `triton_logprob.py`, forward and backward in `autograd.py`.
+
+Shapes: N tokens of the sequence, L tokens of this rank (N, or N / ranks under sequence parallelism), H
+hidden size, V this rank's vocabulary rows, padding included.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megatron_bvpo.kernels import torch_logprob
+from megatron_bvpo.kernels.autograd import Plan, TargetLogps
+from megatron_bvpo.kernels.tensor_parallel import TensorParallel
+from megatron_bvpo.kernels.tile_sizes import choose_tiles
+from megatron_bvpo.kernels.vendor_logprob import CrossEntropy, vendor_logps
+
+IMPLS = ("auto", "torch", "triton", "te")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def target_logps(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    impl: str = "auto",
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    block_tokens: int | None = None,
+    tile_vocab: int | None = None,
+    cross_entropy: CrossEntropy | None = None,
+) -> torch.Tensor:
+    """log softmax(hidden · weightᵀ)[target] of every token, without the [N, V] logits.
+
+    Differentiable once in `hidden_NH`, and in `weight_VH` if it requires a gradient, for any upstream
+    gradient per token. No grad: one product; frozen head: two, all in the forward pass, which keeps dlogp/dx
+    in place of the hidden states; trainable head: one forward and three backward.
+
+    Args:
+        hidden_NH: [N, H] hidden states after the final norm, what the output layer would be given. Under
+            `sequence_parallel` [L, H], this rank's chunk of the sequence, chunks in rank order.
+        weight_VH: [V, H] the head's weight, or this rank's rows of it, dtype and device of `hidden_NH`. Ranks
+            hold contiguous shards in rank order; sizes may differ.
+        targets_N: [N] int64 or int32 vocabulary ids for **all** tokens, the same on every rank;
+            `ignore_index` marks tokens that cost nothing, have logp 0 and gradient 0.
+        tp_group: the tensor-parallel group over which the vocabulary is sharded; None for a whole head.
+        sequence_parallel: hidden states arrive as chunks and their gradient leaves as chunks.
+        impl: "torch" (any device), "triton" (CUDA), or "auto": triton on CUDA where it can run, else torch.
+            "te" is the stock way, for comparison: whole logits, then `cross_entropy`.
+        vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
+            no part. Default: all.
+        block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from the free memory
+            of a GPU, from the cache size of a CPU. They change speed and memory, not results.
+        cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
+            `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
+
+    Returns:
+        logps_N: [N] float32 (float64 for float64 inputs), whole and identical on every rank.
+
+    Tensor parallelism, against Megatron's `ColumnParallelLinear`: this function stands in place of that layer
+    and of the vocabulary-parallel cross-entropy behind it, and does both of their reductions. The upstream
+    gradient must be the same on all ranks, as it is behind `vocab_parallel_cross_entropy`; it is neither
+    divided nor summed. The gradient of the hidden states comes out summed over the ranks (what
+    `allreduce_dgrad` does) or, under `sequence_parallel`, reduce-scattered (what that layer's backward does),
+    so hidden states must come as the layer's own input does: not through
+    `copy_to_tensor_model_parallel_region`, and not gathered from the sequence-parallel region.
+
+    Raises:
+        TypeError: something that is no plain tensor (a head with LoRA is refused), or an unsupported dtype.
+        ValueError: shapes, dtypes, devices or target ids that do not fit; shards that do not hold
+            `vocab_size` rows; an `impl` that cannot run here.
+        RuntimeError: a backward pass with create_graph=True.
+
+    Source: MATH.md §4.
+    """
+    check_tensors(hidden_NH, weight_VH, targets_N)
+    hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
+    tp = TensorParallel(tp_group, sequence_parallel)
+    check_shapes(hidden_NH, weight_VH, targets_N, tp)
+    shard = vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
+    check_targets(targets_N, shard.vocab_size, ignore_index)
+    passes = choose_passes(impl, hidden_NH)
+    if impl == "te":
+        check_cross_entropy(cross_entropy, shard)
+        return vendor_logps(
+            hidden_NH,
+            weight_VH,
+            targets_N,
+            tp=tp,
+            rows=shard.rows,
+            ignore_index=ignore_index,
+            cross_entropy=cross_entropy,
+        )
+    frozen = torch.is_grad_enabled() and hidden_NH.requires_grad and not weight_VH.requires_grad
+    sizes = choose_tiles(
+        hidden_NH.device,
+        targets_N.shape[0],
+        shard.rows,
+        with_products=frozen,
+        block_tokens=block_tokens,
+        tile_vocab=tile_vocab,
+    )
+    plan = Plan(
+        passes=passes,
+        tp=tp,
+        first_row=shard.first_row,
+        rows=shard.rows,
+        ignore_index=ignore_index,
+        **sizes,
+    )
+    return TargetLogps.apply(hidden_NH, weight_VH, targets_N, plan)
+
+
+class Shard(NamedTuple):
+    """This rank's part of the vocabulary, and what all ranks hold together."""
+
+    first_row: int  # vocabulary id of weight_VH[0]
+    rows: int  # rows of weight_VH that are no padding
+    sizes: list[int]  # rows with padding, of every rank
+    vocab_size: int
+
+
+def check_tensors(hidden_NH, weight_VH, targets_N) -> None:
+    for name, value in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("targets_N", targets_N)):
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            continue
+        message = f"target_logps: {name} must be a plain torch.Tensor, got {type(value).__name__}."
+        if name == "weight_VH":
+            message += (
+                " A head with LoRA, or a quantised or sharded one, is refused: logits are hidden · weightᵀ"
+                " here, so the adapter would be left out of the logps and get no gradient. Take output_layer"
+                " (lm_head) out of the LoRA target modules, or merge the adapter, and pass its weight."
+            )
+        raise TypeError(message)
+    for name, value in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH)):
+        if value.dtype not in DTYPES:
+            raise TypeError(f"target_logps: {name} is {value.dtype}, expected one of {DTYPES}")
+    if targets_N.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target_logps: targets_N is {targets_N.dtype}, expected torch.int64 or torch.int32")
+
+
+def cast_as_linear_would(hidden_NH, weight_VH):
+    """Under autocast both factors in its dtype, as torch.nn.functional.linear takes them; else unchanged."""
+    device = hidden_NH.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden_NH.dtype, weight_VH.dtype):
+        return hidden_NH, weight_VH
+    dtype = torch.get_autocast_dtype(device)
+    return hidden_NH.to(dtype), weight_VH.to(dtype)
+
+
+def check_shapes(hidden_NH, weight_VH, targets_N, tp: TensorParallel) -> None:
+    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or targets_N.dim() != 1:
+        raise ValueError(
+            "target_logps: expected hidden_NH [N, H], weight_VH [V, H] and targets_N [N], got "
+            f"{tuple(hidden_NH.shape)}, {tuple(weight_VH.shape)} and {tuple(targets_N.shape)}; flatten the "
+            "sequence and batch dimensions first"
+        )
+    if hidden_NH.shape[1] != weight_VH.shape[1]:
+        raise ValueError(
+            f"target_logps: hidden_NH has hidden size {hidden_NH.shape[1]} and weight_VH {weight_VH.shape[1]}"
+        )
+    chunks = tp.size if tp.sequence_parallel else 1
+    if hidden_NH.shape[0] * chunks != targets_N.shape[0]:
+        raise ValueError(
+            f"target_logps: {targets_N.shape[0]} targets for {hidden_NH.shape[0]} hidden states on each of "
+            f"{chunks} sequence-parallel ranks, expected {hidden_NH.shape[0] * chunks}; targets_N covers the "
+            "whole sequence on every rank"
+        )
+    if hidden_NH.dtype != weight_VH.dtype:
+        raise ValueError(f"target_logps: hidden_NH is {hidden_NH.dtype} and weight_VH {weight_VH.dtype}; cast one")
+    if not hidden_NH.device == weight_VH.device == targets_N.device:
+        raise ValueError(
+            f"target_logps: hidden_NH is on {hidden_NH.device}, weight_VH on {weight_VH.device} and "
+            f"targets_N on {targets_N.device}; move them to one device"
+        )
+
+
+def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:
+    """The shards as the ranks report them (one small all-gather), so that nobody has to configure them."""
+    everyone = tp.gather_ints([weight_VH.shape[0], targets_N.shape[0]], weight_VH.device)
+    sizes = [rows for rows, _ in everyone]
+    tokens = [count for _, count in everyone]
+    if len(set(tokens)) > 1:
+        raise ValueError(f"target_logps: the tensor-parallel ranks hold different numbers of targets: {tokens}")
+    if vocab_size is None:
+        vocab_size = sum(sizes)
+    if not 0 < vocab_size <= sum(sizes):
+        raise ValueError(
+            f"target_logps: vocab_size is {vocab_size}, expected 1 to the weight's {sum(sizes)} rows (shards {sizes})"
+        )
+    first_row = sum(sizes[: tp.rank])
+    return Shard(first_row, min(max(vocab_size - first_row, 0), sizes[tp.rank]), sizes, vocab_size)
+
+
+def check_targets(targets_N, vocab_size: int, ignore_index: int) -> None:
+    if targets_N.numel() == 0:
+        return
+    inside_N = targets_N.masked_fill(targets_N == ignore_index, 0)
+    low, high = torch.stack(inside_N.aminmax()).tolist()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"target_logps: targets range from {low} to {high}, expected 0 to {vocab_size - 1} or "
+            f"ignore_index ({ignore_index})"
+        )
+
+
+def check_cross_entropy(cross_entropy, shard: Shard) -> None:
+    if cross_entropy is None:
+        raise ValueError("target_logps: impl 'te' needs cross_entropy=(logits_NV, targets_N) -> losses_N, got None")
+    if len(set(shard.sizes)) > 1:
+        raise ValueError(
+            f"target_logps: impl 'te' takes equal vocabulary shards only, got {shard.sizes} rows; use 'auto'"
+        )
+
+
+def choose_passes(impl: str, hidden_NH) -> ModuleType:
+    """The module that runs the tiles: Triton where it can run and nothing else was asked for, else torch."""
+    if impl not in IMPLS:
+        raise ValueError(f"target_logps: impl {impl!r}, expected one of {IMPLS}")
+    if impl in ("torch", "te") or (impl == "auto" and not hidden_NH.is_cuda):
+        return torch_logprob
+    obstacle = triton_obstacle(hidden_NH)
+    if obstacle is None:
+        from megatron_bvpo.kernels import triton_logprob
+
+        return triton_logprob
+    if impl == "triton":
+        raise ValueError(f"target_logps: impl 'triton' cannot run here: {obstacle}; use 'auto' or 'torch'")
+    return torch_logprob
+
+
+def triton_obstacle(hidden_NH) -> str | None:
+    """Why the Triton path cannot take these hidden states, or None."""
+    if hidden_NH.dtype not in (torch.float32, torch.bfloat16):
+        return f"it takes torch.float32 and torch.bfloat16, not {hidden_NH.dtype}"
+    if not hidden_NH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"hidden_NH is on {hidden_NH.device}, and TRITON_INTERPRET=1 is not set"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None

@@ -1,0 +1,104 @@
+"""Pair log-probs to preference losses and rewards. Pure.
+
+Shapes: P pairs. All tensors are float64 [P].
+
+Sources: DPO (arXiv 2305.18290), its hinge form SLiC (2305.10425), IPO (2310.12036, length-normalised as
+in TRL), SimPO (2405.14734), the RPO term (2404.19733). With a trace in the response these are BVPO's
+trace loss, with an empty trace its empty-trace loss (arXiv 2510.05095).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_TYPES = ("sigmoid", "hinge", "ipo", "simpo")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Which preference loss, and its constants.
+
+    Attributes:
+        loss_type: one of LOSS_TYPES.
+        beta: the DPO temperature; for ipo the regularisation tau, for simpo the reward scale.
+        label_smoothing: probability that a pair's label is wrong, in [0, 0.5); sigmoid and simpo only.
+        rpo_alpha: weight of the chosen response's mean negative log-likelihood, or 0.
+        reference_free: score responses without the reference (its log-probs count as 0).
+        simpo_gamma: SimPO's target margin, in units of the reward.
+    """
+
+    loss_type: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    rpo_alpha: float = 0.0
+    reference_free: bool = False
+    simpo_gamma: float = 1.0
+
+    def __post_init__(self):
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type is {self.loss_type!r}; BVPO knows {', '.join(LOSS_TYPES)}")
+        if not self.beta > 0:
+            raise ValueError(f"beta is {self.beta}; it must be above 0")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 0.5)")
+        if self.label_smoothing and self.loss_type not in ("sigmoid", "simpo"):
+            raise ValueError(f"label_smoothing has no meaning for loss_type {self.loss_type!r}; set it to 0")
+
+    @property
+    def uses_reference(self) -> bool:
+        return not (self.reference_free or self.loss_type == "simpo")
+
+    @property
+    def length_normalised(self) -> bool:
+        """True where the number of counted tokens changes the loss, so that shared tokens do not cancel."""
+        return self.loss_type in ("ipo", "simpo") or bool(self.rpo_alpha)
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Sequence log-probs of P pairs; `ref_*` are None where the loss uses no reference."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """Per-pair results; `nll` is the chosen response's mean negative log-likelihood per token."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    nll: Tensor
+
+
+def pair_losses(pairs: PairLogps, config: PreferenceConfig) -> PairLosses:
+    """Loss and implicit rewards of each pair; gradients flow to `pairs.chosen` and `pairs.rejected`."""
+    chosen, rejected = pairs.chosen, pairs.rejected
+    if config.uses_reference:
+        chosen, rejected = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
+    chosen_tokens, rejected_tokens = pairs.chosen_tokens.clamp(min=1), pairs.rejected_tokens.clamp(min=1)
+    if config.loss_type in ("ipo", "simpo"):
+        chosen, rejected = chosen / chosen_tokens, rejected / rejected_tokens
+    margin = chosen - rejected
+
+    beta, smoothing = config.beta, config.label_smoothing
+    if config.loss_type == "hinge":
+        loss = torch.relu(1 - beta * margin)
+    elif config.loss_type == "ipo":
+        loss = (margin - 1 / (2 * beta)) ** 2
+    else:
+        logits = beta * margin - (config.simpo_gamma if config.loss_type == "simpo" else 0.0)
+        loss = -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)
+    nll = -pairs.chosen / chosen_tokens
+    if config.rpo_alpha:
+        loss = loss + config.rpo_alpha * nll
+    return PairLosses(loss, (beta * chosen).detach(), (beta * rejected).detach(), nll)

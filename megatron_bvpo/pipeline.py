@@ -1,0 +1,136 @@
+"""From arguments to a finished run: ms-swift's Megatron RLHF pipeline with our rows, template and trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swift.megatron.pipelines.train.rlhf import MegatronRLHF
+from swift.utils import get_logger, is_master
+
+from megatron_bvpo.arguments import (
+    BvpoArguments,
+    bvpo_config,
+    check_resume,
+    refuse_unsupported,
+    settle_preference_defaults,
+)
+from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_bvpo_template
+from megatron_bvpo.data.empty_trace import empty_block
+from megatron_bvpo.data.loading import judge_dataset, length_lines
+from megatron_bvpo.data.rows import RowRules, require_rows
+from megatron_bvpo.data.scan import scan_files
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.patches import apply_patches
+
+logger = get_logger()
+
+
+class BvpoPipeline(MegatronRLHF):
+    """`swift rlhf --rlhf_type bvpo`."""
+
+    args_class = BvpoArguments
+    args: BvpoArguments
+
+    @property
+    def rules(self) -> RowRules:
+        config = self.args.bvpo
+        return RowRules(empty=config.empty, streams=config.streams)
+
+    def _prepare_template(self) -> None:
+        super()._prepare_template()
+        args, config = self.args, self.args.bvpo
+        if self.template.template_backend != "swift":
+            raise UserError(
+                f"template_backend is {self.template.template_backend!r}: the empty trace needs ms-swift's own",
+                field="--template_backend",
+                remedy="leave the flag out",
+            )
+        block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
+        make_bvpo_template(self.template, TemplateSettings(rules=self.rules, block=block))
+        logger.info(f"The empty trace of template {args.template} is {block!r}.")
+
+    def _get_dataset(self):
+        args = self.args
+        if is_master():
+            report = scan_files(
+                [*args.dataset, *args.val_dataset],
+                self.rules,
+                columns=args.columns,
+                auto_mapping=not args.disable_auto_column_mapping,
+            )
+            for line in report.lines():
+                logger.info(line)
+        datasets = []
+        for name, dataset in zip(("training", "held-out"), super()._get_dataset(), strict=True):
+            if dataset is not None:
+                dataset, tally = judge_dataset(
+                    dataset, self.rules, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
+                )
+                for line in tally.lines():
+                    logger.info(f"{name} data: {line}")
+                if hasattr(dataset, "__len__"):
+                    require_rows(tally, list(args.dataset if name == "training" else args.val_dataset), self.rules)
+            datasets.append(dataset)
+        return datasets
+
+    def _post_process_datasets(self, datasets: list) -> list:
+        for name, dataset in zip(("training", "held-out"), datasets, strict=True):
+            columns = getattr(dataset, "column_names", None) or []
+            if hasattr(dataset, "__len__") and "lengths" in columns:
+                for line in length_lines(dataset["lengths"], self.args.bvpo.streams):
+                    logger.info(f"{name} data: {line}")
+        return super()._post_process_datasets(datasets)
+
+    def _show_dataset(self, train_dataset, val_dataset):
+        super()._show_dataset(train_dataset, val_dataset)
+        if is_master() and hasattr(train_dataset, "__len__"):
+            row = train_dataset[0]
+            for line in encoded_examples(row[0] if isinstance(row, list) else row, self.template):
+                logger.info(line)
+
+    def prepare_trainer(self):
+        from megatron_bvpo.trainer import BvpoTrainer
+
+        return BvpoTrainer(self.args, self.template)
+
+
+def bvpo_main(args: list[str] | BvpoArguments | None = None) -> dict[str, Any]:
+    """Train; `args` as ms-swift's own mains take them (None: from the command line)."""
+    apply_patches()
+    return BvpoPipeline(args).main()
+
+
+def activate_plugin(settings: dict[str, Any]) -> None:
+    """Make the running `megatron rlhf --rlhf_type dpo` train BVPO; for `--external_plugins`.
+
+    The plugin is imported while ms-swift parses its arguments, so its pipeline object exists and its
+    parser is done: the object becomes a BvpoPipeline at its next step, and its arguments BvpoArguments.
+    """
+    apply_patches()
+    stock_prepare_template = MegatronRLHF._prepare_template
+
+    def _prepare_template(self):
+        if type(self) is not MegatronRLHF or self.args.rlhf_type != "dpo":
+            return stock_prepare_template(self)
+        adopt_arguments(self.args, settings)
+        self.__class__ = BvpoPipeline
+        return self._prepare_template()
+
+    MegatronRLHF._prepare_template = _prepare_template
+
+
+def adopt_arguments(args, settings: dict[str, Any]) -> None:
+    """Turn parsed `--rlhf_type dpo` arguments into BvpoArguments with `settings` (bvpo_* names)."""
+    import dataclasses
+
+    for field in dataclasses.fields(BvpoArguments):
+        if field.name.startswith("bvpo_"):
+            setattr(args, field.name, settings.get(field.name, field.default))
+    args.bvpo_alpha = str(args.bvpo_alpha)
+    args.__class__ = BvpoArguments
+    # DPO's and BVPO's defaults are the same but for this one, which the parser could not tell apart.
+    args.cross_entropy_loss_fusion = False
+    settle_preference_defaults(args)
+    bvpo_config(vars(args))
+    refuse_unsupported(args)
+    check_resume(args)

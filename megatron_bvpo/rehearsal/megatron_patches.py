@@ -1,0 +1,94 @@
+"""The one function of megatron-core that cannot run on CPU tensors, replaced when its module is imported.
+
+Importing megatron-core takes seconds and must come after the stand-ins, so nothing is imported here: a finder
+waits for the module and patches it as soon as it is executed, before `token_dispatcher` takes the function by
+name. Where the modules are already imported they are patched at once.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from types import ModuleType
+
+_MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
+_TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+_RANDOM = "megatron.core.tensor_parallel.random"
+
+
+def patch_megatron() -> None:
+    """Patch megatron-core now where it is imported, else on import. Idempotent.
+
+    Raises:
+        RuntimeError: the installed megatron-core lacks a function that is to be replaced.
+    """
+    for name, patch in _PATCHES.items():
+        module = sys.modules.get(name)
+        if module is not None:
+            patch(module)
+    if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PatchOnImport())
+
+
+def _convert_on_cpu(module: ModuleType) -> None:
+    """`maybe_move_tensor_to_cpu` leaves a CPU tensor alone, even when a numpy array is asked for."""
+    original = _target(module, "maybe_move_tensor_to_cpu")
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        moved = original(tensor, as_numpy=as_numpy, record_stream=record_stream)
+        return moved.numpy() if as_numpy and hasattr(moved, "numpy") else moved
+
+    maybe_move_tensor_to_cpu.__wrapped__ = original
+    module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+def _run_lazy_calls_at_once(module: ModuleType) -> None:
+    """Its `_lazy_call` may be torch's own, which queues until CUDA starts: the seed would never be set."""
+    import torch
+
+    _target(module, "_lazy_call")
+    module._lazy_call = torch.cuda._lazy_call
+    module._lazy_init = torch.cuda._lazy_init
+    module.device_ctx_manager = torch.cuda.device
+
+
+_PATCHES = {
+    _MOE_UTILS: _convert_on_cpu,
+    _TOKEN_DISPATCHER: _convert_on_cpu,
+    _RANDOM: _run_lazy_calls_at_once,
+}
+
+
+def _target(module: ModuleType, name: str):
+    if not hasattr(module, name):
+        raise RuntimeError(
+            f"{module.__name__} has no {name}: this megatron-core is not one the CPU rehearsal "
+            "knows (checked with 0.16.1). Install that version, or update megatron_bvpo/rehearsal/megatron_patches.py."
+        )
+    return getattr(module, name)
+
+
+class _PatchOnImport(importlib.abc.MetaPathFinder):
+    """Finds nothing itself: it wraps the loader that the other finders give for the modules in `_PATCHES`."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        patch = _PATCHES.get(fullname)
+        if patch is None:
+            return None
+        for finder in sys.meta_path:
+            if isinstance(finder, _PatchOnImport):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def exec_module(module, execute=execute):
+                    execute(module)
+                    patch(module)
+
+                spec.loader.exec_module = exec_module
+                return spec
+        return None

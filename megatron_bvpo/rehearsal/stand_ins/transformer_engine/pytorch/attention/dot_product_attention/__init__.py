@@ -1,0 +1,6 @@
+"""Where TE keeps DotProductAttention."""
+
+from . import utils
+from .layer import DotProductAttention
+
+__all__ = ["DotProductAttention", "utils"]

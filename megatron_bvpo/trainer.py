@@ -1,0 +1,346 @@
+"""One BVPO training step as a story; the mathematics are in objective/, the groups in gradients/.
+
+A step takes the whole global batch from the loader first, because the weight of a pair is 1 over the
+number of pairs of its stream in the **global** batch, and that is known only then. Then both streams go
+through the model in one pass, each pair's loss weighted with alpha/N_t or (1 − alpha)/N_e, and the step
+is taken only if every rank's loss and gradient are finite.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
+from swift.megatron.utils import (
+    logical_and_across_model_parallel_group,
+    reduce_max_stat_across_model_parallel_group,
+)
+from swift.utils import get_current_device, get_logger
+
+from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
+from megatron_bvpo.gradients.groups import ParallelGroups
+from megatron_bvpo.host.fused_head import install_fused_head
+from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
+from megatron_bvpo.host.saving import CheckpointMixin
+from megatron_bvpo.objective.preference import PairLogps, pair_losses
+from megatron_bvpo.objective.sequence import sequence_logps
+from megatron_bvpo.objective.streams import (
+    STREAMS,
+    PairCounts,
+    StreamSums,
+    StreamWeights,
+    mixing_weights,
+    stream_metrics,
+)
+
+logger = get_logger()
+
+# So many steps in a row without a finite gradient, and the run is beyond help.
+MAX_SKIPPED_STEPS = 20
+
+
+@dataclass
+class Pass:
+    """What one forward (and backward) over the micro-batches needs to know, and what it found.
+
+    Attributes:
+        weights: factor of each stream's sum of pair losses.
+        loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
+        bad_rows: rows with a loss that is not finite, found on the last stage.
+    """
+
+    weights: StreamWeights
+    loss_scale: float
+    bad_rows: list[str]
+
+
+class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
+    """ms-swift's Megatron trainer with the BVPO objective."""
+
+    def __init__(self, args, template):
+        self.bvpo = args.bvpo
+        self.groups = ParallelGroups.current()
+        self.alpha = self.bvpo.alpha
+        self.skipped_in_a_row = 0
+        self._val_dataloaders: list = []
+        super().__init__(args, template)
+        for model in self.wrapped_models:
+            # Stock raises on every non-finite gradient; here all ranks skip the step together.
+            model.ddp_config.check_for_nan_in_grad = False
+
+    # ---- model
+
+    def _prepare_peft_model(self, models):
+        peft_models = super()._prepare_peft_model(models)
+        for model in models:
+            mend_parallel_attributes(model, self.groups)
+        return peft_models
+
+    def prepare_model(self):
+        if self.bvpo.preference.uses_reference:
+            super().prepare_model()
+        else:  # no reference model is loaded where none is asked
+            super(MegatronRLHFTrainer, self).prepare_model()
+            self.ref_models = []
+        config = self.template.config
+        vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
+        for model in (*self.unwrapped_models, *self.ref_models):
+            install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size)
+
+    # ---- data
+
+    def _prepare_dataloader(self, train_dataset, val_dataset=None):
+        args = self.args
+        if args.streaming:
+            return super()._prepare_dataloader(train_dataset, val_dataset)
+        sampler = train_sampler(args, train_dataset, self.state.consumed_train_samples, self.groups)
+        train_dataloader = self._create_dataloader(train_dataset, sampler)
+        val_dataloader = None
+        if val_dataset is not None:
+            dataset, sampler = eval_dataloader_parts(args, val_dataset, self.groups)
+            val_dataloader = self._create_dataloader(dataset, sampler)
+            self._val_dataloaders.append(val_dataloader)
+        return train_dataloader, val_dataloader
+
+    def _create_dataloader(self, dataset, batch_sampler):
+        dataloader = super()._create_dataloader(dataset, batch_sampler)
+        # Its own generator: making an iterator would else draw from the generator of the dropout masks.
+        dataloader.generator = torch.Generator()
+        return dataloader
+
+    def setup_training(self, train_dataset, val_dataset):
+        train_iterator, val_iterator = super().setup_training(train_dataset, val_dataset)
+        if self.args.streaming and self.state.consumed_train_samples:
+            self._skip_streamed(train_iterator)
+        return train_iterator, val_iterator
+
+    def _skip_streamed(self, data_iterator) -> None:
+        """A stream has no offset to start from, so the consumed micro-batches are read and dropped."""
+        args = self.args
+        n = self.state.consumed_train_samples // (args.micro_batch_size * self.groups.dp_size)
+        logger.info(f"Skipping {n} micro-batches of the stream that the checkpoint has consumed.")
+        for iterator in data_iterator if isinstance(data_iterator, list) else [data_iterator]:
+            for _ in range(n):
+                next(iterator)
+
+    def _take_global_batch(self, data_iterator) -> list[list[dict]]:
+        """This rank's micro-batches of a step, once for each model chunk of a virtual pipeline."""
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        return [[next(it) for _ in range(self.args.num_microbatches)] for it in iterators]
+
+    def _count_pairs(self, batches: list[dict]) -> PairCounts:
+        """N_t and N_e of the global batch: one all-reduce of two numbers over data parallelism."""
+        layouts = [batch[LAYOUT_KEY] for batch in batches]
+        counts = torch.tensor(
+            [sum(layout.real_pairs(s) for layout in layouts) for s in STREAMS],
+            dtype=torch.float64,
+            device=get_current_device(),
+        )
+        dist.all_reduce(counts, group=self.groups.dp)
+        return PairCounts(*counts.tolist())
+
+    # ---- one pass
+
+    def _run_pass(self, chunks: list[list[dict]], weights: StreamWeights, *, forward_only: bool) -> Pass:
+        """Forward (and backward) over the micro-batches; returns the pass with this rank's sums."""
+        args = self.args
+        n = len(chunks[0])
+        self._pass = current = Pass(weights, loss_scale=n * self.groups.dp_size, bad_rows=[])
+        iterators = [iter([dict(batch) for batch in batches]) for batches in chunks]
+        found = get_forward_backward_func()(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped_models,
+            num_microbatches=n,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=forward_only,
+        )
+        current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
+        return current
+
+    def forward_step(self, data_iterator, model):
+        """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline."""
+        unwrapped = get_attr_wrapped_model(model, "get_input_tensor", return_model_obj=True)
+        input_tensor = unwrapped.get_input_tensor()
+        data = self.get_batch(data_iterator, unwrapped.vp_stage)
+        layout = data.pop(LAYOUT_KEY)
+        data.pop("loss_scale", None)
+
+        if not self.bvpo.preference.uses_reference:
+            output = model(**data)
+        else:
+            ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
+            with torch.no_grad(), self.null_ref_context() as ref_models:
+                ref_model = ref_models[unwrapped.vp_stage or 0]
+                if ref_input is not None:
+                    ref_model.set_input_tensor(ref_input.detach())
+                with evaluation_mode(ref_model):  # a reference with dropout is another one at every step
+                    ref_output = ref_model(**data)
+            if input_tensor is not None:
+                unwrapped.set_input_tensor(input_tensor)
+            output = torch.cat([ref_output, model(**data)], dim=0)
+        return output, partial(
+            self.loss_func,
+            labels=data.get("labels"),
+            packed_seq_params=data.get("packed_seq_params"),
+            layout=layout,
+        )
+
+    def loss_func(self, output: torch.Tensor, *, labels, packed_seq_params, layout: PairLayout):
+        """Weighted loss of one micro-batch, and its StreamSums as one [2, K] tensor. Last stage only."""
+        config = self.bvpo.preference
+        seq_lens = None
+        if packed_seq_params is not None:
+            n = packed_seq_params.seq_lens.numel()
+            seq_lens = (packed_seq_params.cu_seqlens_q[: n + 1] // self.groups.cp_size).diff().long()
+
+        ref_losses, losses = output.chunk(2, dim=0) if config.uses_reference else (None, output)
+        logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
+        ref_logps_Q = None
+        if ref_losses is not None:
+            ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
+
+        total = logps_Q.new_zeros(())
+        stacked = []
+        for stream in STREAMS:
+            sums = self._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            total = total + getattr(self._pass.weights, stream) * sums.loss
+            stacked.append(sums.stack())
+        return (total * self._pass.loss_scale).float(), torch.stack(stacked)
+
+    def _stream_sums(self, stream: str, layout: PairLayout, logps_Q, ref_logps_Q, tokens_Q) -> StreamSums:
+        chosen, rejected = layout.slices(stream)
+        pairs = PairLogps(
+            chosen=logps_Q[chosen],
+            rejected=logps_Q[rejected],
+            ref_chosen=None if ref_logps_Q is None else ref_logps_Q[chosen],
+            ref_rejected=None if ref_logps_Q is None else ref_logps_Q[rejected],
+            chosen_tokens=tokens_Q[chosen],
+            rejected_tokens=tokens_Q[rejected],
+        )
+        losses = pair_losses(pairs, self.bvpo.preference)
+        weights_P = logps_Q.new_tensor(layout.weights[stream])
+        finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
+        if not bool(finite_P.all()):
+            rows = [row for row, ok in zip(layout.rows[stream], finite_P.tolist(), strict=True) if not ok]
+            self._pass.bad_rows += [f"row {row} ({stream} stream)" for row in rows]
+        return StreamSums.of(pairs, losses, weights_P)
+
+    # ---- one step
+
+    def train_step(self, train_data_iterator):
+        chunks = self._take_global_batch(train_data_iterator)
+        counts = self._count_pairs(chunks[0])
+        for model in self.wrapped_models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        done = self._run_pass(chunks, mixing_weights(self.alpha, counts), forward_only=False)
+        if not self._all_finite(done):
+            self._report_skipped(done, chunks[0])
+            return [], 0.0, False
+        self.skipped_in_a_row = 0
+
+        successful, grad_norm, _ = self.optimizer.step()
+        successful = logical_and_across_model_parallel_group(successful)
+        grad_norm = reduce_max_stat_across_model_parallel_group(grad_norm)
+        if successful:
+            self.opt_param_scheduler.step(increment=self.args.global_batch_size)
+        return self._step_metrics(done), grad_norm, successful
+
+    def _all_finite(self, done: Pass) -> bool:
+        """True on all ranks alike, before the optimizer or the scheduler move."""
+        bad = bool(done.bad_rows)
+        if not self.args.fp16:  # under fp16 an overflow is the loss scaler's business
+            for model in self.wrapped_models:
+                for buffer in (*model.buffers, *model.expert_parallel_buffers):
+                    bad = bad or not bool(torch.isfinite(buffer.grad_data.sum()))
+        return not self.groups.any_rank(bad, get_current_device())
+
+    def _report_skipped(self, done: Pass, batches: list[dict]) -> None:
+        self.skipped_in_a_row += 1
+        found: list = [None] * dist.get_world_size()
+        rows = sorted({row for batch in batches for s in STREAMS for row in batch[LAYOUT_KEY].rows[s]})
+        dist.all_gather_object(found, (done.bad_rows, rows))
+        bad = sorted({row for bad_rows, _ in found for row in bad_rows})
+        step_rows = sorted({row for _, rows in found for row in rows})
+        what = f"the loss is not finite for {', '.join(bad)}" if bad else "the gradient is not finite"
+        logger.error(
+            f"Step {self.state.iteration + 1} skipped on all ranks: {what}. Parameters, optimizer and schedule "
+            f"are as before. Rows of this step: {step_rows}."
+        )
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} steps in a row without a finite gradient: the weights or the data are "
+                "broken; go on from an older checkpoint with a lower --lr"
+            )
+
+    # ---- metrics
+
+    def _step_metrics(self, done: Pass) -> list[dict[str, torch.Tensor]]:
+        metrics = self._reduce_metrics(done.sums, self.alpha)
+        if metrics:
+            metrics["alpha"] = (self.alpha, 1)
+        return [_as_tensors(metrics)] if metrics else []
+
+    def _reduce_metrics(self, sums: torch.Tensor | None, alpha: float) -> dict[str, tuple]:
+        """Log names to (sum, count) over the data-parallel ranks; empty off the last stage."""
+        if sums is None:
+            return {}
+        sums = sums.clone()
+        dist.all_reduce(sums, group=self.groups.dp)
+        trace, empty = (StreamSums(*row) for row in sums)
+        return stream_metrics(trace, empty, alpha, rpo=bool(self.bvpo.preference.rpo_alpha))
+
+    # ---- evaluation
+
+    def evaluate(self, val_data_iterator):
+        """Every held-out pair once; `eval_loss` mixes the streams at a fixed alpha."""
+        for model in self.wrapped_models:
+            model.eval()
+        if self._val_dataloaders:
+            iterators = [iter(loader) for loader in self._val_dataloaders]
+            val_data_iterator = iterators if len(iterators) > 1 else iterators[0]
+        self.call_event("on_eval_begin")
+        totals = None
+        with torch.no_grad():
+            for _ in range(self.args.eval_iters):
+                chunks = self._take_global_batch(val_data_iterator)
+                done = self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=True)
+                if done.sums is not None:
+                    totals = done.sums if totals is None else totals + done.sums
+                self.call_event("on_eval_step")
+        metrics: dict[str, Any] = _as_tensors(self._reduce_metrics(totals, self.bvpo.eval_alpha))
+        metrics["n_steps"] = self.args.eval_iters
+        self.on_log(logs=metrics, prefix="eval_")
+        self.call_event("on_eval_end")
+        return metrics
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Run `model` without dropout, and give it back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _as_tensors(metrics: dict[str, tuple]) -> dict[str, torch.Tensor]:
+    """(sum, count) pairs as ms-swift aggregates them: tensors of two numbers."""
+    device = get_current_device()
+    return {
+        name: torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in pair])
+        for name, pair in metrics.items()
+    }

@@ -1,0 +1,86 @@
+"""The process behind `run_cells`: one rank, many runs."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+def main(spec_file: str) -> None:
+    from megatron_bvpo.rehearsal import install
+
+    install()
+    map_in_this_process()
+    spec = json.loads(Path(spec_file).read_text())
+    for cell, port in zip(spec["cells"], spec["ports"], strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        folder = Path(spec["folder"]) / cell["name"]
+        print(f"===== cell {cell['name']}", flush=True)
+        try:
+            run_cell(cell, folder)
+        except BaseException:
+            if not cell["may_fail"]:
+                raise
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.environ["RANK"] == "0":
+                (folder / "error.txt").write_text(traceback.format_exc())
+        finally:
+            take_down()
+
+
+def map_in_this_process() -> None:
+    """datasets starts a worker process for every `map(num_proc=1)`: seconds a cell, and the same rows."""
+    import datasets
+
+    original = datasets.Dataset.map
+
+    def map_(self, *args, num_proc=None, **kwargs):
+        return original(self, *args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
+
+    datasets.Dataset.map = map_
+
+
+def run_cell(cell: dict, folder: Path) -> None:
+    argv = [*cell["argv"], "--rlhf_type", cell["type"], "--output_dir", str(folder)]
+    import swift.megatron.pipelines.train.rlhf as stock
+
+    if cell["type"] == "bvpo":
+        import megatron_bvpo.trainer as ours
+        from megatron_bvpo.pipeline import bvpo_main
+
+        module, name, main = ours, "BvpoTrainer", bvpo_main
+    else:
+        import swift.megatron.trainers as theirs
+
+        module, name, main = theirs, "MegatronDPOTrainer", stock.megatron_rlhf_main
+    hook_module, _, hook = cell["hook"].partition(":")
+    base = getattr(module, name)
+    recorder = getattr(importlib.import_module(hook_module), hook)
+    setattr(module, name, recorder(base, folder, **cell["hook_args"]))
+    try:
+        main(argv)
+    finally:
+        setattr(module, name, base)
+
+
+def take_down() -> None:
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+    torch.manual_seed(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,134 @@
+"""Run many training runs ("cells") on one set of ranks: start-up is most of a run's time.
+
+A cell is a full command line for the real pipeline. The worker processes stay alive between cells and
+take Megatron's process groups down and up again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# What a CPU needs, as in the README's table of rehearsal flags.
+CPU_FLAGS = (
+    "--ddp_backend gloo --attention_backend flash --torch_dtype float32 --fp16 false --bf16 false "
+    "--recompute_granularity none --gradient_accumulation_fusion false --masked_softmax_fusion false "
+    "--bias_dropout_fusion false --moe_permute_fusion false --dataloader_num_workers 0 "
+    "--dataloader_persistent_workers false --dataloader_pin_memory false --check_model false --add_version false "
+    "--report_to tensorboard --load_from_cache_file false"
+).split()
+
+
+@dataclass
+class Cell:
+    """One run.
+
+    Attributes:
+        name: unique in its list; the output folder is named after it.
+        argv: command-line arguments after `rlhf`, without --output_dir.
+        hook: `module:function` called with the trainer class; returns a class to use instead.
+        type: rlhf_type; `dpo` runs ms-swift's own pipeline.
+        hook_args: passed to the hook.
+        may_fail: an exception is recorded instead of ending the worker.
+    """
+
+    name: str
+    argv: list[str]
+    hook: str = "tests.distributed.recorders:record_first_step"
+    type: str = "bvpo"
+    hook_args: dict = field(default_factory=dict)
+    may_fail: bool = False
+
+
+@dataclass
+class CellResult:
+    """What a cell left behind: the lines of logging.jsonl, what the hook recorded, and its folder."""
+
+    name: str
+    folder: Path
+    log: list[dict]
+    recorded: dict
+    error: str | None = None
+
+    def steps(self, key: str) -> list[float]:
+        return [line[key] for line in self.log if key in line and "iteration" in line]
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(n)]
+    try:
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+    finally:
+        for s in sockets:
+            s.close()
+
+
+def run_cells(world_size: int, cells: list[Cell], folder: Path, *, timeout: float = 1500) -> dict[str, CellResult]:
+    """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = folder / f"spec_{world_size}.json"
+    spec.write_text(
+        json.dumps({"cells": [asdict(c) for c in cells], "ports": free_ports(len(cells)), "folder": str(folder)})
+    )
+    workers = []
+    for rank in range(world_size):
+        env = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "BVPO_REHEARSAL": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        log = (folder / f"rank{rank}_of_{world_size}.log").open("w")
+        command = [sys.executable, "-m", "tests.distributed.cell_worker", str(spec)]
+        workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
+    _wait(workers, folder, world_size, timeout)
+    return {cell.name: _result(cell, folder) for cell in cells}
+
+
+def _wait(workers, folder: Path, world_size: int, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while any(w.poll() is None for w in workers):
+        failed = [w for w in workers if w.poll() not in (None, 0)]
+        if failed or time.monotonic() > end:
+            time.sleep(2)
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+            break
+        time.sleep(0.2)
+    codes = [w.wait() for w in workers]
+    if any(codes):
+        tails = []
+        for rank in range(world_size):
+            text = (folder / f"rank{rank}_of_{world_size}.log").read_text(errors="replace")
+            tails.append(f"--- rank {rank} (exit {codes[rank]}) ---\n{text[-3000:]}")
+        raise AssertionError("ranks failed:\n" + "\n".join(tails))
+
+
+def _result(cell: Cell, folder: Path) -> CellResult:
+    out = folder / cell.name
+    log_file = out / "logging.jsonl"
+    log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    recorded_file = out / "recorded.pt"
+    recorded = torch.load(recorded_file, weights_only=False) if recorded_file.exists() else {}
+    error_file = out / "error.txt"
+    error = error_file.read_text() if error_file.exists() else None
+    return CellResult(cell.name, out, log, recorded, error)

@@ -1,0 +1,86 @@
+"""Trainer classes for tests: the real trainer, plus a look at its gradients and its data."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.full_gradients import export_gradients, shared_factor, true_norm
+
+
+def nothing(base, folder):
+    return base
+
+
+def fill_lora_b(trainer, scale: float = 0.02) -> None:
+    """Random, non-zero A and B, the same in every layout: made by Hugging Face name and loaded by the bridge."""
+    import tempfile
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    names = {
+        name: tensor.shape
+        for name, tensor in trainer.bridge.export_weights(
+            list(trainer.unwrapped_models), target_device="cpu", only_master_rank=False, peft_format=True
+        )
+        if tensor is not None
+    }
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    shapes = {name: shape for part in gathered for name, shape in part.items()}
+    tensors = {}
+    for name in sorted(shapes):
+        # One seed for q, k and v and one for gate and up: Megatron fuses them, with one A for all.
+        generator = torch.Generator().manual_seed(zlib.crc32(shared_factor(name).encode()))
+        tensors[name] = torch.randn(shapes[name], generator=generator) * scale
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, str(Path(folder) / "adapter_model.safetensors"))
+        trainer.bridge.load_weights(list(trainer.unwrapped_models), folder, peft_format=True, adapter_name="default")
+
+
+def record_first_step(
+    base, folder, lora_scale: float = 0.02, gradients: bool = True, all_steps: bool = False, save: bool = False
+):
+    """Fill the adapters, and keep the full gradients of the first step (or of all).
+
+    Without `save` no checkpoint is written: its writer processes cost more time than the steps.
+    """
+
+    class Recorder(base):
+        def save_checkpoint(self):
+            if save:
+                super().save_checkpoint()
+            else:
+                self.state.last_model_checkpoint = str(folder)
+
+        def _prepare_peft_model(self, models):
+            peft_models = super()._prepare_peft_model(models)
+            if self.args.tuner_type == "lora" and lora_scale and not self.args.mcore_adapter:
+                fill_lora_b(self, lora_scale)
+            return peft_models
+
+        def setup_model_training(self):
+            super().setup_model_training()
+            if not gradients:
+                return
+            self.recorded = {"gradients": [], "true_norm": []}
+            step = self.optimizer.step
+            trainer = self
+            calls = itertools.count()
+
+            def recording_step(*args, **kwargs):
+                if next(calls) == 0 or all_steps:
+                    found = export_gradients(trainer)
+                    if dist.get_rank() == 0:
+                        trainer.recorded["gradients"].append(found)
+                        trainer.recorded["true_norm"].append(true_norm(found))
+                        torch.save(trainer.recorded, folder / "recorded.pt")
+                return step(*args, **kwargs)
+
+            self.optimizer.step = recording_step
+
+    return Recorder

@@ -1,0 +1,181 @@
+"""What target_logps accepts, refuses and costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_bvpo.kernels import target_logps
+from megatron_bvpo.kernels.tile_sizes import GIB, choose_tiles, cuda_tiles
+
+from .cases import expected, random_case, relative, run
+
+
+def products(case, *, grad=True, frozen=True) -> float:
+    """Matrix products, in units of N·H·V multiply-adds over the tokens that count."""
+    kept = int((case.targets_N != -100).sum())
+    counter = FlopCounterMode(display=False)
+    with counter, torch.set_grad_enabled(grad):
+        hidden = case.hidden_NH.clone().requires_grad_()
+        logps = target_logps(hidden, case.weight_VH.clone().requires_grad_(not frozen), case.targets_N)
+        if grad:
+            logps.sum().backward()
+    return counter.get_total_flops() / (2 * kept * case.weight_VH.numel())
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.6])
+def test_products(ignored):
+    case = random_case(50, 16, 300, ignored=ignored)
+    assert products(case, grad=False) == 1
+    assert products(case, frozen=True) == 2
+    assert products(case, frozen=False) == 4
+
+
+def test_largest_tensor_is_a_tile():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(value, torch.Tensor):
+                    self.numel = max(self.numel, value.numel())
+            return out
+
+    case = random_case(200, 4, 5000)
+    for frozen in (True, False):
+        with Largest() as largest:
+            run(case, frozen=frozen, block_tokens=64, tile_vocab=256)
+        assert largest.numel <= max(64 * 256, case.weight_VH.numel())
+
+
+def test_non_contiguous_inputs():
+    case = random_case(20, 12, 50)
+    truth = expected(case)
+    case.hidden_NH = torch.stack([case.hidden_NH, case.hidden_NH], 2)[..., 0]
+    case.weight_VH = case.weight_VH.T.contiguous().T
+    case.targets_N = torch.stack([case.targets_N, case.targets_N], 1)[:, 1]
+    assert not case.hidden_NH.is_contiguous() and not case.weight_VH.is_contiguous()
+    for impl in ("torch", "triton"):
+        for frozen in (True, False):
+            hidden = case.hidden_NH.detach().requires_grad_()
+            weight = case.weight_VH.detach().requires_grad_(not frozen)
+            logps = target_logps(hidden, weight, case.targets_N, impl=impl)
+            logps.backward(case.upstream_N.repeat_interleave(2)[::2])
+            assert relative(logps.detach(), truth[0]) <= 1e-6
+            assert relative(hidden.grad, truth[1]) <= 1e-6
+            assert frozen or relative(weight.grad, truth[2]) <= 1e-6
+
+
+def test_expanded_upstream_and_int32_targets():
+    case = random_case(9, 12, 50)
+    hidden = case.hidden_NH.clone().requires_grad_()
+    target_logps(hidden, case.weight_VH, case.targets_N.int()).sum().backward()  # an expanded gradient of 1
+    case.upstream_N = torch.ones(9)
+    assert relative(hidden.grad, expected(case)[1]) <= 1e-6
+
+
+def test_autocast_casts_the_factors_and_nothing_else():
+    case = random_case(20, 12, 50)
+    hidden = case.hidden_NH.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = target_logps(hidden, case.weight_VH, case.targets_N)
+        logps.backward(case.upstream_N)
+    case.hidden_NH, case.weight_VH = case.hidden_NH.bfloat16(), case.weight_VH.bfloat16()
+    assert torch.equal(logps.detach(), run(case)[0])  # float32 inside, not bf16 products
+    assert logps.dtype == hidden.grad.dtype == torch.float32
+    assert relative(hidden.grad, expected(case)[1]) <= 6e-3
+
+
+def test_double_backward_is_refused():
+    case = random_case(3, 4, 9)
+    for frozen in (True, False):
+        hidden = case.hidden_NH.clone().requires_grad_()
+        weight = case.weight_VH.clone().requires_grad_(not frozen)
+        logps = target_logps(hidden, weight, case.targets_N)
+        with pytest.raises(RuntimeError, match="double backward is not supported"):
+            torch.autograd.grad(logps.sum(), hidden, create_graph=True)
+
+
+def test_head_with_lora_is_refused():
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    case = random_case(3, 4, 9)
+    with pytest.raises(TypeError, match=r"LoraLinear.*LoRA.*refused.*output_layer"):
+        target_logps(case.hidden_NH, LoraLinear(4, 9), case.targets_N)
+
+
+HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(9, 4), torch.tensor([0, 8, -100])
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "message"),
+    [
+        ((HIDDEN[None], WEIGHT, TARGETS), {}, ValueError, r"\(1, 3, 4\), \(9, 4\) and \(3,\)"),
+        ((HIDDEN, torch.zeros(9, 5), TARGETS), {}, ValueError, "hidden size 4 and weight_VH 5"),
+        ((HIDDEN, WEIGHT, TARGETS[:2]), {}, ValueError, "2 targets for 3 hidden states"),
+        ((HIDDEN, WEIGHT.bfloat16(), TARGETS), {}, ValueError, "torch.float32 and weight_VH torch.bfloat16"),
+        ((HIDDEN, WEIGHT.to("meta"), TARGETS), {}, ValueError, "on cpu, weight_VH on meta"),
+        ((HIDDEN, WEIGHT.int(), TARGETS), {}, TypeError, "weight_VH is torch.int32"),
+        ((HIDDEN, WEIGHT, TARGETS.float()), {}, TypeError, "targets_N is torch.float32"),
+        ((HIDDEN, WEIGHT, [0, 1, 2]), {}, TypeError, "targets_N must be a plain torch.Tensor, got list"),
+        ((HIDDEN, WEIGHT, TARGETS + 1), {}, ValueError, "range from -99 to 9, expected 0 to 8"),
+        ((HIDDEN, WEIGHT, TARGETS), {"vocab_size": 8}, ValueError, "to 8, expected 0 to 7"),
+        ((HIDDEN, WEIGHT, TARGETS), {"vocab_size": 10}, ValueError, "vocab_size is 10, .* 9 rows"),
+        ((HIDDEN, WEIGHT, TARGETS), {"impl": "cuda"}, ValueError, "impl 'cuda', expected one of"),
+        ((HIDDEN, WEIGHT, TARGETS), {"impl": "te"}, ValueError, "needs cross_entropy"),
+        ((HIDDEN, WEIGHT, TARGETS), {"block_tokens": 0}, ValueError, "block_tokens is 0"),
+        ((HIDDEN.double(), WEIGHT.double(), TARGETS), {"impl": "triton"}, ValueError, "not torch.float64"),
+    ],
+)
+def test_errors_name_both_values(args, options, error, message):
+    with pytest.raises(error, match=message):
+        target_logps(*args, **options)
+
+
+def test_triton_on_cpu_without_the_interpreter_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="hidden_NH is on cpu"):
+        target_logps(HIDDEN, WEIGHT, TARGETS, impl="triton")
+    target_logps(HIDDEN, WEIGHT, TARGETS, impl="auto")
+
+
+def test_vendor_cross_entropy():
+    case = random_case(20, 12, 50, padding=6)
+    cross_entropy = lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none")  # noqa: E731
+    values = run(case, frozen=False, impl="te", cross_entropy=cross_entropy)
+    for value, truth in zip(values, expected(case), strict=True):
+        assert relative(value, truth) <= 1e-6
+
+
+def test_importing_needs_neither_triton_nor_the_host():
+    code = (
+        "import sys, megatron_bvpo.kernels as k; bad = {'triton', 'megatron', 'swift', 'transformer_engine'};"
+        "print(sorted(bad & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 507, 18_992, 151_936])
+@pytest.mark.parametrize("budget", [2**22, GIB // 8, GIB])
+def test_cuda_tiles_fit_their_budget(rows, budget):
+    for tokens in (1, 4096, 131_072):
+        for with_products in (True, False):
+            block, tile, backward_block, backward_tile = cuda_tiles(budget, tokens, rows, with_products=with_products)
+            assert min(block, tile, backward_block, backward_tile) >= 1
+            floor = 6 * 8192 * 512  # tiles never get smaller than this, however little is free
+            assert block * min(tile, max(rows, 1)) * (6 if with_products else 4) <= max(budget, floor)
+            assert backward_block * backward_tile * 6 <= max(budget, floor)
+
+
+def test_given_tile_sizes_win():
+    sizes = choose_tiles(torch.device("cpu"), 10, 100, with_products=True, block_tokens=3, tile_vocab=5)
+    assert set(sizes.values()) == {3, 5}

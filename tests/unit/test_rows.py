@@ -1,0 +1,374 @@
+"""Rows: what is refused, what is dropped, what is kept, and what people are told about it."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_bvpo.data.aliases import canonical_row
+from megatron_bvpo.data.rows import (
+    RowRules,
+    RowTally,
+    RowVerdict,
+    check_row,
+    normalise_row,
+    require_rows,
+)
+from megatron_bvpo.errors import UserError
+
+CHOSEN = "<think>\nTwo and two.\n</think>\n\nIt is 4."
+REJECTED = "<think>\nA guess.\n</think>\n\nIt is 5."
+OWN = {"empty_response": "4", "empty_rejected_response": "5"}
+RULES = RowRules()
+
+
+def talk(response=CHOSEN, prompt="What is 2+2?"):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def row(chosen=CHOSEN, rejected=REJECTED, **more):
+    return {"messages": talk(chosen), "rejected_response": rejected, **more}
+
+
+def without(name, **more):
+    return {key: value for key, value in row(**more).items() if key != name}
+
+
+# --- rows that are dropped, or lose their empty pair ---
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+CALL = {"role": "tool_call", "content": "{}"}
+
+# name: (row, field of the problem, fragments of problem and remedy)
+DROPPED = {
+    "no object": ([], "row", ["expected an object"]),
+    "nothing": ({}, "messages", ["missing"]),
+    "messages null": ({**row(), "messages": None}, "messages", ["missing"]),
+    "messages empty": ({**row(), "messages": []}, "messages", ["empty"]),
+    "no user": ({**row(), "messages": talk()[1:]}, "messages", ["no user turn"]),
+    "ends with the user": ({**row(), "messages": talk()[:1]}, "messages", ["last message", "'user'"]),
+    "two responses": ({**row(), "messages": [*talk(), talk()[1]]}, "messages", ["several messages", "join"]),
+    "no role": ({**row(), "messages": [{"content": "q"}]}, "messages[0].role", ["missing"]),
+    "unknown role": (
+        {**row(), "messages": [{"role": "boss", "content": "q"}]},
+        "messages[0].role",
+        ["unknown role, found 'boss'", "user, assistant or system"],
+    ),
+    "late system": ({**row(), "messages": [talk()[0], SYSTEM, talk()[1]]}, "messages[1].role", ["first"]),
+    "no content": ({**row(), "messages": [{"role": "user"}]}, "messages[0].content", ["missing"]),
+    "tool call": ({**row(), "messages": [talk()[0], CALL, talk()[1]]}, "messages", ["tool calls"]),
+    "openai tool call": (
+        {**row(), "messages": [talk()[0], {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        "messages",
+        ["tool calls in the response", "leave the row out"],
+    ),
+    "rejected tool call": (row(rejected=[CALL, talk()[1]]), "rejected_response", ["tool calls"]),
+    "rejected missing": (without("rejected_response"), "rejected_response", ["missing", "leave the row out"]),
+    "rejected null": (row(rejected=None), "rejected_response", ["missing"]),
+    "rejected empty list": (row(rejected=[]), "rejected_response", ["empty"]),
+    "rejected with a user turn": (row(rejected=talk()), "rejected_response", ["rejected_messages"]),
+    "rejected with another prompt": (
+        {"messages": talk(), "rejected_messages": talk(REJECTED, prompt="What is 3+3?")},
+        "rejected_messages",
+        ["another prompt than in messages"],
+    ),
+    "rejected without the system message": (
+        {"messages": [SYSTEM, *talk()], "rejected_messages": talk(REJECTED)},
+        "rejected_messages",
+        ["system message included"],
+    ),
+    "two rejected responses": (
+        row(rejected_messages=talk("<think>x</think>6")),
+        "rejected_messages",
+        ["another response", "one of the two"],
+    ),
+    "images": (row(images=["a.png"]), "images", ["only text rows"]),
+    "rejected images": (row(rejected_images=["a.png"]), "rejected_images", ["only text rows"]),
+    "no trace": (row(chosen="It is 4."), "messages", ["no trace", "thinking on"]),
+    "no trace rejected": (row(rejected="It is 5."), "rejected_response", ["no trace", "generation limit"]),
+    "cut off": (row(rejected="<think>\nA gu"), "rejected_response", ["no </think>", "cut off", "raise"]),
+    "cut off, opened late": (row(rejected="Hm. <think>\nA gu"), "rejected_response", ["no </think> (gen"]),
+    "cut off again": (
+        row(chosen="<think>a</think>\n<think>b"),
+        "messages",
+        ["no </think> after the second <think>"],
+    ),
+    "blank": (row(chosen=" \n"), "messages", ["blank response"]),
+    "blank rejected": (row(rejected=""), "rejected_response", ["blank response"]),
+    "nothing but tags": (row(rejected="<think>\n</think>\n"), "rejected_response", ["blank response"]),
+    "equal": (row(rejected=CHOSEN), "rejected_response", ["the same text"]),
+    "equal but for the prefix": (row(rejected=CHOSEN[8:]), "rejected_response", ["the same text"]),
+    "equal but for white space": (row(rejected=f"{CHOSEN}\n"), "rejected_response", ["the same text"]),
+    "both traces empty": (
+        row("<think></think>4", "<think>\n</think>5"),
+        "messages",
+        ["neither", "empty_resp"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_dropped_row(case):
+    bad, field, fragments = DROPPED[case]
+    verdict = check_row(bad, RULES)
+    assert not verdict.kept and not verdict.trace_ok and not verdict.empty_ok and verdict.empty_source is None
+    problem = verdict.problems[0]
+    assert (problem.field, problem.drops) == (field, "row")
+    for fragment in fragments:
+        assert fragment in str(problem)
+
+
+EMPTY_LOST = {
+    "only one own answer": (row(empty_response="4"), "empty_rejected_response", ["missing", "both"]),
+    "only the other one": (row(empty_rejected_response="5"), "empty_response", ["missing"]),
+    "equal own answers": (
+        row(empty_response="4", empty_rejected_response=" 4\n"),
+        "empty_rejected",
+        ["same"],
+    ),
+    "blank own answer": (row(empty_response="\n", empty_rejected_response="5"), "empty_response", ["blank"]),
+    "block and nothing": (
+        row(empty_response="4", empty_rejected_response="<think>\n\n</think>\n\n"),
+        "empty_rejected_response",
+        ["blank"],
+    ),
+    "own answer with a trace": (
+        row(empty_response="<think>so</think>4", empty_rejected_response="5"),
+        "empty_response",
+        ["holds a trace", "thinking off"],
+    ),
+    "own answer cut off": (row(**{**OWN, "empty_response": "<think>so"}), "empty_response", ["a trace"]),
+    "own answer of another type": (row(**{**OWN, "empty_response": 4}), "empty_response", ["expected text"]),
+    "no answer to strip": (row(chosen="<think>so</think>\n"), "messages", ["no answer after </think>"]),
+    "equal stripped answers": (
+        row(rejected="<think>hm</think> It is 4."),
+        "rejected_response",
+        ["the same answer", "add empty_response"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY_LOST)
+def test_lost_empty_pair(case):
+    bad, field, fragments = EMPTY_LOST[case]
+    verdict = check_row(bad, RULES)
+    assert verdict.trace_ok and not verdict.empty_ok and verdict.empty_source is None
+    problem = verdict.problems[0]
+    assert problem.field.startswith(field) and problem.drops == "empty"
+    for fragment in fragments:
+        assert fragment in str(problem)
+    normal = normalise_row(bad, verdict, RULES)
+    assert (normal["empty_response"], normal["empty_rejected_response"]) == (None, None)
+    # The same fault costs the whole row where the empty pair is all there is, and nothing where it is unused.
+    assert not check_row(bad, RowRules(streams=("empty",))).kept
+    assert check_row(bad, RowRules(streams=("trace",))) == RowVerdict(True, False)
+
+
+def test_require_refuses_rows_without_own_answers():
+    rules = RowRules(empty="require")
+    verdict = check_row(row(), rules)
+    assert not verdict.kept and "--bvpo_empty require" in str(verdict.problems[0])
+    assert check_row(row(**OWN), rules) == RowVerdict(True, True, "own")
+    assert check_row(row(empty_response="4"), rules).trace_ok, "half an own pair loses the empty pair only"
+    assert check_row(row(), RowRules(empty="require", streams=("trace",))).kept
+
+
+def test_unknown_rule_is_refused():
+    with pytest.raises(UserError, match="--bvpo_empty: expected strip or require, found 'skip'"):
+        RowRules(empty="skip")
+
+
+@pytest.mark.parametrize(
+    ("good", "source"),
+    [
+        (row(), "stripped"),
+        (row(**OWN), "own"),
+        (row(empty_response=None, empty_rejected_response=None), "stripped"),
+        (row(empty_response="<think>\n\n</think>\n\n4", empty_rejected_response="5"), "own"),
+        (row(chosen="so</think>4"), "stripped"),
+        (row(chosen="<think></think>4"), "stripped"),
+        (row(chosen="<think>say </think> and</think>4"), "stripped"),
+        (row(rejected=[{"role": "assistant", "content": REJECTED}]), "stripped"),
+        (row(rejected_messages=talk(REJECTED)), "stripped"),
+        (row(rejected_messages=None, images=[], videos=None, tools=[{"name": "f"}], label=1), "stripped"),
+        ({"messages": [SYSTEM, *talk()], "rejected_messages": [SYSTEM, *talk(REJECTED)]}, "stripped"),
+        ({"messages": [*talk(), CALL, *talk()], "rejected_response": REJECTED}, "stripped"),
+    ],
+)
+def test_good_row(good, source):
+    assert check_row(good, RULES) == RowVerdict(True, True, source)
+
+
+def test_a_stream_that_is_not_used_asks_nothing():
+    only_empty = RowRules(streams=("empty",))
+    no_traces = row(chosen="4", rejected="5")
+    assert check_row(no_traces, only_empty) == RowVerdict(False, True, "stripped")
+    assert check_row(row(chosen="<think>cut", **OWN), only_empty) == RowVerdict(False, True, "own")
+    assert not check_row(row(chosen="<think>cut"), only_empty).kept
+    # 'It is 5, or' may be a trace that was cut off before its closing tag.
+    assert "has one" in str(check_row(row(rejected="It is 5, or"), only_empty).problems[0])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "streams"),
+    [(0, ("empty",)), (0.0, ("empty",)), (1.0, ("trace",)), (0.5, None), ("auto", None)],
+)
+def test_streams_of_an_alpha(alpha, streams):
+    assert RowRules.streams_for(alpha) == (streams or ("trace", "empty"))
+
+
+# --- the normal form ---
+
+
+def test_normal_form():
+    given_row = row(chosen="so</think> 4\n", rejected="or</think>5", label=1, tools=["t"], rejected_messages=None)
+    before = json.dumps(given_row)
+    normal = normalise_row(given_row, check_row(given_row, RULES), RULES)
+    assert normal == {
+        "messages": talk("<think>\nso</think> 4\n"),
+        "rejected_response": "<think>\nor</think>5",
+        "empty_response": "4",
+        "empty_rejected_response": "5",
+        "label": 1,
+        "tools": ["t"],
+    }
+    assert json.dumps(given_row) == before, "the row itself must not change"
+
+
+def test_normal_form_of_other_spellings():
+    as_talk = {"messages": talk(), "rejected_messages": talk("or</think>5"), "rejected_response": None}
+    normal = normalise_row(as_talk, check_row(as_talk, RULES), RULES)
+    assert normal["rejected_messages"] == talk("<think>\nor</think>5")
+    assert "rejected_response" not in normal, "ms-swift fails on a None here"
+    as_list = row(rejected=talk("or</think>5")[1:], **OWN)
+    normal = normalise_row(as_list, check_row(as_list, RULES), RULES)
+    assert normal["rejected_response"] == talk("<think>\nor</think>5")[1:]
+    assert (normal["empty_response"], normal["empty_rejected_response"]) == ("4", "5")
+
+
+WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "a", "b", " "]), max_size=6).map("".join)
+RULE_SETS = st.builds(
+    RowRules,
+    empty=st.sampled_from(["strip", "require"]),
+    streams=st.sampled_from([("trace",), ("empty",), ("trace", "empty")]),
+)
+
+
+@given(WORDS, WORDS, st.none() | WORDS, st.none() | WORDS, RULE_SETS)
+@settings(deadline=None, max_examples=400)
+def test_the_normal_form_is_normal(chosen, rejected, empty, empty_rejected, rules):
+    texts = row(chosen, rejected, empty_response=empty, empty_rejected_response=empty_rejected)
+    verdict = check_row(texts, rules)
+    assert verdict.trace_ok <= ("trace" in rules.streams) and verdict.empty_ok <= ("empty" in rules.streams)
+    assert verdict.empty_ok == (verdict.empty_source is not None)
+    assert RowVerdict.from_json(verdict.to_json()) == verdict
+    if not verdict.kept:
+        assert verdict.problems
+        return
+    normal = normalise_row(texts, verdict, rules)
+    assert normalise_row(normal, verdict, rules) == normal
+    answers = normal["empty_response"], normal["empty_rejected_response"]
+    if verdict.empty_ok:
+        assert answers[0] != answers[1] and all(a and a == a.strip() for a in answers)
+        # Judged anew, the normal form gives the same pairs, its answers now being its own.
+        again = check_row(normal, rules)
+        assert (again.trace_ok, again.empty_ok) == (verdict.trace_ok, True)
+        assert normalise_row(normal, again, rules) == normal
+    else:
+        assert answers == (None, None)
+    if verdict.trace_ok:
+        assert normal["messages"][-1]["content"].lstrip().startswith("<think>")
+        assert normal["rejected_response"].lstrip().startswith("<think>")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+# Values in the fields that are looked at, so that the search gets past the first test.
+MESSAGE = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(["user", "assistant", "tool"]) | JSON, "content": WORDS | JSON}
+)
+LIKE_ROWS = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(MESSAGE | JSON, max_size=3) | st.just(talk()) | JSON,
+        "rejected_messages": st.lists(MESSAGE, max_size=3) | st.just(talk(REJECTED)) | JSON,
+        "rejected_response": WORDS | st.lists(MESSAGE, max_size=2) | JSON,
+        "empty_response": WORDS | JSON,
+        "empty_rejected_response": WORDS | JSON,
+        "images": JSON,
+        "history": JSON,
+        "query": JSON,
+    },
+)
+
+
+@given(JSON | LIKE_ROWS, RULE_SETS)
+@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
+def test_a_verdict_never_raises(value, rules):
+    verdict = check_row(value, rules)
+    assert verdict.kept or verdict.problems
+    assert all(str(problem) and problem.reason for problem in verdict.problems)
+    if isinstance(value, dict):
+        standard = canonical_row(value)
+        if standard is not None and check_row(standard, rules).kept:
+            normalise_row(standard, check_row(standard, rules), rules)
+
+
+def test_a_number_that_python_cannot_print():
+    assert "too many digits" in str(check_row(row(rejected=-(10**5000)), RULES).problems[0])
+
+
+# --- counts ---
+
+
+def test_tally():
+    tally = RowTally()
+    for entry in (row(), row(**OWN), row(empty_response="4"), row(chosen="x"), row(chosen="y"), {}):
+        tally.add(check_row(entry, RULES))
+    assert (tally.rows, tally.kept, tally.trace_pairs, tally.empty_pairs) == (6, 3, 3, 2)
+    assert tally.lines() == [
+        "6 rows read, 3 kept.",
+        "3 trace pairs, 2 empty pairs (1 with their own answers, 1 with stripped answers).",
+        "3 rows dropped:",
+        "  2 × messages: no trace, neither <think> nor </think>",
+        "  1 × messages: missing",
+        "1 row kept without the empty pair:",
+        "  1 × empty_rejected_response: missing, the other empty answer is there",
+    ]
+    other = RowTally()
+    other.add(check_row({}, RULES))
+    other.add_unchecked()
+    assert tally.merge(other) is tally
+    assert (tally.rows, tally.kept, tally.unchecked) == (8, 3, 1)
+    assert tally.dropped["messages: missing"] == 2
+
+
+def test_reasons_do_not_split_by_row():
+    tally = RowTally()
+    for role in ("boss", "chef"):
+        tally.add(check_row({**row(), "messages": [{"role": role, "content": "q"}]}, RULES))
+    assert list(tally.dropped.values()) == [2]
+
+
+def test_nothing_left_is_an_error():
+    tally = RowTally()
+    tally.add(check_row(row(chosen="x"), RULES))
+    with pytest.raises(UserError, match="no row is left to train on: 1 read, all dropped .*no trace") as caught:
+        require_rows(tally, ["a.jsonl", "b.jsonl"])
+    assert caught.value.file == "a.jsonl, b.jsonl" and caught.value.remedy
+    tally.add(check_row(row(empty_response="4"), RULES))
+    require_rows(tally, ["a.jsonl"])
+    with pytest.raises(UserError, match="no empty pair is left in 1 row"):
+        require_rows(tally, ["a.jsonl"], RULES)
+    require_rows(tally, ["a.jsonl"], RowRules(streams=("trace",)))
+    tally.add(check_row(row(), RULES))
+    require_rows(tally, ["a.jsonl"], RULES)
+    with pytest.raises(UserError, match="no row is left"):
+        require_rows(RowTally(), ["a.jsonl"])
+    unread = RowTally()
+    unread.add_unchecked()
+    require_rows(unread, ["a.jsonl"], RULES)

@@ -1,0 +1,429 @@
+"""Data files before loading: what stops a run, what is counted, and what people are told about it."""
+
+import csv
+import io
+import json
+import tracemalloc
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_bvpo.data import readers
+from megatron_bvpo.data.aliases import canonical_row
+from megatron_bvpo.data.rows import RowRules, check_row
+from megatron_bvpo.data.scan import local_file, scan_files
+from megatron_bvpo.errors import UserError
+
+CHOSEN = "<think>\nTwo and two.\n</think>\n\nIt is 4."
+REJECTED = "<think>\nA guess.\n</think>\n\nIt is 5."
+OWN = {"empty_response": "4", "empty_rejected_response": "5"}
+RULES = RowRules()
+
+
+def talk(response=CHOSEN, prompt="What is 2+2?"):
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def row(chosen=CHOSEN, rejected=REJECTED, **more):
+    return {"messages": talk(chosen), "rejected_response": rejected, **more}
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(entry) + "\n" for entry in rows).encode()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="pairs.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        return str(path)
+
+    return write
+
+
+# --- files that stop the run ---
+
+GOOD = jsonl(row())
+
+# name: (file name, content, line or None, field or None, fragments of the message and the remedy)
+FATAL = {
+    "empty file": ("a.jsonl", b"", None, None, ["file is empty", "meant"]),
+    "white space only": ("a.jsonl", b"\n \r\n", None, None, ["file is empty"]),
+    "empty list": ("a.json", b"[ ]", None, None, ["no rows"]),
+    "latin-1": (
+        "a.jsonl",
+        GOOD + b'{"messages": "caf\xe9"}\n',
+        2,
+        None,
+        ["UTF-8", "0xe9", f"byte {len(GOOD) + 17}", "Save"],
+    ),
+    "latin-1 in a list": (
+        "a.json",
+        b'[{"a": 1},\n{"b": "\xe9"}]',
+        2,
+        None,
+        ["UTF-8", "0xe9", "byte 18 ", "Save"],
+    ),
+    "cut in a character": ("a.json", b'[{"a": "\xc3', 1, None, ["UTF-8", "0xc3", "byte 8 "]),
+    "utf-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), None, None, ["UTF-16", "Save the file as UTF-8"]),
+    "mark before a list": ("a.json", b"\xef\xbb\xbf[]", 1, None, ["byte order mark", "without it"]),
+    "half an object": ("a.jsonl", GOOD + b'{"messages": [', 2, None, ["broken JSON", "column 15", "JSONL"]),
+    "no comma": ("a.jsonl", GOOD + b'{"a": 1 "b": 2}\n', 2, None, ["broken JSON at column 9", "','"]),
+    "two objects on a line": ("a.jsonl", GOOD + b"{} {}\n", 2, None, ["column 4", "Extra data"]),
+    "one object over many lines": ("a.jsonl", b'{\n"messages": []\n}\n', 1, None, ["broken JSON", "JSONL"]),
+    "key twice": ("a.jsonl", b'{"label": 1, "label": 2}\n', 1, None, ["'label' stands twice"]),
+    "half a surrogate pair": ("a.jsonl", jsonl(row(rejected="\ud800")), 1, None, ["other half"]),
+    "a list instead of a row": ("a.jsonl", GOOD + b"[]\n", 2, None, ["expected an object", "a list"]),
+    "far too deep": ("a.jsonl", b'{"a":' * 200000, 1, None, ["nested too deeply"]),
+    "number of 5000 digits": ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", 1, None, ["broken JSON"]),
+    "text instead of a row": (
+        "a.jsonl",
+        GOOD + b'"hello"\n',
+        2,
+        None,
+        ["expected an object", "text 'hello'"],
+    ),
+    "null instead of a row": ("a.jsonl", GOOD + b"null\n", 2, None, ["expected an object", "null"]),
+    "list not closed": ("a.json", b"[\n" + GOOD, 3, None, ["comma or ]", "end of the file"]),
+    "text after a list": ("a.json", b"[" + GOOD + b"]\n{}", 3, None, ["after the end of the list"]),
+    "no comma in a list": ("a.json", b"[" + GOOD + GOOD + b"]", 2, None, ["comma or ]", "'{'"]),
+    "broken row in a list": (
+        "a.json",
+        b'[{"a": 1},\n  {"b": 1\n  "c" 2}]',
+        3,
+        None,
+        ["broken JSON at column 3", '"c"'],
+    ),
+    "messages is text": ("a.jsonl", jsonl({**row(), "messages": "hi"}), 1, "messages", ["list of messages"]),
+    "messages is an object": (
+        "a.jsonl",
+        jsonl({**row(), "messages": {"a": 1}}),
+        1,
+        "messages",
+        ["an object"],
+    ),
+    "message is text": ("a.jsonl", jsonl({**row(), "messages": ["hi"]}), 1, "messages[0]", ["'role'"]),
+    "role is a number": (
+        "a.jsonl",
+        jsonl({**row(), "messages": [{"role": 1, "content": "q"}]}),
+        1,
+        "messages[0].role",
+        ["expected text, found the number 1"],
+    ),
+    "content is a list": (
+        "a.jsonl",
+        jsonl(row(), {**row(), "messages": talk(prompt=[{"type": "text"}])}),
+        2,
+        "messages[0].content",
+        ["expected text, found a list", "Write the message as one text."],
+    ),
+    "rejected is a number": ("a.jsonl", jsonl(row(rejected=5)), 1, "rejected_response", ["the number 5"]),
+    "rejected is a list of texts": (
+        "a.jsonl",
+        jsonl(row(rejected=["a"])),
+        1,
+        "rejected_response[0]",
+        ["expected an object"],
+    ),
+    "rejected conversation is text": (
+        "a.jsonl",
+        jsonl({"messages": talk(), "rejected_messages": "hi"}),
+        1,
+        "rejected_messages",
+        ["list of messages, found text 'hi'"],
+    ),
+    "empty answer is a number": (
+        "a.jsonl",
+        jsonl(row(**OWN), row(empty_response=12, empty_rejected_response="13")),
+        2,
+        "empty_response",
+        ["expected text, found the number 12"],
+    ),
+    "rejected side spelled in two ways": (
+        "a.jsonl",
+        jsonl(row(), {"messages": talk(), "rejected_messages": talk(REJECTED)}),
+        2,
+        None,
+        ["rejected_messages", "rejected_response at line 1", "two files"],
+    ),
+    "prompt spelled in two ways": (
+        "a.jsonl",
+        jsonl(row(), {"query": "q", "response": CHOSEN, "rejected_response": REJECTED}),
+        2,
+        None,
+        ["query and response", "messages at line 1", "two files"],
+    ),
+    "csv without rows": ("a.csv", b"messages,rejected_response\n", None, None, ["no rows"]),
+    "csv without the columns": (
+        "a.csv",
+        b"prompt,good,bad\nq,a,b\n",
+        1,
+        "header",
+        ["found prompt, good, bad", "--columns"],
+    ),
+    "csv with messages that are no JSON": (
+        "a.csv",
+        b"messages,rejected_response\nhello,x\n",
+        2,
+        "messages",
+        ["list of messages, found text 'hello'"],
+    ),
+    "csv row too long": ("a.csv", b"query,response,rejected_response\n1,2,3,4\n", 2, None, ["3 cells", "4"]),
+    "csv row too short": (
+        "a.csv",
+        b"query,response,rejected_response\n1,2\n",
+        2,
+        None,
+        ["found 2", "quotes"],
+    ),
+    "csv quote not closed": (
+        "a.csv",
+        b'query,rejected_response\nq,a\nq,"a\n\n',
+        3,
+        None,
+        ["broken CSV", "double the"],
+    ),
+    "csv column twice": ("a.csv", b"query,query\n1,2\n", 1, None, ["'query' stands twice", "Rename"]),
+    "csv latin-1": ("a.csv", b"query,response\nq,\xe9\n", 2, None, ["UTF-8", "0xe9", "byte 17 "]),
+    "csv of numbers": (
+        "a.csv",
+        b"query,response,rejected_response,empty_response,empty_rejected_response\n"
+        b"q,<think>a</think>4,<think>b</think>5,4,five\nq,<think>a</think>4,<think>b</think>5, 4.5e1 ,5\n",
+        1,
+        "empty_response",
+        ["looks like numbers", "JSONL"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FATAL)
+def test_file_that_stops_the_run(case, write):
+    name, content, line, field, fragments = FATAL[case]
+    path = write(content, name)
+    with pytest.raises(UserError) as caught:
+        scan_files([path], RULES)
+    error = caught.value
+    assert (error.file, error.line, error.field) == (path, line, field)
+    for fragment in fragments:
+        assert fragment in str(error)
+    assert error.remedy and error.remedy.endswith(".")
+
+
+def test_more_bad_rows_are_counted_and_the_first_is_told(write):
+    path = write(jsonl(row(), 1, row(rejected=5)) + b"{\n" + GOOD)
+    with pytest.raises(UserError, match="2 more bad rows in this file") as caught:
+        scan_files([path], RULES)
+    assert caught.value.line == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("", "an empty entry"),
+        ("{dir}/none.jsonl", "no such file"),
+        ("{dir}/none.jsonl#10", "no such file"),
+        ("{dir}/pair.jsonl", "Did you mean {dir}/pairs.jsonl?"),
+        ("{dir}/none/a.jsonl", "{dir}/none is not there either"),
+        ("none.jsonl", "no such file"),
+        ("~/pairs.jsonl", "does not expand it"),
+        ("org/name#many", "name#rows"),
+        ("{dir}/pairs.jsonl.gz", "does not know '.gz'"),
+        ("{dir}/plain", "does not know 'none'"),
+    ],
+)
+def test_entry_that_names_no_readable_file(spec, told, tmp_path, write):
+    for name in ("pairs.jsonl", "pairs.jsonl.gz", "plain"):
+        write(GOOD, name)
+    with pytest.raises(UserError) as caught:
+        scan_files([spec.format(dir=tmp_path)], RULES)
+    assert told.format(dir=tmp_path) in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_file_that_cannot_be_opened(write, monkeypatch):
+    path = write(GOOD)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="cannot be read: Permission denied") as caught:
+        scan_files([path], RULES)
+    assert caught.value.file == path
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+# --- the scan ---
+
+
+def test_report_for_a_person(write):
+    path = write(jsonl(row(), row(rejected="<think>cut"), row(empty_response="4")))
+    report = scan_files([path, "org/data:sub#10", "hf::org/data"], RULES)
+    lines = report.lines()
+    assert lines[0] == f"{path}: 3 rows"
+    assert lines[1] == "3 rows read, 2 kept."
+    problem = "no </think> (generation was cut off; raise the generation limit, or leave the row out)"
+    assert f"{path}:2: rejected_response: {problem}" in lines
+    assert lines[-2:] == [
+        "org/data:sub#10: not a local file; its rows are checked after loading.",
+        "hf::org/data: not a local file; its rows are checked after loading.",
+    ]
+
+
+def test_listing_is_limited_and_counts_are_not(write):
+    path = write(jsonl(row(), *[row(chosen="x")] * 5))
+    report = scan_files([path], RULES, max_listed=2)
+    assert len(report.listed) == 2 and report.not_listed == 3 and report.tally.dropped.total() == 5
+    assert "… and 3 more problems." in report.lines()
+
+
+def test_entries_that_are_left_to_ms_swift(tmp_path, write):
+    entries = [str(tmp_path), write(b"x", "a.txt"), write(b"x", "a.parquet"), "org/data", "ms::org/data#5"]
+    report = scan_files(entries, RULES)
+    assert len(report.skipped) == 5 and not report.files and report.tally.rows == 0
+
+
+def test_sampled_and_subset_entries_are_local_files(write):
+    path = write(GOOD)
+    assert local_file(f"{path}#5") == (path, "")
+    assert local_file(f"{path}:sub") == (path, "")
+    odd = write(GOOD, "a#b::c.jsonl")
+    assert local_file(odd) == (odd, ""), "a name that exists is taken as it is"
+
+
+# Characters that str.splitlines takes for ends of lines, none of which ends one here.
+ODD_LINE = json.dumps(row("a\u2028b\x85c\x0bd</think>é"), ensure_ascii=False).encode()
+
+LAYOUTS = {
+    "lines": ("a.jsonl", GOOD * 3, [1, 2, 3]),
+    "no end of line": ("a.jsonl", (GOOD * 3).rstrip(), [1, 2, 3]),
+    "byte order mark": ("a.jsonl", b"\xef\xbb\xbf" + GOOD * 2, [1, 2]),
+    "CRLF and blank lines": ("a.jsonl", b"\r\n" + GOOD.replace(b"\n", b"\r\n\r\n") * 2, [2, 4]),
+    "a list": ("a.json", b"\n[" + GOOD + b",\n\n" + GOOD + b"]\n", [2, 5]),
+    "a list in one line": ("a.jsonl", json.dumps([row(), row()]).encode(), [1, 1]),
+    "lines in a .json file": ("a.json", GOOD * 2, [1, 2]),
+    "unicode line ends": ("a.jsonl", ODD_LINE + b"\n" + GOOD, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_and_their_lines(layout, chunk, write, monkeypatch):
+    # Tiny chunks cut rows, numbers and characters in every place.
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
+    name, content, lines = LAYOUTS[layout]
+    rows = list(readers.read_rows(write(content, name)))
+    assert [line for line, _ in rows] == lines
+    assert all(check_row(entry, RULES).kept for _, entry in rows)
+
+
+@pytest.mark.parametrize("case", [name for name in FATAL if FATAL[name][0].endswith(".json")])
+def test_broken_lists_are_told_alike_in_tiny_chunks(case, write, monkeypatch):
+    monkeypatch.setattr(readers, "_CHUNK", 1)
+    test_file_that_stops_the_run(case, write)
+
+
+@given(st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=4))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_list_is_read_as_json_reads_it(write, entries):
+    entries = json.loads(json.dumps(entries).replace("NaN", "0"))
+    for indent in (None, 2):
+        path = write(json.dumps(entries, indent=indent, ensure_ascii=False).encode("utf-8", "replace"), "a.json")
+        assert [entry for _, entry in readers.read_rows(path)] == entries
+
+
+def test_a_very_long_line(write):
+    long = row(chosen="<think>\n" + "so 2+2 is 4. " * 400_000 + "</think>4")
+    path = write(jsonl(row(), long, row(rejected="x")))
+    report = scan_files([path], RULES)
+    assert report.tally.kept == 2 and report.listed[0].startswith(f"{path}:3: rejected_response: no trace")
+
+
+@pytest.mark.parametrize("name", ["big.jsonl", "big.json", "big.csv"])
+def test_memory_does_not_grow_with_the_file(name, write):
+    count, text = 4000, "x" * 5000
+    if name == "big.csv":
+        content = b"query,response,rejected_response\n"
+        content += f"q,<think>{text}</think>4,<think>b</think>5\n".encode() * count
+    else:
+        rows = [json.dumps(row(chosen=f"<think>{text}</think>4"))] * count
+        content = "\n".join(rows).encode() if name == "big.jsonl" else f"[{','.join(rows)}]".encode()
+    path, size = write(content, name), len(content)
+    assert size > 20_000_000
+    tracemalloc.start()
+    report = scan_files([path], RULES)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.tally.kept == count
+    assert peak < 8_000_000
+
+
+def csv_bytes(header, *rows):
+    out = io.StringIO()
+    csv.writer(out).writerows([header, *rows])
+    return out.getvalue().encode()
+
+
+def test_csv(write):
+    header = ["messages", "rejected_response", "empty_response", "empty_rejected_response"]
+    rows = [
+        [json.dumps(talk()), REJECTED, "4", "five, or 6"],
+        [str(talk()), REJECTED, "4", "5"],
+        [json.dumps(talk("x" * 200_000 + "</think>4")), 'or "so"</think>5', "4", "4"],
+        [json.dumps(talk()), "no\ntags", "4", "5 "],
+    ]
+    path = write(b"\xef\xbb\xbf" + csv_bytes(header, *rows, [*rows[0][:2], "", ""]), "a.csv")
+    report = scan_files([path], RULES)
+    assert csv.field_size_limit() == 131_072, "the limit is raised for the scan only"
+    assert (report.tally.rows, report.tally.trace_pairs, report.tally.own) == (5, 4, 2)
+    # Rows 1 and 3 hold line breaks; the fourth row starts after them.
+    start = 2 + sum(len(entry[1].splitlines()) for entry in rows[:3])
+    assert any(text.startswith(f"{path}:{start}: rejected_response: no trace") for text in report.listed)
+
+
+ALIASES = {
+    "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": CHOSEN}]},
+    "sharegpt": {"conversation": [{"human": "q", "assistant": CHOSEN}]},
+    "text": {"messages": json.dumps([{"role": "user", "content": "q"}, *talk()[1:]])},
+    "query": {"query": "q", "response": CHOSEN},
+    "capitals": {"Question": "q", "Output": CHOSEN},
+    "list of responses": {"prompt": "q", "answer": [CHOSEN, "other"]},
+    "response wins over answer": {"query": "q", "response": CHOSEN, "answer": "4"},
+    "alpaca": {"instruction": "q", "input": "", "output": CHOSEN},
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_other_spellings_are_read_as_ms_swift_reads_them(name, write):
+    entry = {**ALIASES[name], "rejected_response": REJECTED}
+    standard = canonical_row(entry)
+    assert standard["messages"] == [{"role": "user", "content": "q"}, talk()[1]]
+    report = scan_files([write(jsonl(entry))], RULES)
+    assert report.tally.kept == 1 and report.tally.unchecked == 0
+
+
+def test_system_and_history():
+    entry = {"query": "q", "response": CHOSEN, "rejected_response": REJECTED}
+    full = canonical_row({**entry, "system": "s", "history": "[['a', 'b']]"})
+    assert [m["content"] for m in full["messages"]] == ["s", "a", "b", "q", CHOSEN]
+    both = canonical_row({"messages": talk(), "rejected_messages": talk(REJECTED), "system": "s"})
+    assert both["messages"][0] == {"role": "system", "content": "s"}
+    # ms-swift gives the system column to the chosen side alone, so such rows do differ in their prompts.
+    assert "system message" in str(check_row(both, RULES).problems[0])
+
+
+def test_columns_of_the_user(write):
+    path = write(jsonl({"dialogue": talk(), "worse": REJECTED}))
+    columns = {"dialogue": "messages", "worse": "rejected_response"}
+    assert scan_files([path], RULES, columns=columns).tally.kept == 1
+    unknown = scan_files([path], RULES)
+    assert unknown.tally.unchecked == 1 and "1 row in a form that is checked after loading." in unknown.lines()
+    named = write(jsonl({"conversations": talk(), "rejected_response": REJECTED}), "b.jsonl")
+    assert scan_files([named], RULES).tally.kept == 1
+    assert scan_files([named], RULES, auto_mapping=False).tally.kept == 0
