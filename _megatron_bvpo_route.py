@@ -36,9 +36,9 @@ class RouteFinder:
 
 def wrap_cli_main(module) -> None:
     """Make `module.cli_main` ask our route first when the subcommand is `rlhf`."""
-    original = getattr(module, "cli_main", None)
-    if original is None or not hasattr(module, "ROUTE_MAPPING"):
+    if not all(hasattr(module, name) for name in ("cli_main", "ROUTE_MAPPING", "parse_yaml_args")):
         return  # some other package called swift, or an ms-swift that we do not know
+    original = module.cli_main
 
     def cli_main(*args, **kwargs):
         if len(sys.argv) > 1 and sys.argv[1] == "rlhf":

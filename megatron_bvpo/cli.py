@@ -37,7 +37,7 @@ def run_rank(argv: list[str]) -> None:
     try:
         if ours:
             preflight.check(argv)
-        if preflight.rehearsal_requested() or (ours and preflight.help_without_engine(argv)):
+        if flags.rehearsal_requested() or (ours and preflight.help_without_engine(argv)):
             from megatron_bvpo.rehearsal import install
 
             install()

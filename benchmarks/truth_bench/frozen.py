@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 from truth_bench.exact import TrueMoments, truth
 from truth_bench.model import Array, Task
 from truth_bench.regimes import Regime, policy
-
-from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 
 WARM_UP = 8  # the first 8 steps of a run all probe, so a band is asked for from here on
 

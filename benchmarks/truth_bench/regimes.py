@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from truth_bench.model import Array, Task, TaskConfig
 
 
@@ -36,8 +37,8 @@ BASE = TaskConfig()
 REGIMES = (
     Regime("base", "3 letters, 16 pairs", BASE),
     Regime("short", "traces of 1 letter", TaskConfig(length=1)),
-    Regime("long", "traces of 5 letters", TaskConfig(length=5)),
-    Regime("noisy", "4 letters, near uniform", TaskConfig(length=4, trace_scale=0.2)),
+    Regime("long", "traces of 4 letters", TaskConfig(length=4)),
+    Regime("noisy", "4 letters, drawn almost uniformly", TaskConfig(length=4, trace_scale=0.2)),
     Regime("biased", "empty stream far off", TaskConfig(empty_offset=1.0)),
     Regime("unbiased", "empty stream nearly right", TaskConfig(empty_offset=0.0)),
     Regime("tiny-batch", "4 pairs, halves of 1 and 3", BASE, pairs=4, first_half=1),

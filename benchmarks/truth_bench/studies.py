@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+
 from truth_bench import frozen
 from truth_bench.exact import smoothness, truth
 from truth_bench.model import Task
@@ -17,7 +18,18 @@ Row = dict[str, object]
 
 DECAYS = (0.9, 0.95, 0.97, 0.99)
 WITHIN = 0.03
-TRAINED = ("base", "long", "noisy", "biased", "unbiased", "tiny-batch", "large-batch", "shared", "correlated", "decisive")
+TRAINED = (
+    "base",
+    "long",
+    "noisy",
+    "biased",
+    "unbiased",
+    "tiny-batch",
+    "large-batch",
+    "shared",
+    "correlated",
+    "decisive",
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,15 @@ class Size:
 
 
 QUICK = Size(
-    pool=4_000, runs=40, probes=60, long_runs=10, steps=100, seeds=4, regimes=("base", "biased"), sgd=(0.3,), adam=(0.01,)
+    pool=4_000,
+    runs=40,
+    probes=60,
+    long_runs=10,
+    steps=100,
+    seeds=4,
+    regimes=("base", "biased"),
+    sgd=(0.3,),
+    adam=(0.01,),
 )
 
 
@@ -53,9 +73,7 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], dict[str, list[Row]]]
         true, sd = pool.true, pool.one_probe_sd
         suffice = int(np.ceil((1.96 * sd / WITHIN) ** 2))
         rng = np.random.default_rng(4)
-        long = frozen.follow(
-            pool, pool.runs(rng, size.long_runs, suffice), moment_decay=1 - 1 / (20 * suffice)
-        )
+        long = frozen.follow(pool, pool.runs(rng, size.long_runs, suffice), moment_decay=1 - 1 / (20 * suffice))
         index = pool.runs(rng, size.runs, size.probes)
         circ = true.alpha_circ
         row: Row = {
@@ -105,8 +123,14 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], dict[str, list[Row]]]
             )
             if decay == DECAYS[0]:
                 paths[regime.name] = [
-                    {"regime": regime.name, "probe": j + 1, "alpha": path.alpha[0, j], "stderr": path.stderr[0, j],
-                     "low": np.quantile(path.alpha[:, j], 0.025), "high": np.quantile(path.alpha[:, j], 0.975)}
+                    {
+                        "regime": regime.name,
+                        "probe": j + 1,
+                        "alpha": path.alpha[0, j],
+                        "stderr": path.stderr[0, j],
+                        "low": np.quantile(path.alpha[:, j], 0.025),
+                        "high": np.quantile(path.alpha[:, j], 0.975),
+                    }
                     for j in range(size.probes)
                 ]
         say(f"frozen {regime.name}: {time.monotonic() - start:.0f} s")

@@ -1,7 +1,10 @@
-"""Reading the few flags that decide where `swift rlhf` goes. Pure functions of lists of strings.
+"""Reading the few flags that decide where `swift rlhf` goes.
 
-The argument lists are flags only: ms-swift has unrolled its YAML already.
+The argument lists are flags only: ms-swift has unrolled its YAML already. An ordinary `swift rlhf` loads this
+file too, so it imports nothing that is not loaded anyway.
 """
+
+import os
 
 # The spellings that Hugging Face's argument parser takes for a boolean.
 _TRUE = {"yes", "true", "t", "y", "1"}
@@ -59,3 +62,8 @@ def take_megatron(argv: list[str]) -> tuple[bool | None, list[str]]:
 def wants_help(argv: list[str]) -> bool:
     """Whether the arguments ask for the list of flags."""
     return any(token in ("-h", "--help") for token in argv)
+
+
+def rehearsal_requested() -> bool:
+    """Whether BVPO_REHEARSAL=1 asks for the CPU stand-ins."""
+    return os.environ.get("BVPO_REHEARSAL") == "1"

@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import megatron_bvpo
-from megatron_bvpo.host import preflight, versions
+from megatron_bvpo.host import argv, versions
 
 
 def add_command(commands) -> None:
@@ -67,7 +67,7 @@ def _device() -> bool:
         _line(True, "device", f"{count} × {torch.cuda.get_device_name(0)}")
         _line(engine, "transformer-engine", engine_version)
         return engine
-    rehearsal = preflight.rehearsal_requested()
+    rehearsal = argv.rehearsal_requested()
     _line(
         rehearsal,
         "device",

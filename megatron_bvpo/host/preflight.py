@@ -8,11 +8,6 @@ from megatron_bvpo.host import argv as flags
 from megatron_bvpo.host import plugin_settings
 
 
-def rehearsal_requested() -> bool:
-    """Whether BVPO_REHEARSAL=1 asks for the CPU stand-ins."""
-    return os.environ.get("BVPO_REHEARSAL") == "1"
-
-
 def check(argv: list[str]) -> None:
     """Raise UserError where a BVPO run with these arguments cannot start on this machine."""
     from megatron_bvpo.host import versions  # only here: an ordinary `swift rlhf` has no use for packaging
@@ -25,7 +20,7 @@ def check(argv: list[str]) -> None:
             f"{', '.join(stray)}: set in the environment, which only the plugin of --external_plugins reads.",
             remedy=f"Unset it and use --{flag} or the same key in the YAML file.",
         )
-    if not rehearsal_requested() and not flags.wants_help(argv):
+    if not flags.rehearsal_requested() and not flags.wants_help(argv):
         require_gpu()
 
 

@@ -8,16 +8,16 @@ ms-swift's own `cli_main` still does the launching; it is only given another fil
     another type, no --megatron        → as without us
 
 In a rehearsal every Megatron run goes through megatron_bvpo/cli.py, which puts the CPU stand-ins in place.
+
+An ordinary `swift rlhf` comes here too and must start as fast as without us: what only our own runs need is
+imported where it is used.
 """
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 from megatron_bvpo.errors import EXIT_CODE, UserError
 from megatron_bvpo.host import argv as flags
-from megatron_bvpo.host import preflight, report
 
 OURS = "megatron_bvpo.cli"
 
@@ -54,7 +54,7 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
     # ms-swift's own unrolling. It would come to it next, and then finds nothing left to unroll.
     swift_main.parse_yaml_args(argv)
     try:
-        route, rest = choose(argv, is_megatron, preflight.rehearsal_requested())
+        route, rest = choose(argv, is_megatron, flags.rehearsal_requested())
         sys.argv[2:] = rest
         if route is None or (route == "megatron" and is_megatron):
             return original(route_mapping, is_megatron)
@@ -65,8 +65,12 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
         if flags.rlhf_type(rest) == "bvpo":
             if not is_megatron and len(rest) == len(argv):
                 print("megatron-bvpo: --rlhf_type bvpo runs on the Megatron backend.", flush=True)
+            from megatron_bvpo.host import preflight
+
             preflight.check(rest)
     except UserError as error:
+        from megatron_bvpo.host import report
+
         report.write(error)
         sys.exit(EXIT_CODE)
     mapping = {**(route_mapping or swift_main.ROUTE_MAPPING), "rlhf": OURS}
@@ -75,6 +79,11 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
 
 def _launch(launch) -> None:
     """Run `launch`; after a user error of a rank, end with its message last and its exit code."""
+    import tempfile
+    from pathlib import Path
+
+    from megatron_bvpo.host import report
+
     with tempfile.TemporaryDirectory(prefix="megatron-bvpo-") as name:
         os.environ[report.FOLDER] = name
         code = 0

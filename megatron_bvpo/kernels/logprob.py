@@ -102,7 +102,9 @@ def target_logps(
             ignore_index=ignore_index,
             cross_entropy=cross_entropy,
         )
-    frozen = torch.is_grad_enabled() and hidden_NH.requires_grad and not weight_VH.requires_grad
+    if not torch.is_grad_enabled():  # autograd.Function would still see requires_grad, and compute gradients
+        hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
+    frozen = hidden_NH.requires_grad and not weight_VH.requires_grad
     sizes = choose_tiles(
         hidden_NH.device,
         targets_N.shape[0],

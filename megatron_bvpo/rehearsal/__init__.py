@@ -19,6 +19,8 @@ import os
 import sys
 from pathlib import Path
 
+from .megatron_patches import patch_megatron
+
 __all__ = ["install", "wanted"]
 
 _STAND_INS = str(Path(__file__).parent / "stand_ins")
@@ -53,10 +55,9 @@ def install(device: bool | None = None, transformer_engine: bool | None = None) 
         device = not torch.cuda.is_available()
     if device:
         from . import device as device_stand_ins
-        from .megatron_patches import patch_megatron
 
         device_stand_ins.install()
-        patch_megatron()
+    patch_megatron()
 
 
 def _transformer_engine_found() -> bool:

@@ -1,8 +1,9 @@
-"""The one function of megatron-core that cannot run on CPU tensors, replaced when its module is imported.
+"""What of megatron-core cannot run in float32 on CPU tensors, replaced when its module is imported.
 
 Importing megatron-core takes seconds and must come after the stand-ins, so nothing is imported here: a finder
-waits for the module and patches it as soon as it is executed, before `token_dispatcher` takes the function by
-name. Where the modules are already imported they are patched at once.
+waits for the modules and patches each as soon as it is executed, before `token_dispatcher` takes its function
+by name. Modules that are already imported are patched at once. On a GPU every patch is without effect, but for
+`_load_without_gradients`, which float32 needs there too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import ModuleType
 _MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
 _TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 _RANDOM = "megatron.core.tensor_parallel.random"
+_DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 
 
 def patch_megatron() -> None:
@@ -55,20 +57,33 @@ def _run_lazy_calls_at_once(module: ModuleType) -> None:
     module.device_ctx_manager = torch.cuda.device
 
 
+def _load_without_gradients(module: ModuleType) -> None:
+    """Resuming copies into the optimizer's parameters. In float32 these are views of the model's, which require
+    gradients, and megatron-core 0.16 forgets `no_grad`; bf16 training has detached float32 copies instead."""
+    import torch
+
+    owner = _target(module, "DistributedOptimizer")
+    original = _target(owner, "_set_main_param_and_optimizer_states")
+    if not hasattr(original, "__wrapped__"):
+        owner._set_main_param_and_optimizer_states = torch.no_grad()(original)  # sets __wrapped__
+
+
 _PATCHES = {
     _MOE_UTILS: _convert_on_cpu,
     _TOKEN_DISPATCHER: _convert_on_cpu,
     _RANDOM: _run_lazy_calls_at_once,
+    _DISTRIBUTED_OPTIMIZER: _load_without_gradients,
 }
 
 
-def _target(module: ModuleType, name: str):
-    if not hasattr(module, name):
+def _target(owner, name: str):
+    if not hasattr(owner, name):
         raise RuntimeError(
-            f"{module.__name__} has no {name}: this megatron-core is not one the CPU rehearsal "
-            "knows (checked with 0.16.1). Install that version, or update megatron_bvpo/rehearsal/megatron_patches.py."
+            f"{owner.__name__} has no {name}: this megatron-core is not one the CPU rehearsal "
+            "knows (checked with 0.16.1). Install that version, or update "
+            "megatron_bvpo/rehearsal/megatron_patches.py."
         )
-    return getattr(module, name)
+    return getattr(owner, name)
 
 
 class _PatchOnImport(importlib.abc.MetaPathFinder):

@@ -309,8 +309,8 @@ PLUGIN = ROOT / "plugins" / "megatron_bvpo_plugin.py"
 IMPORT_PLUGIN = (
     "import runpy, sys, types; plugin, sys.argv[1:] = sys.argv[1], sys.argv[2:]\n"
     "if '--fake_megatron' in sys.argv: sys.modules['swift.megatron'] = types.ModuleType('swift.megatron')\n"
-    "import megatron_bvpo.pipeline\n"
-    "megatron_bvpo.pipeline.activate_plugin = lambda settings: print('settings', settings)\n"
+    "pipeline = sys.modules['megatron_bvpo.pipeline']\n"
+    "pipeline.activate_plugin = lambda settings: print('settings', settings)\n"
     "runpy.run_path(plugin)"
 )
 

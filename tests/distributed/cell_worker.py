@@ -71,10 +71,13 @@ def run_cell(cell: dict, folder: Path) -> None:
 def take_down() -> None:
     import torch
     import torch.distributed as dist
+    from mcore_bridge.bridge import gpt_bridge
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     parallel_state.destroy_model_parallel()
+    # mcore-bridge keeps a group of its own for the life of the process.
+    gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_RANK = None
     destroy_num_microbatches_calculator()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class Cell:
         type: rlhf_type; `dpo` runs ms-swift's own pipeline.
         hook_args: passed to the hook.
         may_fail: an exception is recorded instead of ending the worker.
+        keep_folder: go on in the folder that an earlier run left.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Cell:
     type: str = "bvpo"
     hook_args: dict = field(default_factory=dict)
     may_fail: bool = False
+    keep_folder: bool = False
 
 
 @dataclass
@@ -79,6 +82,9 @@ def run_cells(world_size: int, cells: list[Cell], folder: Path, *, timeout: floa
     """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        if not cell.keep_folder:
+            shutil.rmtree(folder / cell.name, ignore_errors=True)
     spec = folder / f"spec_{world_size}.json"
     spec.write_text(
         json.dumps({"cells": [asdict(c) for c in cells], "ports": free_ports(len(cells)), "folder": str(folder)})

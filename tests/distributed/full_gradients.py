@@ -51,7 +51,11 @@ def export_gradients(trainer) -> dict[str, torch.Tensor]:
         exported = {
             name: tensor.double().clone()
             for name, tensor in trainer.bridge.export_weights(
-                list(trainer.unwrapped_models), target_device="cpu", only_master_rank=True, peft_format=lora
+                list(trainer.unwrapped_models),
+                target_device="cpu",
+                only_master_rank=True,
+                peft_format=lora,
+                _is_saving=True,  # the path that gathers experts over a pipeline
             )
             if tensor is not None
         }

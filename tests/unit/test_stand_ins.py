@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,15 @@ def test_norms(kind, zero_centered):
     check_same(module, reference, torch.randn(4, 2, 9, dtype=F64))
 
 
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+def test_norms_return_the_dtype_of_their_weight(kind):
+    norm = getattr(te, kind)(9, params_dtype=torch.bfloat16)
+    inp = torch.randn(4, 9, requires_grad=True)
+    out = norm(inp)
+    out.sum().backward()
+    assert out.dtype == torch.bfloat16 and inp.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("zero_centered", [True, False])
 @pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
 def test_layernorm_linear_and_its_normed_output(kind, zero_centered):
@@ -176,6 +186,31 @@ def test_bf16_layers_are_as_good_as_bf16_can_be():
 def test_a_layer_refuses_another_dtype_than_its_own():
     with pytest.raises(TypeError, match="float32.*bfloat16"):
         te.Linear(4, 4, params_dtype=torch.bfloat16)(torch.zeros(2, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_layers_and_packed_attention_in_bf16_on_a_gpu():
+    """The stand-ins without the torch.cuda ones: parameters land on the GPU, results are bf16's."""
+    fused = te.LayerNormLinear(64, 64, normalization="RMSNorm", bias=False, params_dtype=torch.bfloat16)
+    assert fused.weight.is_cuda
+    inp = torch.randn(10, 64).bfloat16()
+    normed = rms(inp.double(), fused.layer_norm_weight.double().cpu(), 1e-5)
+    exact = normed @ fused.weight.double().cpu().T
+    out = fused(inp.cuda()).double().cpu()
+    torch.testing.assert_close(out, exact, rtol=2**-6, atol=2**-6 * exact.abs().max().item())
+
+    q, k, v = (torch.randn(10, heads, 16).bfloat16() for heads in (4, 2, 2))
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    attention = te.DotProductAttention(4, 16, 2, qkv_format="thd", attn_mask_type="padding_causal")
+    exact = attention(q.double(), k.double(), v.double(), cu_seqlens_q=bounds)
+    out = attention(q.cuda(), k.cuda(), v.cuda(), cu_seqlens_q=bounds.cuda())
+    torch.testing.assert_close(out.double().cpu(), exact, rtol=2**-7, atol=2**-7)
+
+    param = torch.ones(4, device="cuda").requires_grad_()
+    param.grad = torch.ones(4, device="cuda")
+    FusedAdam([param], lr=0.5).step()
+    torch.testing.assert_close(param.cpu(), torch.full((4,), 0.5))
 
 
 # ---------------------------------------------------------------------------------------------- attributes
@@ -668,3 +703,23 @@ for module in (moe_utils, token_dispatcher):
 assert len(sys.meta_path) == len(set(map(id, sys.meta_path)))
 """,
         )
+
+
+def test_resuming_in_float32_is_patched():
+    from megatron_bvpo.rehearsal import megatron_patches
+
+    class DistributedOptimizer:
+        def _set_main_param_and_optimizer_states(self, param, value):
+            param.view(-1).copy_(value)
+
+    module = types.ModuleType("distrib_optimizer")
+    module.DistributedOptimizer = DistributedOptimizer
+    param = torch.zeros(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        DistributedOptimizer()._set_main_param_and_optimizer_states(param, torch.ones(2))
+    megatron_patches._load_without_gradients(module)
+    DistributedOptimizer()._set_main_param_and_optimizer_states(param, torch.ones(2))
+    assert param.tolist() == [1, 1]
+    del DistributedOptimizer._set_main_param_and_optimizer_states
+    with pytest.raises(RuntimeError, match="has no _set_main_param_and_optimizer_states"):
+        megatron_patches._load_without_gradients(module)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from megatron_bvpo.rehearsal import sample_data, tiny_models, tiny_tokenizers
 from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
@@ -62,16 +64,21 @@ def digests(folder):
 @needs_real
 def test_real_vocabulary_encodes_as_tiktoken_does(real_tokenizer):
     tiktoken = pytest.importorskip("tiktoken")
+    # The pattern is transformers' own copy, so that ours is checked as well.
     reference = tiktoken.Encoding(
-        "qwen", pat_str=tiny_tokenizers.SPLIT_PATTERN, special_tokens={}, mergeable_ranks=tiny_tokenizers.real_ranks()
+        "qwen", pat_str=PRETOKENIZE_REGEX, special_tokens={}, mergeable_ranks=tiny_tokenizers.real_ranks()
     )
+    raw = Tokenizer.from_file(f"{real_tokenizer.name_or_path}/tokenizer.json")
     rows = [json.dumps(row, ensure_ascii=False) for row in sample_data_rows()]
     for text in VARIED_TEXT + rows:
         for special in tiny_tokenizers.SPECIAL_TOKENS:
             text = text.replace(special, "")  # those are not in the reference
-        ids = real_tokenizer(text)["input_ids"]
-        assert ids == reference.encode(text, disallowed_special=()), text
+        ids = reference.encode(text, disallowed_special=())
+        assert real_tokenizer(text)["input_ids"] == ids, text
         assert real_tokenizer.decode(ids) == text
+        # transformers puts its own splitter and decoder over the file's; others use the file's.
+        assert raw.encode(text).ids == ids, text
+        assert raw.decode(ids) == text
 
 
 @needs_real
@@ -133,8 +140,12 @@ def test_preferring_fewer_tokens_wins_nothing(which, trimmed, request):
 
 def test_trimmed_vocabulary_round_trips_and_compresses(trimmed):
     tokenizer = AutoTokenizer.from_pretrained(trimmed)
+    raw = Tokenizer.from_file(str(trimmed / "tokenizer.json"))
     for text in VARIED_TEXT:
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert raw.encode(text).ids == ids
+        assert raw.decode(ids) == text
     sentence = sample_data.CUE_PAIRS[0][0]
     assert len(tokenizer(sentence)["input_ids"]) < len(sentence) / 3
     for special in tiny_tokenizers.SPECIAL_TOKENS:

@@ -9,7 +9,7 @@ from .rmsnorm import RMSNorm
 
 
 class LayerNorm(RMSNorm):
-    """x [..., H] -> [..., H], normalised to mean 0 and variance 1. Same arguments as RMSNorm."""
+    """x [..., H] -> [..., H] in the weight's dtype, normalised to mean 0 and variance 1. Same arguments as RMSNorm."""
 
     def _make_parameters(self, shape: tuple[int, ...], factory: dict) -> None:
         super()._make_parameters(shape, factory)
@@ -23,4 +23,4 @@ class LayerNorm(RMSNorm):
             self.bias.sequence_parallel = self.sequence_parallel
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
-        return layer_norm(inp, self.weight, self.bias, self.eps, self.zero_centered_gamma)
+        return layer_norm(inp.to(self.weight.dtype), self.weight, self.bias, self.eps, self.zero_centered_gamma)

@@ -9,7 +9,7 @@ from .normalization import rms_norm
 
 
 class RMSNorm(torch.nn.Module):
-    """x [..., H] -> [..., H], normalised by the root mean square.
+    """x [..., H] -> [..., H] in the weight's dtype, normalised by the root mean square.
 
     `hidden_size` and `params_dtype` are TE's older names of `normalized_shape` and `dtype`; Megatron uses
     them.
@@ -50,7 +50,8 @@ class RMSNorm(torch.nn.Module):
             self.weight.sequence_parallel = self.sequence_parallel
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
-        return rms_norm(inp, self.weight, self.eps, self.zero_centered_gamma)
+        # In the weight's dtype, whatever the input's, as TE does: with float32 residuals it is where bf16 begins.
+        return rms_norm(inp.to(self.weight.dtype), self.weight, self.eps, self.zero_centered_gamma)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)

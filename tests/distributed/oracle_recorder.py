@@ -1,0 +1,64 @@
+"""What an independent oracle must know of a BVPO run's first step: the adapter, the tokens, each pair's log-probs."""
+
+from __future__ import annotations
+
+from megatron_bvpo.data.batches import LAYOUT_KEY
+from megatron_bvpo.objective.streams import STREAMS
+from tests.distributed.recorders import record_first_step
+
+
+def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02):
+    """The gradients of `record_first_step`, and with them in `recorded.pt`:
+
+    adapter: LoRA tensors by peft name before the first update, float32 (empty for full tuning).
+    sequences: (ids, labels) of every sequence of the step, in the order of `pairs`: chosen, then rejected.
+    pairs: one dict a pair: stream, row, micro_batch, and its log-probs (float64) and token counts.
+    """
+
+    class OracleRecorder(record_first_step(base, folder, save=save, lora_scale=lora_scale)):
+        def _take_global_batch(self, data_iterator):
+            chunks = super()._take_global_batch(data_iterator)
+            if "pairs" not in self.recorded:
+                self.recorded |= {"pairs": [], "sequences": {}, "adapter": self._exported_adapter()}
+                for number, batch in enumerate(chunks[0]):
+                    self._record_tokens(number, batch)
+            return chunks
+
+        def _exported_adapter(self):
+            if self.args.tuner_type != "lora":
+                return {}
+            exported = self.bridge.export_weights(
+                list(self.unwrapped_models), target_device="cpu", only_master_rank=True, peft_format=True
+            )
+            return {name: tensor.clone() for name, tensor in exported}
+
+        def _record_tokens(self, number: int, batch: dict) -> None:
+            ids, labels = batch["input_ids"], batch["labels"]
+            if self.args.padding_free:  # one row of tokens; positions begin anew with each sequence
+                starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+                ends = [*starts[1:], ids.shape[1]]
+                sequences = [(ids[0, a:b], labels[0, a:b]) for a, b in zip(starts, ends, strict=True)]
+            else:
+                sequences = list(zip(ids, labels, strict=True))
+            layout = batch[LAYOUT_KEY]
+            for stream in STREAMS:
+                chosen, rejected = (sequences[part] for part in layout.slices(stream))
+                for row, c, r in zip(layout.rows[stream], chosen, rejected, strict=True):
+                    self.recorded["sequences"][stream, row] = (c, r)
+                    self.recorded["pairs"].append({"stream": stream, "row": row, "micro_batch": number})
+
+        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
+            if self.state.iteration == 0 and self.model_is_training():
+                chosen, rejected = layout.slices(stream)
+                for i, row in enumerate(layout.rows[stream]):
+                    found = next(p for p in self.recorded["pairs"] if (p["stream"], p["row"]) == (stream, row))
+                    found["logps"] = (logps_Q[chosen][i].item(), logps_Q[rejected][i].item())
+                    found["tokens"] = (tokens_Q[chosen][i].item(), tokens_Q[rejected][i].item())
+                    if ref_logps_Q is not None:
+                        found["ref_logps"] = (ref_logps_Q[chosen][i].item(), ref_logps_Q[rejected][i].item())
+            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+
+        def model_is_training(self) -> bool:
+            return self.unwrapped_models[0].training
+
+    return OracleRecorder
