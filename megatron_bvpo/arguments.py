@@ -165,12 +165,6 @@ def _number(values: dict[str, Any], name: str, low: float, high: float, *, low_o
 def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
     """The frozen configuration from argument values (`vars(args)`); raises UserError naming the flag."""
     alpha = parse_alpha(values["bvpo_alpha"])
-    if alpha is None:
-        raise UserError(
-            "alpha auto is not built yet",
-            field="--bvpo_alpha",
-            remedy="give a number in [0, 1]; 0.5 is the paper's value",
-        )
     interval = values["bvpo_probe_interval"]
     if int(interval) < 1:
         raise UserError(
@@ -260,9 +254,28 @@ def refuse_unsupported(args) -> None:
         (args.task_type not in (None, "causal_lm"), "task_type", "BVPO trains causal language models", leave),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
     ]
+    if parse_alpha(args.bvpo_alpha) is None:
+        refusals += auto_refusals(args)
     for refused, flag, reason, remedy in refusals:
         if refused:
             raise UserError(f"{flag} is {getattr(args, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)
+
+
+def auto_refusals(args) -> list[tuple]:
+    """Settings under which the gradients' moments were never shown to be measured right."""
+    fixed = "give --bvpo_alpha a number, or leave the flag out"
+    return [
+        (args.fp16, "fp16", "the moments of gradients under a moving loss scale are not measured", fixed),
+        (
+            args.main_grads_dtype == "bf16",
+            "main_grads_dtype",
+            "differences of bf16 gradients are noise",
+            fixed,
+        ),
+        (args.use_precision_aware_optimizer, "use_precision_aware_optimizer", "never tested with probes", fixed),
+        (args.optimizer_cpu_offload, "optimizer_cpu_offload", "never tested with probes", fixed),
+        (args.group_by_length, "group_by_length", "halves of a batch sorted by length are not alike", fixed),
+    ]
 
 
 def check_resume(args) -> None:

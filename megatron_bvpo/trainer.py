@@ -1,15 +1,19 @@
 """One BVPO training step as a story; the mathematics are in objective/, the groups in gradients/.
 
 A step takes the whole global batch from the loader first, because the weight of a pair is 1 over the
-number of pairs of its stream in the **global** batch, and that is known only then. Then both streams go
-through the model in one pass, each pair's loss weighted with alpha/N_t or (1 − alpha)/N_e, and the step
-is taken only if every rank's loss and gradient are finite.
+number of pairs of its stream in the **global** batch, and that is known only then. Then
+
+- most steps: both streams go through the model in one pass, each pair's loss weighted with alpha/N_t or
+  (1 − alpha)/N_e;
+- a probe step: the same pairs go through it as stream × half, four passes; their finalised gradients are kept
+  apart, D, X and W are measured from them for later steps' alpha, and they are mixed with the current one.
+
+The step is taken only if every rank's loss and gradient are finite.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,7 +28,7 @@ from swift.megatron.utils import (
 )
 from swift.utils import get_current_device, get_logger
 
-from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
 from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.fused_head import install_fused_head
@@ -40,6 +44,7 @@ from megatron_bvpo.objective.streams import (
     mixing_weights,
     stream_metrics,
 )
+from megatron_bvpo.probing import Pass, ProbeMixin
 
 logger = get_logger()
 
@@ -47,28 +52,13 @@ logger = get_logger()
 MAX_SKIPPED_STEPS = 20
 
 
-@dataclass
-class Pass:
-    """What one forward (and backward) over the micro-batches needs to know, and what it found.
-
-    Attributes:
-        weights: factor of each stream's sum of pair losses.
-        loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
-        bad_rows: rows with a loss that is not finite, found on the last stage.
-    """
-
-    weights: StreamWeights
-    loss_scale: float
-    bad_rows: list[str]
-
-
-class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
+class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
     """ms-swift's Megatron trainer with the BVPO objective."""
 
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
-        self.alpha = self.bvpo.alpha
+        self._start_alpha()
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
         super().__init__(args, template)
@@ -154,7 +144,7 @@ class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
         args = self.args
         n = len(chunks[0])
         self._pass = current = Pass(weights, loss_scale=n * self.groups.dp_size, bad_rows=[])
-        iterators = [iter([dict(batch) for batch in batches]) for batches in chunks]
+        iterators = [iter([{k: v for k, v in b.items() if k != ITEMS_KEY} for b in batches]) for batches in chunks]
         found = get_forward_backward_func()(
             forward_step_func=self.forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -239,12 +229,8 @@ class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
 
     def train_step(self, train_data_iterator):
         chunks = self._take_global_batch(train_data_iterator)
-        counts = self._count_pairs(chunks[0])
-        for model in self.wrapped_models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        done = self._run_pass(chunks, mixing_weights(self.alpha, counts), forward_only=False)
+        probe = self._plan_probe(chunks[0])
+        done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
         if not self._all_finite(done):
             self._report_skipped(done, chunks[0])
             return [], 0.0, False
@@ -255,7 +241,23 @@ class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
         grad_norm = reduce_max_stat_across_model_parallel_group(grad_norm)
         if successful:
             self.opt_param_scheduler.step(increment=self.args.global_batch_size)
-        return self._step_metrics(done), grad_norm, successful
+        metrics = self._step_metrics(done)
+        if self.moments is not None:  # later steps use it; this one was mixed with what was known before
+            self._learn_alpha(self.moments)
+        return metrics, grad_norm, successful
+
+    def _zero_gradients(self) -> None:
+        for model in self.wrapped_models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _one_pass(self, chunks: list[list[dict]]) -> Pass:
+        self.moments = None
+        self._zero_gradients()
+        weights = mixing_weights(self.alpha, self._count_pairs(chunks[0]))
+        return self._run_pass(chunks, weights, forward_only=False)
+
+    # ---- is it finite
 
     def _all_finite(self, done: Pass) -> bool:
         """True on all ranks alike, before the optimizer or the scheduler move."""
@@ -290,6 +292,8 @@ class BvpoTrainer(CheckpointMixin, MegatronRLHFTrainer):
         metrics = self._reduce_metrics(done.sums, self.alpha)
         if metrics:
             metrics["alpha"] = (self.alpha, 1)
+            if self.moments is not None:
+                metrics.update(self._probe_metrics(self.moments))
         return [_as_tensors(metrics)] if metrics else []
 
     def _reduce_metrics(self, sums: torch.Tensor | None, alpha: float) -> dict[str, tuple]:

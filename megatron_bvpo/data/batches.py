@@ -17,6 +17,7 @@ from typing import Any
 from megatron_bvpo.data.rows import RowRules, check_row, normalise_row
 
 LAYOUT_KEY = "bvpo_layout"
+ITEMS_KEY = "bvpo_items"
 ROW_KEY = "bvpo_row"
 WEIGHT_KEY = "bvpo_weight"
 SIDES = ("chosen", "rejected")
@@ -57,11 +58,13 @@ class TemplateSettings:
         block: text of an empty trace.
         mask_block: leave the block's tokens out of the loss. They are the same in both answers, so for
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
+        keep_items: hand the uncollated rows on with the batch, for probe steps.
     """
 
     rules: RowRules
     block: str
     mask_block: bool = True
+    keep_items: bool = False
 
 
 class BvpoTemplateMixin:
@@ -108,6 +111,12 @@ class BvpoTemplateMixin:
             {"role": "assistant", "content": answer},
         ]
         return inputs
+
+    def data_collator(self, batch, *, padding_to: int | None = None) -> dict[str, Any]:
+        collated = super().data_collator(batch, padding_to=padding_to)
+        if self.bvpo.keep_items:
+            collated[ITEMS_KEY] = list(batch)
+        return collated
 
     def _rlhf_data_collator(self, batch, *, padding_to: int | None = None, **kwargs) -> dict[str, Any]:
         rows: dict[str, tuple] = {}

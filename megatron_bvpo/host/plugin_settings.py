@@ -20,6 +20,12 @@ OTHER_VARIABLES = {
     "BVPO_REHEARSAL": "1: CPU stand-ins in place of a GPU",
     "BVPO_ROOT": "where the plugin finds the megatron_bvpo checkout",
     "BVPO_SKIP_VERSION_CHECK": "1: go on with unsupported versions",
+    "BVPO_VENV": "launch scripts: the virtual environment",
+    "BVPO_PYTHON": "launch scripts: the Python that makes it",
+    "BVPO_EXTRAS": "launch scripts: extras to install",
+    "BVPO_TORCH": "launch scripts: the torch requirement",
+    "BVPO_PIP_ARGS": "launch scripts: more arguments for pip",
+    "BVPO_REHEARSAL_DIR": "launch scripts: where the rehearsal keeps its files",
 }
 
 

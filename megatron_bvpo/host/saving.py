@@ -78,6 +78,8 @@ class CheckpointMixin:
             "iteration": state.iteration,
             "consumed_train_samples": state.consumed_train_samples,
             "alpha": self.alpha,
+            "estimator": None if self.estimator is None else self.estimator.state_dict(),
+            "optimizer_reshardable": self._optimizer_reshardable(),
             "best_metric": state.best_metric,
             "best_global_step": state.best_global_step,
             "best_model_checkpoint": state.best_model_checkpoint,
@@ -85,6 +87,11 @@ class CheckpointMixin:
             "model": self._model_identity(),
             "loss": vars(self.bvpo.preference),
         }
+
+    def _optimizer_reshardable(self) -> bool:
+        """Whether the saved optimizer can be read under another TP, PP or EP."""
+        args = self.args
+        return not args.use_distributed_optimizer or args.dist_ckpt_optim_fully_reshardable
 
     def _layout_name(self) -> dict[str, int]:
         args = self.args
@@ -116,6 +123,7 @@ class CheckpointMixin:
         if folder is not None:
             saved = ckpt.read_state(folder)
             self._check_same_model(folder, saved)
+            self._check_layout_change(folder, saved)
         if is_master():
             ckpt.clear_staging(self.args.output_dir)
         super()._load_checkpoint()
@@ -134,11 +142,26 @@ class CheckpointMixin:
                 remedy="give the --model that the checkpoint was trained from",
             )
 
+    def _check_layout_change(self, folder: str, saved: dict[str, Any]) -> None:
+        there, here = saved["layout"], self._layout_name()
+        changed = [k for k in ("tp", "pp", "ep", "etp") if there[k] != here[k]]
+        if changed and not saved["optimizer_reshardable"] and not self.args.no_load_optim:
+            what = ", ".join(f"{k.upper()} {there[k]} there and {here[k]} here" for k in changed)
+            raise UserError(
+                f"the optimizer state was saved for another layout ({what}) and cannot be cut anew",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                remedy="save with --dist_ckpt_optim_fully_reshardable true, resume in the old layout, or give up the "
+                "optimizer state with --no_load_optim true",
+            )
+
     def _restore(self, folder: str, saved: dict[str, Any]) -> None:
         state = self.state
         state.best_metric = saved["best_metric"]
         state.best_global_step = saved["best_global_step"]
         state.best_model_checkpoint = saved["best_model_checkpoint"]
+        if self.estimator is not None and saved["estimator"] is not None:
+            self.estimator.load_state_dict(saved["estimator"])
+            self.alpha = self.estimator.alpha
         if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
             ckpt.load_rank_rng(folder, dist.get_rank())
         else:

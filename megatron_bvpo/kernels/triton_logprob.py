@@ -24,7 +24,7 @@ import triton.language as tl
 from megatron_bvpo.kernels import torch_logprob
 from megatron_bvpo.kernels.torch_logprob import operand, product, tiles
 
-PASS_BLOCK = 4096  # logits per step of a row: 8 warps × 32 lanes × 16 logits, four 16-byte loads in flight each
+PASS_BLOCK = 2048  # 40 registers a thread (sm_90, triton 3.6), so that 6 programs of 8 warps share a multiprocessor
 PASS_WARPS = 8
 ROW_ALIGNMENT = 16  # elements; keeps rows of an odd vocabulary on 16-byte boundaries for both factors
 
@@ -39,16 +39,24 @@ def _exp_pass(
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 from 14k tokens × 152k words on
     anchor = tl.load(anchor_ptr + row)
     target = tl.load(local_ptr + row) - first
-    offsets = tl.arange(0, BLOCK)
+    logits_ptr += row * logits_stride
+    exp_ptr += row * exp_stride
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, columns, BLOCK):
-        column = start + offsets
-        logit = tl.load(logits_ptr + row * logits_stride + column, mask=column < columns, other=float("-inf"))
+    # No mask on whole blocks: a bound that is no multiple of 16 would make every load and store a scalar one.
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits_ptr + column)
         value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
         total += value
         if WRITE:
-            out = value.to(exp_ptr.dtype.element_ty)
-            tl.store(exp_ptr + row * exp_stride + column, out, mask=column < columns)
+            tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty))
+    column = whole + tl.arange(0, BLOCK)
+    logit = tl.load(logits_ptr + column, mask=column < columns, other=float("-inf"))
+    value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
+    total += value
+    if WRITE:
+        tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty), mask=column < columns)
     tl.store(s_ptr + row, tl.load(s_ptr + row) + tl.sum(total, axis=0))
 
 

@@ -84,3 +84,30 @@ def record_first_step(
             self.optimizer.step = recording_step
 
     return Recorder
+
+
+def record_reference(base, folder, save: bool = True):
+    """Keep the reference's and the policy's sequence log-probs of every row at every step, in full precision."""
+
+    class Recorder(base):
+        def save_checkpoint(self):
+            if save:
+                super().save_checkpoint()
+            else:
+                self.state.last_model_checkpoint = str(folder)
+
+        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
+            if not hasattr(self, "recorded"):
+                self.recorded = {"reference": {}, "policy": {}}
+            chosen, rejected = layout.slices(stream)
+            for what, values in (("reference", ref_logps_Q), ("policy", logps_Q.detach())):
+                pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
+                for row, pair in zip(layout.rows[stream], pairs, strict=True):
+                    self.recorded[what].setdefault((row, stream), []).append(pair)
+            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+
+        def finalize_training(self):
+            super().finalize_training()
+            torch.save(self.recorded, folder / "recorded.pt")
+
+    return Recorder

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Runs the tests; does its own set-up. Arguments go to pytest.
+set -euo pipefail
+BVPO_EXTRAS="rehearsal,test"
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+bvpo_environment
+cd "$BVPO_ROOT"
+export OMP_NUM_THREADS=1
+exec python -m pytest -q "$@"

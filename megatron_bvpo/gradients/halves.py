@@ -1,0 +1,77 @@
+"""The two halves of a step, the same in every layout, and the micro-batches of a probe's four passes.
+
+An item is what the dataset yields: a row, or a pack of rows. The sampler deals the items of a global batch
+to the data-parallel ranks in turn, so item i of micro-batch j on rank r has the global number
+(j·items + i)·ranks + r. Half A is the first half of these numbers, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_bvpo.data.batches import SIDES, WEIGHT_KEY
+
+HALVES = ("A", "B")
+
+
+def half_of_items(n_batches: int, items: int, *, rank: int, ranks: int) -> list[list[str]]:
+    """For each micro-batch of this rank, the half of each of its items."""
+    total = n_batches * items * ranks
+    return [
+        ["A" if ((j * items + i) * ranks + rank) * 2 < total else "B" for i in range(items)] for j in range(n_batches)
+    ]
+
+
+def can_split(n_batches: int, *, pipeline: int, virtual: bool) -> bool:
+    """True where each half is whole micro-batches on every rank, enough of them for the pipeline's schedule."""
+    half, odd = divmod(n_batches, 2)
+    return not odd and half > 0 and (not virtual or (half >= pipeline and half % pipeline == 0))
+
+
+def rows_of_pass(
+    batches: Sequence[Sequence[Any]], halves: Sequence[Sequence[str]], stream: str, half: str, *, split: bool
+) -> list[list[dict]]:
+    """Rows of the micro-batches of one pass, stream × half.
+
+    Args:
+        batches: the items of each micro-batch (a row, or a list of rows).
+        halves: the half of each item.
+        split: leave out the micro-batches of the other half; else all are run, the other half's pairs with
+            weight 0.
+    """
+    chosen = []
+    for items, sides in zip(batches, halves, strict=True):
+        if split and sides[0] != half:
+            continue
+        rows = []
+        for item, side in zip(items, sides, strict=True):
+            for row in item if isinstance(item, list) else [item]:
+                rows.append(row if split or side == half else {**row, WEIGHT_KEY: 0.0})
+        chosen.append(one_stream(rows, stream))
+    return chosen
+
+
+def one_stream(rows: Sequence[dict], stream: str) -> list[dict]:
+    """The rows with `stream`'s sequences only.
+
+    Each stream is collated for itself, because cutting it out of a collated pack would break the padding to
+    a multiple of the tensor-parallel size. Where no row has the stream, the shortest other pair stands in with
+    weight 0: every rank must run the same passes.
+    """
+    mine = [_only(row, stream) for row in rows if f"{_prefix(stream)}chosen_input_ids" in row]
+    if mine:
+        return mine
+    other = "empty" if stream == "trace" else "trace"
+    prefix = _prefix(other)
+    shortest = min(rows, key=lambda row: sum(len(row[f"{prefix}{side}_input_ids"]) for side in SIDES))
+    return [{**_only(shortest, other), WEIGHT_KEY: 0.0}]
+
+
+def _prefix(stream: str) -> str:
+    return "empty_" if stream == "empty" else ""
+
+
+def _only(row: dict, stream: str) -> dict:
+    other = tuple(f"{_prefix('empty' if stream == 'trace' else 'trace')}{side}_" for side in SIDES)
+    return {key: value for key, value in row.items() if not key.startswith(other)}

@@ -1,0 +1,88 @@
+"""D, X and W of the two streams' gradients, from two halves of a batch.
+
+MATH.md §3. With the finalised mean gradients g_sh of stream s ∈ {t, e} over half h ∈ {A, B},
+ḡ_s = Σ_h n_sh·g_sh / n_s and d_h = g_th − g_eh:
+
+    D̂ = ‖ḡ_t − ḡ_e‖²    X̂ = c·⟨g_tA − g_tB, d_A − d_B⟩    Ŵ = c·‖d_A − d_B‖²    c = n_A·n_B / n²
+
+All three are unbiased for D = E‖g_t − g_e‖², X = V_t − C and W = V_t + V_e − 2C of the batch-mean gradient.
+The halves are the same pairs for both streams; where a row has lost its empty pair, n_h counts the trace pairs.
+
+Why halves and not the data-parallel ranks' own gradients: an expert's gradient on a rank already mixes the
+samples of its whole expert group, sequence-parallel and tied gradients are partial before finalisation, and
+overlapped reduction hides the local ones. Finalised gradients of halves are right under every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bvpo.gradients.alpha import Moments
+from megatron_bvpo.gradients.shards import Slice
+
+# Elements a float64 copy is made of at a time: 32 MiB a copy.
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class HalfCounts:
+    """Pairs in each half of the global batch, for both streams."""
+
+    trace: tuple[float, float]
+    empty: tuple[float, float]
+
+    @property
+    def usable(self) -> bool:
+        """Both halves hold pairs of both streams."""
+        return all(n > 0 for n in (*self.trace, *self.empty))
+
+    def fractions(self, stream: str) -> tuple[float, float]:
+        """n_sA/n_s and n_sB/n_s."""
+        a, b = getattr(self, stream)
+        return a / (a + b), b / (a + b)
+
+
+def measure(
+    slices: Sequence[Slice],
+    gradients: dict[tuple[str, str], Sequence[Tensor]],
+    counts: HalfCounts,
+    device: torch.device | int,
+) -> Moments:
+    """Moments of the whole model from this rank's slices; the same on every rank.
+
+    Args:
+        slices: what this rank holds and counts.
+        gradients: (stream, half) to that pass's finalised gradients, as `shards.take` gave them; streams are
+            `trace` and `empty`, halves `A` and `B`.
+        counts: pairs of each half.
+        device: where the three sums are reduced.
+
+    One all-reduce of three float64 numbers over all ranks. A slice that several ranks hold is divided by
+    their number, so that dense and expert parameters, sharded or not, share one reduction.
+    """
+    local = torch.zeros(3, dtype=torch.float64, device=device)
+    for i, s in enumerate(slices):
+        for start, end in s.counted:
+            for first in range(start, end, CHUNK):
+                part = slice(first, min(first + CHUNK, end))
+                g = {key: tensors[i][part].double() for key, tensors in gradients.items()}
+                local += _sums(g, counts) / s.copies
+    dist.all_reduce(local)
+    n_a, n_b = counts.trace
+    c = n_a * n_b / (n_a + n_b) ** 2
+    d, x, w = local.tolist()
+    return Moments(D=d, X=c * x, W=c * w)
+
+
+def _sums(g: dict[tuple[str, str], Tensor], counts: HalfCounts) -> Tensor:
+    """‖ḡ_t − ḡ_e‖², ⟨g_tA − g_tB, d_A − d_B⟩ and ‖d_A − d_B‖² of one part."""
+    (t_a, t_b), (e_a, e_b) = counts.fractions("trace"), counts.fractions("empty")
+    mean = t_a * g["trace", "A"] + t_b * g["trace", "B"] - e_a * g["empty", "A"] - e_b * g["empty", "B"]
+    trace = g["trace", "A"] - g["trace", "B"]
+    difference = trace - (g["empty", "A"] - g["empty", "B"])
+    return torch.stack([mean.dot(mean), trace.dot(difference), difference.dot(difference)])

@@ -1,0 +1,236 @@
+"""A second form of a saved MoE adapter: the one that peft loads into transformers 5's fused experts.
+
+mcore-bridge saves one pair of LoRA factors for each expert and projection (`…experts.0.gate_proj.lora_A`),
+which vLLM and ms-swift read. transformers 5 holds the experts of a layer as two parameters, `gate_up_proj`
+and `down_proj`, so peft below 0.19 finds no module of those names and drops the factors without a word; and
+the router is no `nn.Linear` any more, which peft refuses. What peft can do is target parameters. So the
+same numbers are written again, below `peft/`, in three steps:
+
+1. Build the Hugging Face model on the meta device, and see which of the adapter's modules it has.
+2. Let peft itself inject an adapter of the new form there: that gives every name and shape it will look for.
+3. Fill these from the saved factors, and write only if nothing is missing or left over.
+
+Shapes: E experts, R rank, I input and O output features of a projection.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from swift.utils import get_logger
+from torch import Tensor, nn
+
+logger = get_logger()
+
+FOLDER = "peft"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.lora_(?P<side>[AB])\.weight")
+_ROUTER = re.compile(r"\.(gate|router)\.lora_[AB]\.weight$")
+# The projections that each fused parameter holds, in the order of its output features.
+_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+class NotExportable(Exception):
+    """The reason why there is no peft form of this adapter."""
+
+
+def write_peft_form(checkpoint: Path, hf_config: Any) -> None:
+    """Write `checkpoint/peft` where the saved adapter needs it; logs what each form is for. One rank calls this.
+
+    Args:
+        checkpoint: a folder with `adapter_config.json` and `adapter_model.safetensors`; without them (full
+            tuning, or no safetensors asked for) nothing happens.
+        hf_config: the model's Hugging Face config.
+    """
+    weights = checkpoint / WEIGHTS
+    if not weights.is_file():
+        return
+    with safe_open(str(weights), framework="pt") as saved:
+        names = set(saved.keys())
+        if not any(_EXPERT.fullmatch(name) or _ROUTER.search(name) for name in names):
+            logger.info("The saved adapter is for peft, ms-swift and vLLM alike.")
+            return
+        try:
+            written = _write(checkpoint, hf_config, saved, names)
+        except Exception as e:  # an extra must never cost the checkpoint, whatever an unknown model raises
+            shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
+            reason = str(e) if isinstance(e, NotExportable) else f"{type(e).__name__}: {e}"
+            logger.warning(
+                f"No {FOLDER}/ form of the saved adapter is written: {reason}. The adapter itself is for ms-swift "
+                f"and vLLM; peft {peft.__version__} with transformers {transformers.__version__} cannot read it "
+                "whole. The merged model (--merge_lora true) is for all of them."
+            )
+            return
+    if written:
+        logger.info(
+            f"The saved adapter is for ms-swift and vLLM. For peft {peft.__version__} with transformers "
+            f"{transformers.__version__}, whose experts are fused, load {checkpoint.name}/{FOLDER}: the same numbers "
+            "in peft's form."
+        )
+    else:
+        logger.info("The saved adapter is for peft, ms-swift and vLLM alike: this transformers keeps experts apart.")
+
+
+def _write(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> bool:
+    """Write the folder; False where the ordinary adapter loads as it is. Raises NotExportable."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=True)
+    modules, parameters = _targets(model, names)
+    if not parameters:
+        return False
+
+    config = LoraConfig.from_pretrained(str(checkpoint))
+    if config.use_dora or config.lora_bias:
+        raise NotExportable("peft has no DoRA and no LoRA bias for parameters")
+    config.target_modules, config.target_parameters = sorted(modules), sorted(parameters)
+    config.lora_dropout = 0.0  # peft has none for parameters, and a saved adapter is there to be used
+    injected = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=True)
+    wanted = get_peft_model_state_dict(injected, save_embedding_layers=False)
+
+    tensors = _fused_factors(injected, saved, names)
+    tensors |= {name: saved.get_tensor(name) for name in names & wanted.keys() - tensors.keys()}
+    _require_same(tensors, wanted)
+
+    folder = checkpoint / FOLDER
+    folder.mkdir()
+    config.save_pretrained(str(folder))
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+    return True
+
+
+def _targets(model: nn.Module, names: set[str]) -> tuple[set[str], set[str]]:
+    """(`target_modules`, `target_parameters`) that reach every factor of the adapter on this model."""
+    modules, parameters = set(), set()
+    for name in names:
+        if ".lora_" not in name:
+            continue  # a module saved whole
+        expert = _EXPERT.fullmatch(name)
+        path = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
+        module = _submodule(model, path)
+        if isinstance(module, nn.Linear):
+            modules.add(path.rpartition(".")[2])
+        elif module is not None and getattr(module, "weight", None) is not None and module.weight.ndim == 2:
+            parameters.add(f"{_tail(path)}.weight")
+        elif expert is not None and module is None:
+            fused = next((f for f, parts in _FUSED.items() if expert["projection"] in parts), None)
+            experts = expert["experts"].removeprefix(_PREFIX)
+            _require_known_experts(_submodule(model, experts), experts, fused)
+            parameters.add(f"{_tail(experts)}.{fused}")
+        else:
+            raise NotExportable(f"the model of transformers {transformers.__version__} has nothing at {path}")
+    return modules, parameters
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _tail(path: str) -> str:
+    """The last two parts of a module's path, `mlp.experts`: peft matches ends of paths."""
+    return ".".join(path.split(".")[-2:])
+
+
+def _require_known_experts(experts: nn.Module | None, path: str, fused: str | None) -> None:
+    """Raises NotExportable unless the fused parameter is [E, O, I], with gate's rows before up's."""
+    if fused is None or getattr(experts, fused, None) is None:
+        raise NotExportable(f"{path} has no fused parameter for these factors")
+    if getattr(experts, "is_transposed", None) is not False or getattr(experts, "is_concatenated", None) is not True:
+        raise NotExportable(f"{type(experts).__name__} holds its experts in another order than [experts, out, in]")
+
+
+def _fused_factors(injected: nn.Module, saved, names: set[str]) -> dict[str, Tensor]:
+    """The factors of all fused experts by the names that peft gives them."""
+    indices: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        expert = _EXPERT.fullmatch(name)
+        if expert is not None:
+            indices[expert["experts"]].add(int(expert["index"]))
+    swaps = swaps_expert_features()
+
+    tensors = {}
+    for name, module in injected.named_modules():
+        # Two parameters of one module are wrapped in each other: `experts` holds one, `experts.base_layer` the other.
+        experts = name
+        while experts.endswith(".base_layer"):
+            experts = experts.removesuffix(".base_layer")
+        if not isinstance(module, ParamWrapper) or experts not in indices:
+            continue
+        n = module.get_param().shape[0]
+        if indices[experts] != set(range(n)):
+            raise NotExportable(f"{experts} has {n} experts and the adapter has {len(indices[experts])}")
+        a_ERI, b_EOR = _stack(saved, experts, _FUSED[module.parameter_name], n)
+        lora_a, lora_b = pack_experts(a_ERI, b_EOR, swapped=swaps)
+        tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
+    return tensors
+
+
+def _stack(saved, experts: str, projections: tuple[str, ...], n: int) -> tuple[Tensor, Tensor]:
+    """[E, R, I] and [E, O, R] of the projections fused along O, which must share their A, as in Megatron."""
+    a, b = [], []
+    for i in range(n):
+        factors = [
+            [saved.get_tensor(f"{experts}.{i}.{projection}.lora_{side}.weight") for projection in projections]
+            for side in "AB"
+        ]
+        if not all(torch.equal(factors[0][0], other) for other in factors[0]):
+            raise NotExportable(f"{' and '.join(projections)} of {experts}.{i} do not share one A")
+        a.append(factors[0][0])
+        b.append(torch.cat(factors[1]))
+    return torch.stack(a), torch.stack(b)
+
+
+def pack_experts(a_ERI: Tensor, b_EOR: Tensor, *, swapped: bool) -> tuple[Tensor, Tensor]:
+    """The experts' factors as the two matrices of peft's ParamWrapper.
+
+    Args:
+        a_ERI, b_EOR: the update of expert e is b[e] @ a[e], up to LoRA's scale.
+        swapped: peft takes the parameter for [E, I, O] (see `swaps_expert_features`), so that its A holds our B.
+
+    Returns:
+        (lora_A, lora_B), contiguous: [E·R, I] and [O, R·E], or [E·R, O] and [I, R·E] where swapped.
+    """
+    first_ERI, last_ERO = a_ERI, b_EOR.transpose(1, 2)
+    if swapped:
+        first_ERI, last_ERO = last_ERO, first_ERI
+    # peft reads A as experts × rank, and B as rank × experts.
+    return first_ERI.flatten(0, 1).contiguous(), last_ERO.permute(2, 1, 0).flatten(1, 2).contiguous()
+
+
+def swaps_expert_features() -> bool:
+    """Whether the installed peft takes a parameter [E, O, I] for [E, I, O]: below 0.19 it does, later not."""
+    probe = nn.Module()
+    probe.experts = nn.Module()
+    probe.experts.w = nn.Parameter(torch.zeros(2, 3, 5))
+    inject_adapter_in_model(LoraConfig(r=1, target_modules=[], target_parameters=["experts.w"]), probe)
+    return probe.experts.lora_A["default"].in_features == 3
+
+
+def _require_same(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Raises NotExportable where peft would miss a tensor, or get one of another shape."""
+    missing, left_over = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or left_over:
+        raise NotExportable(
+            f"{len(missing)} tensors are missing and {len(left_over)} have no place: "
+            f"{json.dumps((missing + left_over)[:3])}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise NotExportable(f"{name} is {list(tensor.shape)}, and peft expects {list(wanted[name].shape)}")

@@ -1,0 +1,62 @@
+"""Router losses and counters, which belong to a step and not to the passes that measure its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def router_configs(models: Iterable[torch.nn.Module]) -> list:
+    """The configurations that the routers of these models read; usually one object."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    found = {id(m.config): m.config for model in models for m in model.modules() if isinstance(m, TopKRouter)}
+    return list(found.values())
+
+
+def has_router_losses(configs: list) -> bool:
+    """True where an auxiliary or z-loss of the router adds to the gradient."""
+    return any(_coefficient(c.moe_aux_loss_coeff) or c.moe_z_loss_coeff for c in configs)
+
+
+def _coefficient(value) -> float:
+    return max(value) if isinstance(value, (list, tuple)) else (value or 0.0)
+
+
+@contextmanager
+def router_at_rest(configs: list) -> Iterator[None]:
+    """No auxiliary or z-loss, and `finalize_model_grads` leaves the expert bias and its counters alone.
+
+    The counters keep counting, so that after the passes they have seen each token of the step once.
+    """
+    names = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_enable_expert_bias")
+    before = [[getattr(c, name) for name in names] for c in configs]
+    for c in configs:
+        aux = c.moe_aux_loss_coeff
+        c.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, (list, tuple)) else 0.0
+        c.moe_z_loss_coeff = None
+        c.moe_router_enable_expert_bias = False
+    try:
+        yield
+    finally:
+        for c, values in zip(configs, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(c, name, value)
+
+
+def clear_expert_counters(models: Iterable[torch.nn.Module]) -> None:
+    """Forget the tokens counted so far: a pass that counts them all again follows."""
+    for module in (m for model in models for m in model.modules()):
+        if getattr(module, "local_tokens_per_expert", None) is not None:
+            module.local_tokens_per_expert.zero_()
+
+
+def update_expert_bias(models: list, configs: list) -> None:
+    """Megatron's own update of the expert bias, once, from what the passes counted."""
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+
+    if any(c.moe_router_enable_expert_bias for c in configs):
+        _update_router_expert_bias(models, configs[0])
+        clear_expert_counters(models)

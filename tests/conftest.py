@@ -1,0 +1,47 @@
+"""Tiny models and preference rows, made once a session."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--whole-matrix",
+        action="store_true",
+        help="run every cell of the parity matrix (about 25 minutes on two cores) instead of CI's part of it",
+    )
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the session's tiny models and rows are."""
+
+    folder: Path
+    moe: Path
+    dense: Path
+    train: Path
+    held_out: Path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """A tiny MoE, a tiny dense model (vocabulary of 1003 words: no layout divides it), 16 and 5 rows."""
+    from megatron_bvpo.rehearsal.sample_data import make_sample_rows
+    from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
+
+    folder = tmp_path_factory.mktemp("workshop")
+    rows = make_sample_rows(21, seed=1)
+    for name, part in (("train", rows[:16]), ("held_out", rows[16:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return Workshop(
+        folder=folder,
+        moe=make_tiny_model(folder / "moe", kind="moe", vocab="trimmed", seed=0),
+        dense=make_tiny_model(folder / "dense", kind="dense", vocab="trimmed", seed=0),
+        train=folder / "train.jsonl",
+        held_out=folder / "held_out.jsonl",
+    )

@@ -1,0 +1,92 @@
+"""The waiting process behind `forks.Zygotes`: loads the stack, then forks a child for each job on stdin."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def load_the_stack() -> None:
+    from megatron_bvpo.rehearsal import install
+
+    install()
+    import swift.megatron.pipelines.train.rlhf  # noqa: F401  before the other modules of swift.megatron
+
+    for module in (
+        "megatron_bvpo.pipeline",
+        "megatron_bvpo.trainer",
+        "megatron_bvpo.cli",
+        "megatron_bvpo.host.flags",
+        "swift.cli.main",
+        "swift.cli._megatron.main",
+        "swift.template",
+        "swift.dataset",
+        "swift.megatron.callbacks",
+        "matplotlib.pyplot",
+        "torch.utils.tensorboard",
+    ):
+        importlib.import_module(module)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the libraries print is no answer
+    load_the_stack()
+    threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert len(threads) == 1 and threading.active_count() == 1, f"forking with threads is not safe: {threads}"
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            answers.close()
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            run(job)
+            return  # and through Python's own shutdown: logs are written by threads
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+
+
+def run(job: dict) -> None:
+    """In the child: become a rank (or the launching process) of the job's run."""
+    os.setpgid(0, 0)  # so that a kill takes the child's own children along
+    outputs = Path(job["outputs"])
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(outputs / f"{name}{job['rank']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    (outputs / f"pid{job['rank']}").write_text(str(os.getpid()))
+    signal.alarm(job["timeout"])
+    os.environ.update(job["env"])
+
+    import megatron_bvpo.trainer as ours
+    from megatron_bvpo import cli
+    from tests.distributed.cell_worker import map_in_this_process
+
+    argv = ["--rlhf_type", "bvpo", *job["argv"]]
+    if job["launcher"]:
+        sys.argv = ["swift", "rlhf", *argv]
+        cli.main()
+        return
+    map_in_this_process()
+    if job["hook"]:
+        module, _, name = job["hook"].partition(":")
+        hook = getattr(importlib.import_module(module), name)
+        ours.BvpoTrainer = hook(ours.BvpoTrainer, Path(job["folder"]), **job["hook_args"])
+    sys.argv = ["swift"]
+    cli.run_rank(argv)
+
+
+def kill_the_run(folder: Path) -> None:
+    """SIGKILL for every rank of the run of this output folder, the caller's own last."""
+    own = os.getpid()
+    pids = [int(file.read_text()) for file in Path(f"{folder}.out").glob("pid*")]
+    for pid in sorted(pids, key=lambda pid: pid == own):
+        os.killpg(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
