@@ -102,8 +102,8 @@ def _write(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> bool:
     injected = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=True)
     wanted = get_peft_model_state_dict(injected, save_embedding_layers=False)
 
-    tensors = _fused_factors(injected, saved, names)
-    tensors |= {name: saved.get_tensor(name) for name in names & wanted.keys() - tensors.keys()}
+    tensors, used = _fused_factors(injected, saved, names)
+    tensors |= {name: saved.get_tensor(name) for name in names - used}
     _require_same(tensors, wanted)
 
     folder = checkpoint / FOLDER
@@ -156,44 +156,41 @@ def _require_known_experts(experts: nn.Module | None, path: str, fused: str | No
         raise NotExportable(f"{type(experts).__name__} holds its experts in another order than [experts, out, in]")
 
 
-def _fused_factors(injected: nn.Module, saved, names: set[str]) -> dict[str, Tensor]:
-    """The factors of all fused experts by the names that peft gives them."""
-    indices: dict[str, set[int]] = defaultdict(set)
-    for name in names:
-        expert = _EXPERT.fullmatch(name)
-        if expert is not None:
-            indices[expert["experts"]].add(int(expert["index"]))
-    swaps = swaps_expert_features()
+def _fused_factors(injected: nn.Module, saved, names: set[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """(factors of all fused experts by the names that peft gives them, the saved names they were made from)."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for expert in filter(None, map(_EXPERT.fullmatch, names)):
+        numbers[expert["experts"]].add(int(expert["index"]))
+    swapped = swaps_expert_features()
 
-    tensors = {}
+    tensors, used = {}, set()
     for name, module in injected.named_modules():
         # Two parameters of one module are wrapped in each other: `experts` holds one, `experts.base_layer` the other.
         experts = name
         while experts.endswith(".base_layer"):
             experts = experts.removesuffix(".base_layer")
-        if not isinstance(module, ParamWrapper) or experts not in indices:
+        if not isinstance(module, ParamWrapper) or experts not in numbers:
             continue
         n = module.get_param().shape[0]
-        if indices[experts] != set(range(n)):
-            raise NotExportable(f"{experts} has {n} experts and the adapter has {len(indices[experts])}")
-        a_ERI, b_EOR = _stack(saved, experts, _FUSED[module.parameter_name], n)
-        lora_a, lora_b = pack_experts(a_ERI, b_EOR, swapped=swaps)
+        if numbers[experts] != set(range(n)):
+            raise NotExportable(f"{experts} has {n} experts and the adapter has {len(numbers[experts])}")
+        sources = [[f"{experts}.{i}.{part}" for part in _FUSED[module.parameter_name]] for i in range(n)]
+        a_ERI, b_EOR = _stack(saved, sources)
+        lora_a, lora_b = pack_experts(a_ERI, b_EOR, swapped=swapped)
         tensors |= {f"{name}.lora_A.weight": lora_a, f"{name}.lora_B.weight": lora_b}
-    return tensors
+        used |= {f"{part}.lora_{side}.weight" for parts in sources for part in parts for side in "AB"}
+    return tensors, used
 
 
-def _stack(saved, experts: str, projections: tuple[str, ...], n: int) -> tuple[Tensor, Tensor]:
-    """[E, R, I] and [E, O, R] of the projections fused along O, which must share their A, as in Megatron."""
+def _stack(saved, sources: list[list[str]]) -> tuple[Tensor, Tensor]:
+    """[E, R, I] and [E, O, R] of each expert's projections, fused along O; they must share their A, as in Megatron."""
     a, b = [], []
-    for i in range(n):
-        factors = [
-            [saved.get_tensor(f"{experts}.{i}.{projection}.lora_{side}.weight") for projection in projections]
-            for side in "AB"
-        ]
-        if not all(torch.equal(factors[0][0], other) for other in factors[0]):
-            raise NotExportable(f"{' and '.join(projections)} of {experts}.{i} do not share one A")
-        a.append(factors[0][0])
-        b.append(torch.cat(factors[1]))
+    for parts in sources:
+        a_parts = [saved.get_tensor(f"{part}.lora_A.weight") for part in parts]
+        if not all(torch.equal(a_parts[0], other) for other in a_parts):
+            raise NotExportable(f"{' and '.join(parts)} do not share one A")
+        a.append(a_parts[0])
+        b.append(torch.cat([saved.get_tensor(f"{part}.lora_B.weight") for part in parts]))
     return torch.stack(a), torch.stack(b)
 
 

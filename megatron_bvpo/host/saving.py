@@ -13,6 +13,7 @@ from swift.utils import get_logger, is_master, update_last_checkpoint_symlink
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
+from megatron_bvpo.host.peft_export import write_peft_form
 
 logger = get_logger()
 
@@ -64,6 +65,7 @@ class CheckpointMixin:
             if best.name == name or best.exists():
                 state.best_model_checkpoint = str(best)
         if is_master():
+            write_peft_form(staging / name, self.template.config)
             ckpt.write_state(staging / name, self._checkpoint_state())
             ckpt.publish(staging, name)
             update_last_checkpoint_symlink(state.last_model_checkpoint)

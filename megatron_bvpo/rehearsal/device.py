@@ -3,9 +3,9 @@
 What Megatron asks of `torch.cuda` falls in four kinds, and each is answered with what is true of a CPU run:
 placement (`device="cuda"`, `Tensor.cuda`, `pin_memory`) means host memory; streams and events do nothing,
 because CPU operations finish before they return; the random state is the CPU generator, which CPU dropout
-draws from; memory figures are 0. `torch.cuda.is_available()` stays False, so that libraries which know how to
-run on a CPU do so; `device_count()` counts this host's ranks, because Megatron seeds its generators only when
-there is a device.
+draws from (so data loaders, which draw from it too, get one of their own); memory figures are 0.
+`torch.cuda.is_available()` stays False, so that libraries which know how to run on a CPU do so;
+`device_count()` counts this host's ranks, because Megatron seeds its generators only when there is a device.
 
 `device="cuda"` is rewritten by a TorchFunctionMode. Replacing torch's factory functions by Python functions
 instead would break `torch.jit.script`, which maps the builtins by identity. The mode holds in the thread that
@@ -43,6 +43,7 @@ def install() -> None:
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
     _replace_cuda_functions()
     _replace_tensor_methods()
+    _give_data_loaders_a_generator()
     torch.serialization.register_package(_BEFORE_CUDA, lambda storage: None, _load_on_cpu)
     _MeansCpu().__enter__()
     _installed = True
@@ -234,6 +235,34 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+_host_generator = torch.Generator()
+
+
+def _manual_seed_all(seed: int) -> None:
+    """Also what `torch.manual_seed` calls, which seeds host and device."""
+    _manual_seed(seed)
+    _host_generator.manual_seed(int(seed))
+
+
+def _give_data_loaders_a_generator() -> None:
+    """A DataLoader draws a seed from torch's CPU generator when an epoch starts. On a GPU that leaves dropout
+    alone; here it would shift it, and a resumed run, which starts an epoch anew, would drop other units."""
+    from torch.utils.data import dataloader
+
+    start = dataloader._BaseDataLoaderIter.__init__
+
+    def __init__(self, loader):
+        device_state = torch.default_generator.get_state()
+        torch.default_generator.set_state(_host_generator.get_state())
+        try:
+            start(self, loader)
+        finally:
+            _host_generator.set_state(torch.default_generator.get_state())
+            torch.default_generator.set_state(device_state)
+
+    dataloader._BaseDataLoaderIter.__init__ = __init__
+
+
 def _returns(value):
     """A function of its own for every name: torch.compile's rules are keyed by function object, and two names
     with different rules on one object make `import torch._dynamo` fail."""
@@ -272,7 +301,7 @@ def _replace_cuda_functions() -> None:
         "get_rng_state_all": lambda: [torch.default_generator.get_state()],
         "set_rng_state_all": lambda states: _set_rng_state(states[0]),
         "manual_seed": lambda seed: _manual_seed(seed),
-        "manual_seed_all": lambda seed: _manual_seed(seed),
+        "manual_seed_all": _manual_seed_all,
         "seed": lambda: torch.default_generator.seed(),
         "initial_seed": lambda: torch.default_generator.initial_seed(),
         "mem_get_info": _free_and_total_memory,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-N_TRAIN, N_HELD_OUT, SEED = 320, 48, 0
+N_TRAIN, N_HELD_OUT, SEED = 512, 64, 0
 
 
 def prepare(folder: Path, *, n_train: int = N_TRAIN, n_held_out: int = N_HELD_OUT, seed: int = SEED) -> None:

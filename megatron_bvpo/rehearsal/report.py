@@ -37,7 +37,7 @@ def follow(stream) -> None:
     for line in stream:
         if found := _METRICS.search(line):
             print(step_line(ast.literal_eval(found.group(0))), flush=True)
-        elif _TOLD.search(line):
+        elif _TOLD.search(line) and "args: " not in line:
             print(line.split("] ", 1)[-1].rstrip()[:220] if line.startswith("[INFO") else line.rstrip(), flush=True)
 
 

@@ -6,7 +6,9 @@ import gc
 import importlib
 import json
 import os
+import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -17,8 +19,8 @@ def main(spec_file: str) -> None:
     install()
     map_in_this_process()
     spec = json.loads(Path(spec_file).read_text())
-    for cell, port in zip(spec["cells"], spec["ports"], strict=True):
-        os.environ["MASTER_PORT"] = str(port)
+    for i, cell in enumerate(spec["cells"]):
+        os.environ["MASTER_PORT"] = agree_on_port(Path(spec["folder"]) / f"port_{i}")
         folder = Path(spec["folder"]) / cell["name"]
         print(f"===== cell {cell['name']}", flush=True)
         try:
@@ -31,6 +33,21 @@ def main(spec_file: str) -> None:
                 (folder / "error.txt").write_text(traceback.format_exc())
         finally:
             take_down()
+
+
+def agree_on_port(file: Path) -> str:
+    """Rank 0 picks a free port just before it is used, and tells the others through a file."""
+    if os.environ["RANK"] == "0":
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        partial = file.with_suffix(".partial")
+        partial.write_text(port)
+        os.replace(partial, file)
+        return port
+    while not file.exists():
+        time.sleep(0.02)
+    return file.read_text()
 
 
 def map_in_this_process() -> None:

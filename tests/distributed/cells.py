@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -67,17 +66,6 @@ class CellResult:
         return [line[key] for line in self.log if key in line and "iteration" in line]
 
 
-def free_ports(n: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(n)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
 def run_cells(world_size: int, cells: list[Cell], folder: Path, *, timeout: float = 1500) -> dict[str, CellResult]:
     """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs."""
     folder = Path(folder)
@@ -86,9 +74,9 @@ def run_cells(world_size: int, cells: list[Cell], folder: Path, *, timeout: floa
         if not cell.keep_folder:
             shutil.rmtree(folder / cell.name, ignore_errors=True)
     spec = folder / f"spec_{world_size}.json"
-    spec.write_text(
-        json.dumps({"cells": [asdict(c) for c in cells], "ports": free_ports(len(cells)), "folder": str(folder)})
-    )
+    for port in folder.glob("port_*"):
+        port.unlink()
+    spec.write_text(json.dumps({"cells": [asdict(c) for c in cells], "folder": str(folder)}))
     workers = []
     for rank in range(world_size):
         env = {

@@ -38,7 +38,8 @@ def main() -> None:
     os.dup2(2, 1)  # whatever the libraries print is no answer
     load_the_stack()
     threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    assert len(threads) == 1 and threading.active_count() == 1, f"forking with threads is not safe: {threads}"
+    unsafe = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # that one knows about forks
+    assert not unsafe and threading.active_count() == 1, f"forking with threads is not safe: {unsafe}"
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
@@ -64,7 +65,7 @@ def run(job: dict) -> None:
 
     import megatron_bvpo.trainer as ours
     from megatron_bvpo import cli
-    from tests.distributed.cell_worker import map_in_this_process
+    from tests.distributed.cell_worker import agree_on_port, map_in_this_process
 
     argv = ["--rlhf_type", "bvpo", *job["argv"]]
     if job["launcher"]:
@@ -72,6 +73,7 @@ def run(job: dict) -> None:
         cli.main()
         return
     map_in_this_process()
+    os.environ["MASTER_PORT"] = agree_on_port(outputs / "port")
     if job["hook"]:
         module, _, name = job["hook"].partition(":")
         hook = getattr(importlib.import_module(module), name)

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.distributed.cells import ROOT, free_ports
+from tests.distributed.cells import ROOT
 
 READY = "ready"
 
@@ -87,13 +87,12 @@ class Zygotes:
         outputs.mkdir(parents=True, exist_ok=True)
         for old in outputs.iterdir():
             old.unlink()
-        port = free_ports(1)[0]
         for rank, process in enumerate(self.processes[:ranks]):
             job = {
                 "argv": [*argv, "--output_dir", str(folder)],
                 "hook": hook,
                 "hook_args": hook_args or {},
-                "env": {**_rank_environment(rank, ranks, port), **(env or {})} if not launcher else env or {},
+                "env": {**_rank_environment(rank, ranks), **(env or {})} if not launcher else env or {},
                 "launcher": launcher,
                 "timeout": timeout,
                 "outputs": str(outputs),
@@ -115,14 +114,13 @@ class Zygotes:
             process.wait()
 
 
-def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def _rank_environment(rank: int, ranks: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import zlib
 
@@ -111,3 +112,111 @@ def record_reference(base, folder, save: bool = True):
             torch.save(self.recorded, folder / "recorded.pt")
 
     return Recorder
+
+
+def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 0.02):
+    """Keep the gathered full gradients of the first probe's passes; `mutation` breaks the code on purpose."""
+    recording = record_first_step(base, folder, lora_scale=lora_scale)
+
+    class Recorder(recording):
+        def _four_passes(self, chunks, probe):
+            self.passes = [] if self.state.iteration == 0 else None
+            with mutated(mutation):
+                done = super()._four_passes(chunks, probe)
+            if self.passes and dist.get_rank() == 0:
+                counts = {"trace": probe.counts.trace, "empty": probe.counts.empty}
+                torch.save({"passes": self.passes, "counts": counts}, folder / "passes.pt")
+            self.passes = None
+            return done
+
+        def _run_pass(self, chunks, weights, *, forward_only):
+            done = super()._run_pass(chunks, weights, forward_only=forward_only)
+            if getattr(self, "passes", None) is not None:
+                self.passes.append(export_gradients(self))
+            return done
+
+        def _learn_alpha(self, moments):
+            if mutation == "same batch's alpha":
+                return
+            super()._learn_alpha(moments)
+
+    if mutation == "same batch's alpha":
+        measure_and_learn(Recorder)
+    return Recorder
+
+
+def measure_and_learn(recorder) -> None:
+    """The fault that MATH.md §3 warns of: alpha from the very gradients that it mixes."""
+    import megatron_bvpo.probing as probing
+
+    four_passes = recorder._four_passes
+
+    def _four_passes(self, chunks, probe):
+        measure, put = probing.measure, probing.shards.put_mixture
+
+        def measure_first(*args):
+            moments = measure(*args)
+            self.estimator.update(moments)
+            self.alpha = self.estimator.alpha
+            return moments
+
+        def put_with_new_alpha(slices, parts):
+            (wa, ga), (wb, gb), (_, ea), (_, eb) = parts
+            total = wa + wb
+            new = [(self.alpha * wa / total, ga), (self.alpha * wb / total, gb)]
+            rest = [((1 - self.alpha) / 2, ea), ((1 - self.alpha) / 2, eb)]
+            return put(slices, new + rest)
+
+        probing.measure, probing.shards.put_mixture = measure_first, put_with_new_alpha
+        try:
+            return four_passes(self, chunks, probe)
+        finally:
+            probing.measure, probing.shards.put_mixture = measure, put
+
+    recorder._four_passes = _four_passes
+
+
+@contextlib.contextmanager
+def mutated(mutation: str | None):
+    """Faults that a person could make in gradients/, for tests that must notice them."""
+    from megatron_bvpo.gradients import moments, shards
+
+    saved = (shards._counted_here, moments._sums, shards.gradient_slices)
+    if mutation == "replicas counted on every rank":
+        shards._counted_here = lambda param, tp_rank: not getattr(param, "shared", False)
+    elif mutation == "cross term dropped":
+
+        def without_cross_term(g, counts):
+            mean, _, _ = saved[1](g, counts)
+            trace = g["trace", "A"] - g["trace", "B"]
+            empty = g["empty", "A"] - g["empty", "B"]
+            return torch.stack([mean, trace.dot(trace), trace.dot(trace) + empty.dot(empty)])
+
+        moments._sums = without_cross_term
+    elif mutation == "experts forgotten":
+
+        def dense_only(models, *, tp_rank):
+            return [
+                s if _in_dense_buffer(s, models) else shards.Slice(s.grad_E, (), s.copies)
+                for s in saved[2](models, tp_rank=tp_rank)
+            ]
+
+        shards.gradient_slices = dense_only
+    elif mutation == "copies not divided":
+
+        def undivided(models, *, tp_rank):
+            return [shards.Slice(s.grad_E, s.counted, 1) for s in saved[2](models, tp_rank=tp_rank)]
+
+        shards.gradient_slices = undivided
+    try:
+        yield
+    finally:
+        shards._counted_here, moments._sums, shards.gradient_slices = saved
+
+
+def _in_dense_buffer(s, models) -> bool:
+    address = s.grad_E.data_ptr()
+    ranges = [
+        (b.grad_data.data_ptr(), b.grad_data.numel() * b.grad_data.element_size()) for m in models for b in m.buffers
+    ]
+    return any(start <= address < start + size for start, size in ranges)

@@ -631,6 +631,10 @@ assert start.elapsed_time(end) >= 0
 torch.cuda.manual_seed(3); state = torch.cuda.get_rng_state(); a = torch.nn.functional.dropout(torch.ones(99))
 torch.cuda.set_rng_state(state); assert torch.equal(a, torch.nn.functional.dropout(torch.ones(99)))
 torch.manual_seed(3); assert torch.equal(torch.cuda.default_generators[0].get_state(), state)
+state = torch.cuda.get_rng_state(); loader = torch.utils.data.DataLoader([1, 2], shuffle=False)
+seeds = [iter(loader)._base_seed for _ in range(2)]
+torch.manual_seed(3); assert [iter(loader)._base_seed for _ in range(2)] == seeds != seeds[:1] * 2
+assert torch.equal(torch.cuda.get_rng_state(), state)
 assert torch.cuda.max_memory_reserved() == torch.cuda.memory_allocated() == 0
 assert not torch.cuda.is_available() and torch.cuda.device_count() == 1
 torch.cuda.nvtx.range_push('x'); torch.cuda.synchronize(); torch.cuda.empty_cache()

@@ -1,0 +1,190 @@
+"""Probe steps: D, X and W in every layout, against one rank and against gathered full gradients in float64.
+
+The float64 side uses the exporter's gradients by Hugging Face name (full_gradients.py), so it shares no code
+with the shards, the buffers and the reduction that are tested. `--whole-matrix` runs LoRA and full in every
+layout; without it, each layout runs one of them.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.full_gradients import shared_factor
+from tests.distributed.test_parity import LAYOUTS, TUNERS
+
+HOOK = "tests.distributed.recorders:record_probe"
+PRIOR = 0.3
+STEPS = 3
+MOMENTS = ("moments/D", "moments/X", "moments/W")
+VARIANTS = {
+    "tp2-ep2-full-no-dist-opt": ("tp2-ep2", "full", "--use_distributed_optimizer false"),
+    "dp2-lora-no-dist-opt": ("dp2", "lora", "--use_distributed_optimizer false"),
+    "ep2-full-overlap": ("ep2", "full", "--overlap_grad_reduce true --overlap_param_gather true"),
+    "tp2-full-dense": ("tp2", "full", "DENSE"),
+}
+# One rank: odd numbers of micro-batches (no whole halves), and the same in one micro-batch.
+ODD = {"odd": "--global_batch_size 3", "single": "--micro_batch_size 4 --global_batch_size 4"}
+MUTATIONS = {
+    "replicas counted on every rank": "tp2-ep2",
+    "experts forgotten": "ep2",
+    "copies not divided": "dp2",
+    "cross term dropped": "dp2",
+}
+
+
+def argv(workshop, layout: str, tuner: str, more: str = "", alpha: str = "auto") -> list[str]:
+    dense = more == "DENSE"
+    model = (workshop.dense, "qwen3") if dense else (workshop.moe, "qwen3_moe")
+    more = "" if dense else more
+    run = (
+        f"--model {model[0]} --model_type {model[1]} --template qwen3_thinking --dataset {workshop.train} "
+        f"--lr 1e-3 --adam_eps 1e-4 --micro_batch_size 1 --global_batch_size 8 --train_iters {STEPS} "
+        f"--logging_steps 1 --max_length 512 --bvpo_alpha {alpha} --bvpo_alpha_prior {PRIOR}"
+    )
+    return [*run.split(), *CPU_FLAGS, *LAYOUTS[layout][1].split(), *TUNERS[tuner].split(), *more.split()]
+
+
+def wanted(layout: str, tuner: str, whole: bool) -> bool:
+    return whole or layout == "one-rank" or (tuner == "lora") == bool(sorted(LAYOUTS).index(layout) % 2)
+
+
+def layout_cells(whole: bool) -> list[str]:
+    return [f"{layout}-{tuner}" for layout in LAYOUTS for tuner in TUNERS if wanted(layout, tuner, whole)]
+
+
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--whole-matrix")
+        metafunc.parametrize("cell", layout_cells(whole) + list(VARIANTS))
+
+
+@pytest.fixture(scope="module")
+def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
+    folder = tmp_path_factory.mktemp("probe")
+    by_ranks: dict[int, list[Cell]] = {1: [], 2: [], 4: []}
+
+    def add(name: str, layout: str, tuner: str, more: str = "", alpha: str = "auto", **hook_args) -> None:
+        cell = Cell(name, argv(workshop, layout, tuner, more, alpha), hook=HOOK, hook_args=hook_args)
+        by_ranks[LAYOUTS[layout][0]].append(cell)
+
+    for name in layout_cells(request.config.getoption("--whole-matrix")):
+        layout, tuner = name.rsplit("-", 1)
+        add(name, layout, tuner)
+    for name, (layout, tuner, more) in VARIANTS.items():
+        add(name, layout, tuner, more)
+    add("one-rank-full-dense", "one-rank", "full", "DENSE")
+    for name, more in ODD.items():
+        add(name, "one-rank", "lora", more)
+    aux = "--moe_router_load_balancing_type aux_loss --moe_aux_loss_coeff 0.01"
+    for alpha in ("auto", str(PRIOR)):
+        add(f"one-pass-or-not-{alpha}", "one-rank", "full", "", alpha)
+        add(f"aux-{alpha}", "one-rank", "full", aux, alpha)
+    add("one-pass-odd", "one-rank", "lora", ODD["odd"], str(PRIOR))
+    add("one-pass-single", "one-rank", "lora", ODD["single"], str(PRIOR))
+    for mutation, layout in MUTATIONS.items():
+        more = "--use_distributed_optimizer false" if mutation == "copies not divided" else ""
+        add(mutation.replace(" ", "_"), layout, "lora", more, mutation=mutation)
+    add("same_batch", "one-rank", "lora", mutation="same batch's alpha")
+    found: dict[str, CellResult] = {}
+    for ranks, cells in by_ranks.items():
+        found.update(run_cells(ranks, cells, folder))
+    return found
+
+
+def float64_moments(result: CellResult) -> dict[str, float]:
+    """MATH.md §3 from whole gradients by name; nothing of the project's gradient code."""
+    saved = torch.load(result.folder / "passes.pt", weights_only=False)
+    (t_a, t_b, e_a, e_b), counts = saved["passes"][:4], saved["counts"]
+    n_a, n_b = counts["trace"]
+    m_a, m_b = counts["empty"]
+    names = [name for name in t_a if shared_factor(name) == name]
+
+    def dot(x: dict, y: dict) -> float:
+        return sum((x[name] * y[name]).sum().item() for name in names)
+
+    def combine(*terms) -> dict:
+        return {name: sum(w * g[name] for w, g in terms) for name in names}
+
+    mean = combine(
+        (n_a / (n_a + n_b), t_a), (n_b / (n_a + n_b), t_b), (-m_a / (m_a + m_b), e_a), (-m_b / (m_a + m_b), e_b)
+    )
+    trace = combine((1, t_a), (-1, t_b))
+    difference = combine((1, t_a), (-1, t_b), (-1, e_a), (1, e_b))
+    c = n_a * n_b / (n_a + n_b) ** 2
+    return {
+        "moments/D": dot(mean, mean),
+        "moments/X": c * dot(trace, difference),
+        "moments/W": c * dot(difference, difference),
+    }
+
+
+def baseline(cell: str) -> str:
+    if cell.endswith("dense"):
+        return "one-rank-full-dense"
+    return f"one-rank-{'lora' if 'lora' in cell else 'full'}"
+
+
+def test_moments_and_alpha_agree_with_one_rank(runs, cell):
+    ours, base = runs[cell], runs[baseline(cell)]
+    for key in MOMENTS:
+        assert len(ours.steps(key)) == STEPS
+        scale = base.steps("moments/D")  # X can be near 0
+        for a, b, d in zip(ours.steps(key), base.steps(key), scale, strict=True):
+            assert abs(a - b) <= 1e-4 * max(abs(b), 0.1 * d), (key, a, b)
+    assert ours.steps("alpha") == pytest.approx(base.steps("alpha"), abs=1e-4)
+    assert ours.steps("alpha")[0] == PRIOR and ours.steps("alpha")[-1] != PRIOR
+
+
+def test_moments_agree_with_gathered_gradients_in_float64(runs, cell):
+    truth = float64_moments(runs[cell])
+    for key in MOMENTS:
+        assert runs[cell].steps(key)[0] == pytest.approx(truth[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["odd", "single"])
+def test_batches_that_cannot_be_halved_are_measured_too(runs, name):
+    truth = float64_moments(runs[name])
+    for key in MOMENTS:
+        assert runs[name].steps(key)[0] == pytest.approx(truth[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "probe, one_pass",
+    [
+        ("one-pass-or-not-auto", f"one-pass-or-not-{PRIOR}"),
+        ("odd", "one-pass-odd"),
+        ("single", "one-pass-single"),
+        ("aux-auto", f"aux-{PRIOR}"),
+    ],
+)
+def test_a_probe_step_is_a_one_pass_step(runs, probe, one_pass):
+    """The same batch and alpha give the same gradient; auxiliary losses enter once, at the one-pass scale."""
+    ours, base = (runs[name].recorded["gradients"][0] for name in (probe, one_pass))
+    scale = max(g.norm().item() for g in base.values())
+    for name, gradient in base.items():
+        assert (ours[name] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), 1e-2 * scale), name
+
+
+def test_auxiliary_losses_are_in_the_update_and_in_no_moment(runs):
+    for key in MOMENTS:
+        assert runs["aux-auto"].steps(key)[0] == pytest.approx(runs["one-pass-or-not-auto"].steps(key)[0], rel=1e-5)
+    with_aux = runs[f"aux-{PRIOR}"].recorded["true_norm"][0]
+    assert abs(with_aux - runs[f"one-pass-or-not-{PRIOR}"].recorded["true_norm"][0]) > 1e-4
+
+
+@pytest.mark.parametrize("mutation", list(MUTATIONS))
+def test_the_comparison_notices(runs, mutation):
+    """The float64 test above fails for each of these faults."""
+    broken = runs[mutation.replace(" ", "_")]
+    truth = float64_moments(broken)
+    assert any(abs(broken.steps(key)[0] - truth[key]) > 1e-3 * abs(truth[key]) for key in MOMENTS)
+
+
+def test_the_current_batch_does_not_choose_its_own_alpha(runs):
+    """At the first step alpha is still the prior; the fault uses what that very step measured."""
+    right, wrong = runs["one-rank-lora"], runs["same_batch"]
+    assert right.steps("alpha")[0] == PRIOR
+    first, second = (r.recorded["gradients"][0] for r in (right, wrong))
+    assert any((first[name] - second[name]).norm() > 1e-3 * first[name].norm() for name in first)
