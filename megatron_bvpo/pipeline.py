@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from swift.dataset import AddLengthPreprocessor
 from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from swift.utils import get_logger, is_master
 
@@ -62,26 +63,47 @@ class BvpoPipeline(MegatronRLHF):
             )
             for line in report.lines():
                 logger.info(line)
-        datasets = []
-        for name, dataset in zip(("training", "held-out"), super()._get_dataset(), strict=True):
-            if dataset is not None:
-                dataset, tally = judge_dataset(
-                    dataset, self.rules, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
-                )
-                for line in tally.lines():
-                    logger.info(f"{name} data: {line}")
-                if hasattr(dataset, "__len__"):
-                    require_rows(tally, list(args.dataset if name == "training" else args.val_dataset), self.rules)
-            datasets.append(dataset)
-        return datasets
+        sources = {"training": args.dataset, "held-out": args.val_dataset or args.dataset}
+        return [
+            None if dataset is None else self._judged(name, dataset, list(sources[name]))
+            for name, dataset in zip(sources, super()._get_dataset(), strict=True)
+        ]
 
     def _post_process_datasets(self, datasets: list) -> list:
-        for name, dataset in zip(("training", "held-out"), datasets, strict=True):
+        args = self.args
+        named = dict(zip(("training", "held-out"), datasets, strict=True))
+        if args.cached_dataset or args.cached_val_dataset:
+            # Cached by ms-swift: rows unchecked, and lengths that know nothing of the empty-trace pair.
+            for name, dataset in named.items():
+                if dataset is not None:
+                    named[name] = self._measured(self._judged(name, dataset, [*args.cached_dataset, *args.dataset]))
+        for name, dataset in named.items():
             columns = getattr(dataset, "column_names", None) or []
             if hasattr(dataset, "__len__") and "lengths" in columns:
-                for line in length_lines(dataset["lengths"], self.args.bvpo.streams):
+                for line in length_lines(dataset["lengths"], args.bvpo.streams):
                     logger.info(f"{name} data: {line}")
-        return super()._post_process_datasets(datasets)
+        return super()._post_process_datasets(list(named.values()))
+
+    def _judged(self, name: str, dataset, sources: list[str]):
+        """The usable rows of a loaded dataset; says how many were lost and why."""
+        args = self.args
+        dataset, tally = judge_dataset(
+            dataset, self.rules, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
+        )
+        for line in tally.lines():
+            logger.info(f"{name} data: {line}")
+        if hasattr(dataset, "__len__"):
+            require_rows(tally, sources, self.rules)
+        return dataset
+
+    def _measured(self, dataset):
+        """`dataset` with the lengths of all its sequences, both streams'."""
+        args = self.args
+        if "lengths" in dataset.column_names:
+            dataset = dataset.remove_columns("lengths")
+        return AddLengthPreprocessor(template=self.template)(
+            dataset, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file, strict=args.strict
+        )
 
     def _show_dataset(self, train_dataset, val_dataset):
         super()._show_dataset(train_dataset, val_dataset)

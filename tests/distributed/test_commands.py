@@ -1,0 +1,80 @@
+"""The literal commands, as a person types them: the same run by four ways, each through its own launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.cells import CPU_FLAGS, ROOT
+
+BIN = Path(sys.executable).parent
+ALPHA = 0.3
+
+
+def common(workshop, output: Path) -> list[str]:
+    run = (
+        f"--model {workshop.moe} --model_type qwen3_moe --template qwen3_thinking --dataset {workshop.train} "
+        f"--output_dir {output} --tuner_type lora --lora_rank 4 --lora_dropout 0 --lr 1e-3 --micro_batch_size 2 "
+        "--global_batch_size 4 --train_iters 2 --logging_steps 1 --max_length 512 --save_safetensors false "
+        "--no_save_optim true"
+    )
+    return [*run.split(), *CPU_FLAGS]
+
+
+def as_yaml(flags: list[str], path: Path) -> Path:
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    path.write_text("".join(f"{name.removeprefix('--')}: {value}\n" for name, value in pairs))
+    return path
+
+
+def run(command: list[str], **environment: str) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("BVPO_")}
+    env |= {"BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "PATH": f"{BIN}:{env['PATH']}"}
+    done = subprocess.run(
+        command,
+        env=env | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def logs(workshop, tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("commands")
+    ours = ["--bvpo_alpha", str(ALPHA)]
+    bvpo = ["--rlhf_type", "bvpo", *ours]
+    plugin = ROOT / "plugins" / "megatron_bvpo_plugin.py"
+    run(["swift", "rlhf", "--megatron", *common(workshop, folder / "swift"), *bvpo])
+    yaml = as_yaml([*common(workshop, folder / "yaml"), *bvpo], folder / "run.yaml")
+    run(["swift", "rlhf", str(yaml)])
+    run(["megatron", "rlhf", *common(workshop, folder / "megatron"), *bvpo])
+    flags = [*common(workshop, folder / "plugin"), "--rlhf_type", "dpo", "--external_plugins", str(plugin)]
+    run(["megatron", "rlhf", *flags], BVPO_ALPHA=str(ALPHA))
+    run(["swift", "rlhf", "--megatron", *common(workshop, folder / "dpo"), "--rlhf_type", "dpo"])
+    return {
+        name: [json.loads(line) for line in (folder / name / "logging.jsonl").read_text().splitlines()]
+        for name in ("swift", "yaml", "megatron", "plugin", "dpo")
+    }
+
+
+@pytest.mark.parametrize("name", ["yaml", "megatron", "plugin"])
+def test_all_ways_give_the_same_run(logs, name):
+    keys = ("loss", "loss/trace", "loss/empty", "logps/chosen", "empty/rewards/margins", "alpha", "grad_norm")
+    for ours, literal in zip(logs[name][:2], logs["swift"][:2], strict=True):
+        assert {k: ours[k] for k in keys} == {k: literal[k] for k in keys}
+    assert logs[name][0]["alpha"] == ALPHA
+
+
+def test_dpo_with_megatron_is_ms_swifts_own(logs):
+    """Its trace pairs are ours, and it knows no empty stream."""
+    assert "loss/empty" not in logs["dpo"][0] and "alpha" not in logs["dpo"][0]
+    assert logs["dpo"][0]["logps/chosen"] == pytest.approx(logs["swift"][0]["logps/chosen"], rel=1e-5)
