@@ -42,9 +42,10 @@ def main() -> None:
     out = args.out or (RESULTS.parent.parent / "results-quick" if args.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     if args.only in (None, "frozen"):
-        regimes, decays, paths = studies.frozen_rows(size)
+        regimes, decays, kappas, paths = studies.frozen_rows(size)
         write_csv(out / "regimes.csv", regimes)
         write_csv(out / "decays.csv", decays)
+        write_csv(out / "kappas.csv", kappas)
         write_csv(out / "paths.csv", [row for rows in paths.values() for row in rows])
         write_csv(out / "gap.csv", studies.gap_rows())
     if args.only in (None, "training"):

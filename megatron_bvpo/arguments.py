@@ -252,6 +252,12 @@ def refuse_unsupported(args) -> None:
         ),
         (args.f_divergence_type != "reverse_kl", "f_divergence_type", "BVPO has the reverse KL only", leave),
         (args.task_type not in (None, "causal_lm"), "task_type", "BVPO trains causal language models", leave),
+        (
+            args.streaming and args.packing,
+            "packing",
+            "ms-swift packs streamed rows by one sequence each, and a preference row has several",
+            "pack without --streaming, or stream without --packing (batches stay padding-free)",
+        ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
     ]
     if parse_alpha(args.bvpo_alpha) is None:

@@ -45,7 +45,7 @@ class UserError(ValueError):
         if self.remedy is None:
             return text
         if text and text[-1] not in ".!?:":
-            text += "."
+            text += ";" if self.remedy[:1].islower() else "."
         return f"{text} {self.remedy}"
 
     def __reduce__(self):

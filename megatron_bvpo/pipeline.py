@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from swift.dataset import AddLengthPreprocessor
 from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from swift.utils import get_logger, is_master
 
@@ -18,10 +17,12 @@ from megatron_bvpo.arguments import (
 from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_bvpo_template
 from megatron_bvpo.data.empty_trace import empty_block
 from megatron_bvpo.data.loading import judge_dataset, length_lines
+from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
+from megatron_bvpo.host.report import handed_over_scan
 
 logger = get_logger()
 
@@ -52,22 +53,37 @@ class BvpoPipeline(MegatronRLHF):
         )
         logger.info(f"The empty trace of template {args.template} is {block!r}.")
 
-    def _get_dataset(self):
+    def _scan(self) -> list[str]:
+        """What is in the data files, from the launching process if it has looked through them already."""
         args = self.args
-        if is_master():
+        lines = handed_over_scan()
+        if lines is None:
             report = scan_files(
                 [*args.dataset, *args.val_dataset],
                 self.rules,
                 columns=args.columns,
                 auto_mapping=not args.disable_auto_column_mapping,
             )
-            for line in report.lines():
+            lines = report.lines()
+        return lines
+
+    def _get_dataset(self):
+        args = self.args
+        if is_master():
+            for line in self._scan():
                 logger.info(line)
         sources = {"training": args.dataset, "held-out": args.val_dataset or args.dataset}
         return [
             None if dataset is None else self._judged(name, dataset, list(sources[name]))
             for name, dataset in zip(sources, super()._get_dataset(), strict=True)
         ]
+
+    def _encode_dataset(self, train_dataset, val_dataset, pre_process=True):
+        if self.args.streaming or self.args.lazy_tokenize:  # encoded while training
+            return super()._encode_dataset(train_dataset, val_dataset, pre_process)
+        self._save_val_dataset(val_dataset)
+        named = (("training", train_dataset), ("held-out", val_dataset))
+        return [None if dataset is None else self._measured(name, dataset) for name, dataset in named]
 
     def _post_process_datasets(self, datasets: list) -> list:
         args = self.args
@@ -76,7 +92,9 @@ class BvpoPipeline(MegatronRLHF):
             # Cached by ms-swift: rows unchecked, and lengths that know nothing of the empty-trace pair.
             for name, dataset in named.items():
                 if dataset is not None:
-                    named[name] = self._measured(self._judged(name, dataset, [*args.cached_dataset, *args.dataset]))
+                    named[name] = self._measured(
+                        name, self._judged(name, dataset, [*args.cached_dataset, *args.dataset])
+                    )
         for name, dataset in named.items():
             columns = getattr(dataset, "column_names", None) or []
             if hasattr(dataset, "__len__") and "lengths" in columns:
@@ -96,14 +114,18 @@ class BvpoPipeline(MegatronRLHF):
             require_rows(tally, sources, self.rules)
         return dataset
 
-    def _measured(self, dataset):
-        """`dataset` with the lengths of all its sequences, both streams'."""
+    def _measured(self, name: str, dataset):
+        """`dataset` with the lengths of all its sequences, without the rows that do not fit; says which those are."""
         args = self.args
         if "lengths" in dataset.column_names:
             dataset = dataset.remove_columns("lengths")
-        return AddLengthPreprocessor(template=self.template)(
-            dataset, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file, strict=args.strict
+        dataset, lost = measure_dataset(
+            dataset, self.template, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )
+        for line in lost.lines():
+            logger.info(f"{name} data: {line}")
+        lost.require_rows(len(dataset), args.dataset if name == "training" else args.val_dataset)
+        return dataset
 
     def _show_dataset(self, train_dataset, val_dataset):
         super()._show_dataset(train_dataset, val_dataset)

@@ -78,14 +78,12 @@ def regret_by_kappa(rows: list[Row], out: Path) -> None:
 
 
 def training_curves(rows: list[Row], out: Path) -> None:
-    """Marginal loss over training minus that of alpha = 0.5, in four regimes at one rate."""
+    """Marginal loss over training minus that of alpha = 0.5, in four regimes at one learning rate."""
     shown = ["trace", "mse", "sgd 0.3", "sgd 0.1", "sgd 0.03", "oracle"]
     names = [n for n in ("base", "noisy", "tiny-batch", "decisive") if any(r["regime"] == n for r in rows)]
-    rates = sorted({(r["optimizer"], r["eta_L"]) for r in rows if r["optimizer"] == "sgd"}, key=lambda r: float(r[1]))
-    optimizer, eta_L = next((r for r in rates if float(r[1]) == 0.3), rates[0])
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
-        here = [r for r in rows if (r["regime"], r["optimizer"], r["eta_L"]) == (name, optimizer, eta_L)]
+        here = [r for r in rows if r["regime"] == name]
         base = _column([r for r in here if r["arm"] == "half"], "loss")
         for i, arm in enumerate(shown):
             mine = [r for r in here if r["arm"] == arm]
@@ -94,7 +92,7 @@ def training_curves(rows: list[Row], out: Path) -> None:
             if arm in ("trace", "sgd 0.1"):
                 axis.fill_between(step, loss - 2 * error, loss + 2 * error, color=f"C{i}", alpha=0.12)
         axis.axhline(0, color="k", lw=0.8)
-        axis.set(title=f"{name}, ηL = {eta_L}", xlabel="step")
+        axis.set(title=f"{name}, ηL = {here[0]['eta_L']}", xlabel="step")
     axes.flat[0].set_ylabel("marginal loss − that of α = 0.5")
     axes.flat[0].legend(fontsize=8)
     _save(figure, out)

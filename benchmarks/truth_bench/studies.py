@@ -18,6 +18,7 @@ Row = dict[str, object]
 
 DECAYS = (0.9, 0.95, 0.97, 0.99)
 WITHIN = 0.03
+PLOTTED_ETA_L = 0.3
 TRAINED = (
     "base",
     "long",
@@ -64,9 +65,9 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def frozen_rows(size: Size) -> tuple[list[Row], list[Row], dict[str, list[Row]]]:
-    """(one row per regime, one row per regime and decay, alpha paths for the plot)."""
-    regimes, decays, paths = [], [], {}
+def frozen_rows(size: Size) -> tuple[list[Row], list[Row], list[Row], dict[str, list[Row]]]:
+    """(one row per regime, per regime and decay, per regime and kappa, and alpha paths for the plot)."""
+    regimes, decays, kappas, paths = [], [], [], {}
     for regime in REGIMES:
         start = time.monotonic()
         pool = frozen.measure_pool(regime, size.pool)
@@ -133,8 +134,24 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], dict[str, list[Row]]]
                     }
                     for j in range(size.probes)
                 ]
+        kappas += [_kappa_row(pool, index, kappa) for kappa in (0.3, 0.1, 0.03)]
         say(f"frozen {regime.name}: {time.monotonic() - start:.0f} s")
-    return regimes, decays, paths
+    return regimes, decays, kappas, paths
+
+
+def _kappa_row(pool: frozen.Pool, index: np.ndarray, kappa: float) -> Row:
+    """The sgd criterion against its own aim, at the default memory."""
+    path, aim = frozen.follow(pool, index, criterion="sgd", kappa=kappa), pool.true.alpha_kappa(kappa)
+    settled = path.alpha[:, min(40, index.shape[1] // 2) :]
+    return {
+        "regime": pool.regime.name,
+        "kappa": kappa,
+        "alpha_kappa": aim,
+        "bias": settled.mean() - aim,
+        "rms": ((settled - aim) ** 2).mean() ** 0.5,
+        "stderr": path.stderr[:, -1].mean(),
+        "coverage": frozen.coverage(path, aim, frozen.WARM_UP),
+    }
 
 
 def settings_of(regime: Regime, size: Size) -> list[tuple[str, float, float]]:
@@ -153,7 +170,8 @@ def training_rows(size: Size) -> tuple[list[Row], list[Row]]:
             result = train(regime, arms(), optimizer, lr, size.steps, size.seeds, cosine=optimizer == "adam")
             setting = {"regime": regime.name, "optimizer": optimizer, "lr": lr, "eta_L": eta_L}
             rows += _training_rows(setting, result)
-            curves += _curve_rows(setting, result)
+            if eta_L == PLOTTED_ETA_L:
+                curves += _curve_rows(setting, result)
             say(f"training {regime.name} {optimizer} {lr:.3g}: {time.monotonic() - start:.0f} s")
     return rows, curves
 

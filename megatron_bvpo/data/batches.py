@@ -86,13 +86,20 @@ class BvpoTemplateMixin:
         return encoded
 
     def _rlhf_encode(self, inputs, check_rejected: bool = True) -> dict[str, Any]:
+        from swift.template import MaxLengthError  # here: the names of this module are used without ms-swift, too
+
         streams = self.bvpo.rules.streams
         answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
         encoded: dict[str, Any] = {}
         if "empty" in streams and None not in answers:
-            for side, answer in zip(SIDES, answers, strict=True):
-                encoded_answer = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
-                encoded.update({f"empty_{side}_{k}": v for k, v in encoded_answer.items()})
+            try:
+                for side, answer in zip(SIDES, answers, strict=True):
+                    encoded_answer = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
+                    encoded.update({f"empty_{side}_{k}": v for k, v in encoded_answer.items()})
+            except MaxLengthError:
+                if "trace" not in streams:
+                    raise
+                encoded = {}  # the trace pair may still fit
         if "trace" in streams:
             encoded = {**super()._rlhf_encode(inputs, check_rejected), **encoded}
         if not encoded:

@@ -28,6 +28,22 @@ def option_values(argv: list[str], name: str) -> list[str]:
     return values
 
 
+def option_list(argv: list[str], name: str) -> list[str]:
+    """The values of `--name` where it takes several; the parser lets the last `--name` win."""
+    spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+    values: list[str] = []
+    taking = False
+    for token in argv:
+        flag, equals, value = token.partition("=")
+        if flag in spellings:
+            taking, values = not equals, [value] if equals else []
+        elif token.startswith("--"):
+            taking = False
+        elif taking:
+            values.append(token)
+    return values
+
+
 def rlhf_type(argv: list[str]) -> str | None:
     """The value of `--rlhf_type` that the parser will use, None where it is not given."""
     values = option_values(argv, "rlhf_type")

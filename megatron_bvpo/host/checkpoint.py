@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from swift.utils import LAST_CHECKPOINT_SYMLINK, update_last_checkpoint_symlink
 
 from megatron_bvpo.errors import UserError
 
@@ -48,10 +49,7 @@ def require_whole_checkpoint(checkpoint: str, *, flag: str) -> None:
     _put_back_replaced(path.parent)
     if is_whole(path):
         return
-    whole = sorted(
-        (p for p in path.parent.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and is_whole(p)),
-        key=lambda p: int(p.name.rsplit("-", 1)[1]),
-    )
+    whole = whole_checkpoints(path.parent)
     remedy = f"the newest whole checkpoint there is {whole[-1]}" if whole else "no whole checkpoint is beside it"
     if not path.exists():
         raise UserError(f"there is no checkpoint {checkpoint}", field=flag, remedy=remedy)
@@ -89,8 +87,12 @@ def write_state(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
 
 
 def clear_staging(output_dir: str | os.PathLike) -> None:
-    """Remove what a killed run left half-written."""
-    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+    """Remove what a killed run left half-written or half-removed."""
+    output_dir = Path(output_dir)
+    _put_back_replaced(output_dir)
+    for replaced in output_dir.glob(f"checkpoint-*{REPLACED}"):
+        remove_checkpoint(replaced)
+    shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
 
 def open_staging(output_dir: str | os.PathLike) -> Path:
@@ -107,47 +109,76 @@ def open_staging(output_dir: str | os.PathLike) -> Path:
 def publish(staging: Path, name: str) -> Path:
     """Rename `<staging>/name` (and `name-merged`, first) beside the staging folder; returns the new path."""
     output_dir = staging.parent
+    if is_whole(output_dir / name):  # a resumed run saves the same iteration again
+        _link_another(output_dir, name)
     for folder in (f"{name}-merged", name):
         source, target = staging / folder, output_dir / folder
         if not source.exists():
             continue
         replaced = target.with_name(f"{folder}{REPLACED}")
-        if target.exists():  # a resumed run saves the same iteration again
-            shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            remove_checkpoint(replaced)
             os.rename(target, replaced)
         os.rename(source, target)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove_checkpoint(replaced)
+    point_last_checkpoint(output_dir, name)
     shutil.rmtree(staging, ignore_errors=True)
     return output_dir / name
 
 
-def save_rank_rng(checkpoint: str | os.PathLike, rank: int) -> None:
-    """Keep this rank's random state.
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint; killed on the way, it is not whole any more, whatever files are left."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate(checkpoints: list[str], limit: int) -> None:
+    """Remove all but the last `limit` of `checkpoints`, each with its merged weights."""
+    for folder in checkpoints[:-limit]:
+        remove_checkpoint(Path(folder))
+        remove_checkpoint(Path(f"{folder}-merged"))
+
+
+def whole_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, the newest iteration last."""
+    found = (p for p in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and is_whole(p))
+    return sorted(found, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+
+
+def _link_another(output_dir: Path, name: str) -> None:
+    """`last-checkpoint` must not dangle while the checkpoint it points at is replaced."""
+    others = [p.name for p in whole_checkpoints(output_dir) if p.name != name]
+    if others and (output_dir / LAST_CHECKPOINT_SYMLINK).resolve().name == name:
+        point_last_checkpoint(output_dir, others[-1])
+
+
+def point_last_checkpoint(output_dir: Path, name: str) -> None:
+    update_last_checkpoint_symlink(str(output_dir / name))
+
+
+def random_state() -> dict[str, Any]:
+    """This rank's random state, the dropout masks' included.
 
     Megatron keeps one data-parallel rank's and gives it to all, but the ranks' states drift apart: each
     draws dropout masks of its own lengths.
     """
     from megatron.core import tensor_parallel
 
-    folder = Path(checkpoint) / RNG_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
     _, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, python_gauss = random.getstate()
-    state = {
+    return {
         "python": [version, list(words), python_gauss],
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
-    torch.save(state, folder / f"rank_{rank:05d}.pt")
 
 
-def load_rank_rng(checkpoint: str | os.PathLike, rank: int) -> None:
-    """Restore what `save_rank_rng` kept."""
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` found."""
     from megatron.core import tensor_parallel
 
-    state = torch.load(Path(checkpoint) / RNG_FOLDER / f"rank_{rank:05d}.pt", weights_only=True)
     version, words, python_gauss = state["python"]
     random.setstate((version, tuple(words), python_gauss))
     keys, position, has_gauss, gauss = state["numpy"]
@@ -155,3 +186,15 @@ def load_rank_rng(checkpoint: str | os.PathLike, rank: int) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def save_random_state(checkpoint: str | os.PathLike, rank: int, state: dict[str, Any]) -> None:
+    """Keep one rank's random state with a checkpoint."""
+    folder = Path(checkpoint) / RNG_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / f"rank_{rank:05d}.pt")
+
+
+def load_random_state(checkpoint: str | os.PathLike, rank: int) -> dict[str, Any]:
+    """What `save_random_state` kept."""
+    return torch.load(Path(checkpoint) / RNG_FOLDER / f"rank_{rank:05d}.pt", weights_only=True)

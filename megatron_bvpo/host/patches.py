@@ -53,7 +53,7 @@ def _bypass_router_lora() -> None:
     from mcore_bridge import LoraParallelLinear
 
     original = _target(LoraParallelLinear, "_patch_router_gating")
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "bvpo", False):  # `__wrapped__` says nothing: contextmanager sets it on the original too
         return
 
     @contextmanager
@@ -64,5 +64,6 @@ def _bypass_router_lora() -> None:
             with original(self):
                 yield
 
+    _patch_router_gating.bvpo = True
     _patch_router_gating.__wrapped__ = original
     LoraParallelLinear._patch_router_gating = _patch_router_gating

@@ -1,6 +1,7 @@
 """What must be true before a BVPO run loads anything heavy."""
 
 import importlib.util
+import json
 import os
 
 from megatron_bvpo.errors import UserError
@@ -22,6 +23,36 @@ def check(argv: list[str]) -> None:
         )
     if not flags.rehearsal_requested() and not flags.wants_help(argv):
         require_gpu()
+
+
+def scan_data(argv: list[str]) -> list[str] | None:
+    """Look through the data files before anything is started; returns the report for rank 0's log.
+
+    None where that must wait for ms-swift: files may then belong to data sets that the user has registered,
+    or a flag is wrong and will be refused.
+
+    Raises:
+        UserError: a file would stop the run.
+    """
+    from megatron_bvpo.data.rows import RowRules
+    from megatron_bvpo.data.scan import scan_files
+
+    if os.environ.get("NODE_RANK", "0") != "0" or flags.wants_help(argv):
+        return None
+    if any(flags.option_values(argv, name) for name in ("custom_register_path", "custom_dataset_info")):
+        return None
+    if flags.option_values(argv, "external_plugins"):
+        return None
+    try:
+        alpha = (flags.option_values(argv, "bvpo_alpha") or ["auto"])[-1].lower()
+        columns = json.loads((flags.option_values(argv, "columns") or ["{}"])[-1])
+        empty = (flags.option_values(argv, "bvpo_empty") or ["strip"])[-1]
+        rules = RowRules(empty=empty, streams=RowRules.streams_for(alpha if alpha == "auto" else float(alpha)))
+    except ValueError:
+        return None
+    specs = [*flags.option_list(argv, "dataset"), *flags.option_list(argv, "val_dataset")]
+    mapped = not flags.is_true(argv, "disable_auto_column_mapping")
+    return scan_files(specs, rules, columns=columns, auto_mapping=mapped).lines()
 
 
 def help_without_engine(argv: list[str]) -> bool:

@@ -19,6 +19,7 @@ from megatron_bvpo.errors import EXIT_CODE, UserError
 # The launching process puts the path of an empty folder here.
 FOLDER = "MEGATRON_BVPO_ERROR_FOLDER"
 _MESSAGE = "message"
+_SCAN = "scan"
 
 # Seconds that a failed rank waits for the others of its node to fail too; they start some seconds apart.
 GRACE = 10.0
@@ -37,6 +38,19 @@ def read(folder: Path) -> str | None:
     try:
         return (folder / _MESSAGE).read_text(encoding="utf-8")
     except OSError:
+        return None
+
+
+def hand_over_scan(folder: Path, lines: list[str]) -> None:
+    """Leave what the scan of the data files found for rank 0, so that they are not read twice."""
+    (folder / _SCAN).write_text(json.dumps(lines), encoding="utf-8")
+
+
+def handed_over_scan() -> list[str] | None:
+    """What the launching process found in the data files; None where it did not look."""
+    try:
+        return json.loads(Path(os.environ[FOLDER], _SCAN).read_text(encoding="utf-8"))
+    except (KeyError, OSError):
         return None
 
 

@@ -51,6 +51,7 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
         route_mapping, is_megatron: what `cli_main` was called with; `megatron` gives its own mapping.
     """
     argv = sys.argv[2:]
+    scanned = None
     # ms-swift's own unrolling. It would come to it next, and then finds nothing left to unroll.
     swift_main.parse_yaml_args(argv)
     try:
@@ -68,17 +69,21 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
             from megatron_bvpo.host import preflight
 
             preflight.check(rest)
+            scanned = preflight.scan_data(rest)
     except UserError as error:
         from megatron_bvpo.host import report
 
         report.write(error)
         sys.exit(EXIT_CODE)
     mapping = {**(route_mapping or swift_main.ROUTE_MAPPING), "rlhf": OURS}
-    _launch(lambda: original(mapping, is_megatron=True))
+    _launch(lambda: original(mapping, is_megatron=True), scanned)
 
 
-def _launch(launch) -> None:
-    """Run `launch`; after a user error of a rank, end with its message last and its exit code."""
+def _launch(launch, scanned: list[str] | None) -> None:
+    """Run `launch`; after a user error of a rank, end with its message last and its exit code.
+
+    `scanned` is what the look through the data files found, for the log of rank 0.
+    """
     import tempfile
     from pathlib import Path
 
@@ -86,6 +91,8 @@ def _launch(launch) -> None:
 
     with tempfile.TemporaryDirectory(prefix="megatron-bvpo-") as name:
         os.environ[report.FOLDER] = name
+        if scanned is not None:
+            report.hand_over_scan(Path(name), scanned)
         code = 0
         try:
             launch()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mcore_bridge import LoraParallelLinear
-from swift.utils import get_logger, is_master, update_last_checkpoint_symlink
+from swift.utils import get_logger, is_master
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
@@ -48,6 +48,8 @@ class CheckpointMixin:
         args, state = self.args, self.state
         output_dir = args.output_dir
         staging = Path(output_dir) / ckpt.STAGING
+        # Writing files may draw random numbers, on some ranks only; the run goes on from this state, saved or not.
+        random_state = ckpt.random_state()
         if is_master():
             ckpt.open_staging(output_dir)
         dist.barrier()
@@ -57,7 +59,7 @@ class CheckpointMixin:
         finally:
             args.output_dir = output_dir
         name = Path(state.last_model_checkpoint).name
-        ckpt.save_rank_rng(staging / name, dist.get_rank())
+        ckpt.save_random_state(staging / name, dist.get_rank(), random_state)
         dist.barrier()
         state.last_model_checkpoint = str(Path(output_dir) / name)
         if state.best_global_step is not None:
@@ -68,10 +70,15 @@ class CheckpointMixin:
             write_peft_form(staging / name, self.template.config)
             ckpt.write_state(staging / name, self._checkpoint_state())
             ckpt.publish(staging, name)
-            update_last_checkpoint_symlink(state.last_model_checkpoint)
             self._rotate_checkpoints(output_dir)
             logger.info(f"The checkpoint is whole: {state.last_model_checkpoint}")
+        ckpt.restore_random_state(random_state)
         dist.barrier()
+
+    def _rotate_checkpoints(self, output_dir: str) -> None:
+        """As ms-swift's, but a checkpoint whose removal was cut short does not look whole."""
+        if self.args.save_total_limit:
+            ckpt.rotate(self._sorted_checkpoints(output_dir), self.args.save_total_limit)
 
     def _checkpoint_state(self) -> dict[str, Any]:
         """What bvpo_state.json holds besides its format."""
@@ -165,7 +172,7 @@ class CheckpointMixin:
             self.estimator.load_state_dict(saved["estimator"])
             self.alpha = self.estimator.alpha
         if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
-            ckpt.load_rank_rng(folder, dist.get_rank())
+            ckpt.restore_random_state(ckpt.load_random_state(folder, dist.get_rank()))
         else:
             logger.info(
                 f"The checkpoint was written in another layout ({saved['layout']}): random states are not "

@@ -61,7 +61,8 @@ def target_logps(
         vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
             no part. Default: all.
         block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from the free memory
-            of a GPU, from the cache size of a CPU. They change speed and memory, not results.
+            of a GPU, from the cache size of a CPU. They change speed and memory, and results
+            only in the last bits: give both where runs must be bit-identical on GPUs with differing free memory.
         cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
             `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
 

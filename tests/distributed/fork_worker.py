@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -37,6 +38,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print is no answer
     load_the_stack()
+    gc.collect()
+    gc.freeze()  # ms-swift collects often, and the children would go through all this each time
     threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     unsafe = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # that one knows about forks
     assert not unsafe and threading.active_count() == 1, f"forking with threads is not safe: {unsafe}"
@@ -63,6 +66,8 @@ def run(job: dict) -> None:
     signal.alarm(job["timeout"])
     os.environ.update(job["env"])
 
+    import swift.megatron.pipelines.train.sft as pipeline
+
     import megatron_bvpo.trainer as ours
     from megatron_bvpo import cli
     from tests.distributed.cell_worker import agree_on_port, map_in_this_process
@@ -73,6 +78,7 @@ def run(job: dict) -> None:
         cli.main()
         return
     map_in_this_process()
+    pipeline.plot_images = lambda *args: None  # dozens of images take longer than the training
     os.environ["MASTER_PORT"] = agree_on_port(outputs / "port")
     if job["hook"]:
         module, _, name = job["hook"].partition(":")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.objective.streams import STREAMS
 from tests.distributed.recorders import record_first_step
@@ -13,6 +15,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
     adapter: LoRA tensors by peft name before the first update, float32 (empty for full tuning).
     sequences: (ids, labels) of every sequence of the step, in the order of `pairs`: chosen, then rejected.
     pairs: one dict a pair: stream, row, micro_batch, and its log-probs (float64) and token counts.
+    moved_by_saving: parameters that a save (with its merge) left other than they were, bit for bit.
     """
 
     class OracleRecorder(record_first_step(base, folder, save=save, lora_scale=lora_scale)):
@@ -23,6 +26,16 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                 for number, batch in enumerate(chunks[0]):
                     self._record_tokens(number, batch)
             return chunks
+
+        def save_checkpoint(self):
+            before = {f"{i}.{n}": p.detach().clone() for i, n, p in self._named_parameters()}
+            super().save_checkpoint()
+            moved = [n for i, n, p in self._named_parameters() if not torch.equal(p, before[f"{i}.{n}"])]
+            self.recorded["moved_by_saving"] = moved
+            torch.save(self.recorded, folder / "recorded.pt")
+
+        def _named_parameters(self):
+            return [(i, n, p) for i, model in enumerate(self.unwrapped_models) for n, p in model.named_parameters()]
 
         def _exported_adapter(self):
             if self.args.tuner_type != "lora":
@@ -48,7 +61,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                     self.recorded["pairs"].append({"stream": stream, "row": row, "micro_batch": number})
 
         def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
-            if self.state.iteration == 0 and self.model_is_training():
+            if self.state.iteration == 0 and self.unwrapped_models[0].training:
                 chosen, rejected = layout.slices(stream)
                 for i, row in enumerate(layout.rows[stream]):
                     found = next(p for p in self.recorded["pairs"] if (p["stream"], p["row"]) == (stream, row))
@@ -57,8 +70,5 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                     if ref_logps_Q is not None:
                         found["ref_logps"] = (ref_logps_Q[chosen][i].item(), ref_logps_Q[rejected][i].item())
             return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
-
-        def model_is_training(self) -> bool:
-            return self.unwrapped_models[0].training
 
     return OracleRecorder

@@ -43,9 +43,6 @@ def runs(workshop, tmp_path_factory):
         "sample": argv(workshop, f"--dataset {workshop.train}#8"),
         "two-files": argv(workshop, f"--dataset {half} {workshop.train}"),
         "stream": argv(workshop, f"--dataset {workshop.train} --dataset_shuffle false", "--streaming true"),
-        "stream-packed": argv(
-            workshop, f"--dataset {workshop.train}", "--streaming true --packing true --packing_length 800"
-        ),
         "eval-4": argv(workshop, held_out),
         "eval-1": argv(workshop, held_out, "--global_batch_size 1 --train_iters 8 --eval_steps 8"),
         "eval-wide": argv(
@@ -64,7 +61,7 @@ def test_the_same_rows_from_another_source(runs, name):
         assert runs[name].steps(key)[0] == pytest.approx(runs["jsonl"].steps(key)[0], rel=1e-6), key
 
 
-@pytest.mark.parametrize("name", ["sample", "two-files", "stream-packed"])
+@pytest.mark.parametrize("name", ["sample", "two-files"])
 def test_trains(runs, name):
     assert len(runs[name].steps("loss/empty")) == 2
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from megatron_bvpo.kernels import target_logps
 from megatron_bvpo.kernels.reference import reference_grads
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 @dataclass
 class Case:
@@ -20,7 +22,7 @@ class Case:
     vocab_size: int | None = None
 
 
-def random_case(n, h, v, dtype=torch.float32, *, spread=4.0, ignored=0.2, padding=0, seed=0) -> Case:
+def random_case(n, h, v, dtype=torch.float32, *, spread=4.0, ignored=0.2, padding=0, seed=0, device=DEVICE) -> Case:
     """Logits of about N(0, spread), some targets ignored, `padding` rows of large weights past the vocabulary."""
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=g)
@@ -29,7 +31,13 @@ def random_case(n, h, v, dtype=torch.float32, *, spread=4.0, ignored=0.2, paddin
     targets = torch.randint(0, v, (n,), generator=g)
     targets[torch.rand(n, generator=g) < ignored] = -100
     upstream = torch.randn(n, generator=g)
-    return Case(hidden.to(dtype), weight.to(dtype), targets, upstream, v if padding else None)
+    return case_on(device, dtype, hidden, weight, targets, upstream, v if padding else None)
+
+
+def case_on(device, dtype, hidden_NH, weight_VH, targets_N, upstream_N, vocab_size=None) -> Case:
+    """Values are drawn on the CPU, so that they are the same on every device."""
+    hidden_NH, weight_VH = hidden_NH.to(device, dtype), weight_VH.to(device, dtype)
+    return Case(hidden_NH, weight_VH, targets_N.to(device), upstream_N.to(device), vocab_size)
 
 
 def run(case: Case, *, frozen=True, **options):

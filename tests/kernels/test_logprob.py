@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from megatron_bvpo.kernels import target_logps
 from megatron_bvpo.kernels.reference import reference_logps
 
-from .cases import Case, expected, plain_torch, random_case, relative, relative_per_token, run
+from .cases import (
+    DEVICE,
+    Case,
+    case_on,
+    expected,
+    plain_torch,
+    random_case,
+    relative,
+    relative_per_token,
+    run,
+)
 
 F32, BF16 = torch.float32, torch.bfloat16
 AWKWARD = [(1, 1, 1), (1, 7, 252), (7, 33, 507), (40, 252, 123), (23, 64, 1009), (3, 507, 7)]
@@ -40,6 +50,20 @@ def test_awkward_sizes(shape, impl, dtype, frozen):
     else:
         assert relative(grad_weight, true_weight) <= GRAD_BOUND[dtype]
         assert not grad_weight[shape[2] :].any()  # padding
+
+
+@pytest.mark.parametrize("columns", [64, 252, 1009])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_triton_rows_of_several_blocks(monkeypatch, gpu_rounding, columns, frozen):
+    """Whole blocks of a row take another branch than its end: small blocks make both, at affordable sizes."""
+    from megatron_bvpo.kernels import triton_logprob
+
+    monkeypatch.setattr(triton_logprob, "PASS_BLOCK", 64)
+    for dtype in (F32, BF16):
+        case = random_case(30, 12, columns, dtype, spread=2.0)
+        results = run(case, frozen=frozen, impl="triton", tile_vocab=600)
+        for value, truth in zip(results, expected(case), strict=True):
+            assert value is None or relative(value, truth) <= GRAD_BOUND[dtype]
 
 
 CASES = st.fixed_dictionaries(
@@ -107,7 +131,7 @@ def stratified_case(dtype, n=300, h=96, v=1500) -> tuple[Case, torch.Tensor]:
         too_low = -torch.expm1(reference_logps(hidden, weight, targets)) > wanted
         low = torch.where(too_low[:, None], middle, low)
         high = torch.where(too_low[:, None], high, middle)
-    case = Case(hidden.to(dtype), weight.to(dtype), targets, torch.randn(n, generator=g))
+    case = case_on(DEVICE, dtype, hidden, weight, targets, torch.randn(n, generator=g))
     return case, expected(case)[0].exp()
 
 
@@ -190,9 +214,10 @@ def test_poisoned_memory_is_all_overwritten(impl, frozen, gpu_rounding):
         torch.use_deterministic_algorithms(False)
 
 
-def test_float64_gradcheck():
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+def test_float64_gradcheck(frozen):
     hidden = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=not frozen)
     targets = torch.tensor([0, 8, -100, 3, 3])
     assert torch.autograd.gradcheck(lambda x, w: target_logps(x, w, targets, vocab_size=9), (hidden, weight))
 
@@ -233,7 +258,8 @@ def test_no_grad_equals_grad_bit_for_bit():
     """Policy and reference passes must agree where their weights do."""
     case = random_case(70, 33, 507, BF16)
     with torch.no_grad():
-        plain = target_logps(case.hidden_NH.requires_grad_(), case.weight_VH, case.targets_N)
+        hidden = case.hidden_NH.clone().requires_grad_()
+        plain = target_logps(hidden, case.weight_VH, case.targets_N, block_tokens=64, tile_vocab=128)
     assert not plain.requires_grad
     for frozen in (True, False):
-        assert torch.equal(plain, run(case, frozen=frozen)[0])
+        assert torch.equal(plain, run(case, frozen=frozen, block_tokens=64, tile_vocab=128)[0])

@@ -23,7 +23,7 @@ SHARDS = {
 
 
 def example(dtype, ranks):
-    case = random_case(24, 33, VOCAB, dtype, spread=3.0, ignored=0.3)
+    case = random_case(24, 33, VOCAB, dtype, spread=3.0, ignored=0.3, device="cpu")
     case.hidden_NH[5] *= 60  # one token in the overflow fallback
     case.targets_N[5] = 3
     case.targets_N[20:] = -100  # with 4 ranks the last chunk ends in ignored tokens only
@@ -80,7 +80,7 @@ def vendor(rank, world_size):
     """impl="te" with Megatron's kind of vocabulary-parallel cross-entropy, written with autograd."""
     from torch.distributed.nn.functional import all_reduce
 
-    case = random_case(24, 33, 240, ignored=0.3)
+    case = random_case(24, 33, 240, ignored=0.3, device="cpu")
     start = rank * 240 // world_size
 
     def cross_entropy(logits_NV, targets_N):
@@ -88,8 +88,7 @@ def vendor(rank, world_size):
         local = targets_N - start
         own = (local >= 0) & (local < logits_NV.shape[1])
         picked = logits_NV.gather(1, local.clamp(0, logits_NV.shape[1] - 1)[:, None]).squeeze(1) * own
-        # torch's all_reduce sums the gradient over the ranks again; every rank has the same one.
-        return total.log() / 1 - all_reduce(picked)
+        return total.log() - all_reduce(picked)
 
     _, true_hidden, _ = run(case)
     worst = 0.0
@@ -101,6 +100,7 @@ def vendor(rank, world_size):
             hidden, weight, case.targets_N, tp_group=dist.group.WORLD, sequence_parallel=sp,
             impl="te", cross_entropy=cross_entropy,
         )  # fmt: skip
+        # Unlike Megatron's, this all_reduce adds the ranks' (equal) upstream gradients in its backward.
         logps.backward(case.upstream_N / world_size)
         truth = true_hidden.chunk(world_size)[rank] if sp else true_hidden
         worst = max(worst, relative(hidden.grad, truth.double()))
