@@ -71,7 +71,7 @@ class BvpoArguments(MegatronRLHFArguments):
     """ms-swift's Megatron RLHF arguments with `rlhf_type bvpo` and the `bvpo_*` flags (README, "Flags")."""
 
     rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm", "bvpo"] = "bvpo"
-    bvpo_alpha: str = "0.5"
+    bvpo_alpha: str = "auto"
     bvpo_alpha_prior: float = 0.5
     bvpo_criterion: Literal["mse", "sgd"] = "mse"
     bvpo_kappa: float = 1.0

@@ -47,8 +47,8 @@ def gap(rows: list[Row], out: Path) -> None:
         mine = [r for r in rows if r["regime"] == name]
         axis.plot(_column(mine, "step"), _column(mine, "alpha_circ"), color=f"C{i}", label=f"{name}: α°")
         axis.plot(_column(mine, "step"), _column(mine, "alpha_star"), color=f"C{i}", ls="--", label=f"{name}: α*")
-    axis.set(xlabel="steps of exact descent on the trace loss", ylabel="α", ylim=(0, 1))
-    axis.legend(fontsize=8, ncol=2)
+    axis.set(xlabel="steps of exact descent on the trace loss", ylabel="α", ylim=(0, 1.1))
+    axis.legend(fontsize=7, ncol=4, loc="upper center")
     _save(figure, out)
 
 
@@ -81,6 +81,7 @@ def training_curves(rows: list[Row], out: Path) -> None:
     """Marginal loss over training minus that of alpha = 0.5, in four regimes at one learning rate."""
     shown = ["trace", "mse", "sgd 0.3", "sgd 0.1", "sgd 0.03", "oracle"]
     names = [n for n in ("base", "noisy", "tiny-batch", "decisive") if any(r["regime"] == n for r in rows)]
+    banded = ("trace", "sgd 0.1")
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), squeeze=False)
     for axis, name in zip(axes.flat, names, strict=True):
         here = [r for r in rows if r["regime"] == name]
@@ -88,13 +89,13 @@ def training_curves(rows: list[Row], out: Path) -> None:
         for i, arm in enumerate(shown):
             mine = [r for r in here if r["arm"] == arm]
             loss, error, step = _column(mine, "loss") - base, _column(mine, "loss_error"), _column(mine, "step")
-            axis.plot(step, loss, color=f"C{i}", label=arm)
-            if arm in ("trace", "sgd 0.1"):
+            axis.plot(step, loss, color=f"C{i}", label=arm + (" (± 2 s.e.)" if arm in banded else ""))
+            if arm in banded:
                 axis.fill_between(step, loss - 2 * error, loss + 2 * error, color=f"C{i}", alpha=0.12)
         axis.axhline(0, color="k", lw=0.8)
         axis.set(title=f"{name}, ηL = {here[0]['eta_L']}", xlabel="step")
     axes.flat[0].set_ylabel("marginal loss − that of α = 0.5")
-    axes.flat[0].legend(fontsize=8)
+    axes.flat[-1].legend(fontsize=7)
     _save(figure, out)
 
 
