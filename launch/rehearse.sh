@@ -23,7 +23,7 @@ swift rlhf "$BVPO_ROOT/configs/rehearsal.yaml" \
   --rlhf_type bvpo --megatron \
   --model "$work/model" \
   --dataset "$work/train.jsonl" --val_dataset "$work/heldout.jsonl" \
-  --output_dir "$run" --add_version false "$@" 2>&1 | tee "$work/last.log" | python -m megatron_bvpo.rehearsal.report --follow
+  --output_dir "$run" --add_version false "$@" 2>&1 | tee "$work/last.log" | bvpo report --follow
 
-python -m megatron_bvpo.rehearsal.report "$run"
+bvpo report "$run"
 echo "All done in $((SECONDS - started)) s."

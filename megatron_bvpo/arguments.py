@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import traceback
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,15 +95,25 @@ class BvpoArguments(MegatronRLHFArguments):
         bvpo_config(vars(self))  # raises for bad settings before anything is loaded
         refuse_unsupported(self)
         check_resume(self)
-        super().__post_init__()
+        check_model_folders(self)
+        try:
+            super().__post_init__()
+        except UserError:
+            raise
+        except (ValueError, AssertionError) as e:
+            frame = traceback.extract_tb(e.__traceback__)[-1]
+            raise UserError(f"{e or type(e).__name__} ({frame.filename}:{frame.lineno})") from e
 
     @property
     def bvpo(self) -> BvpoConfig:
         return bvpo_config(vars(self))
 
     def _init_output_dir(self):
+        self._check_layout()  # here, before ms-swift lets the ranks wait for each other
         try:
             super()._init_output_dir()
+            if not os.access(self.output_dir, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as e:
             raise UserError(
                 f"the output folder {self.output_dir} cannot be written: {e.strerror or e}",
@@ -110,9 +122,12 @@ class BvpoArguments(MegatronRLHFArguments):
             ) from None
 
     def _init_distributed(self):
-        check_layout(self, int(os.environ.get("WORLD_SIZE", "1")))
-        check_model_fits(self, AutoConfig.from_pretrained(self.model_dir, trust_remote_code=True))
+        self._check_layout()  # again: ms-swift has derived further settings by now
         super()._init_distributed()
+
+    def _check_layout(self):
+        check_layout(self, int(os.environ.get("WORLD_SIZE", "1")))
+        check_model_fits(self, AutoConfig.from_pretrained(self.model_info.model_dir, trust_remote_code=True))
 
     def init_iters(self, train_dataset, val_dataset):
         asked_eval_iters = self.eval_iters
@@ -284,12 +299,31 @@ def auto_refusals(args) -> list[tuple]:
     ]
 
 
+def check_model_folders(args) -> None:
+    """A path that is none would be looked up on the model hub; raises UserError instead."""
+    for flag in ("model", "ref_model"):
+        path = getattr(args, flag)
+        if not path:
+            continue
+        if path.startswith(("/", "./", "../", "~")) and not os.path.isdir(path):
+            remedy = "write it without ~" if path.startswith("~") else "check the path"
+            raise UserError("no such folder", file=path, field=f"--{flag}", remedy=remedy)
+        if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
+            raise UserError(
+                "the folder holds no config.json",
+                file=path,
+                field=f"--{flag}",
+                remedy="name a folder with a Hugging Face model",
+            )
+
+
 def check_resume(args) -> None:
     """A checkpoint to go on from must be whole; raises UserError naming the newest whole one beside it."""
     from megatron_bvpo.host.checkpoint import require_whole_checkpoint
 
     if args.finetune:
         return
-    for flag in ("mcore_adapter", "mcore_model"):
-        if getattr(args, flag, None):
-            require_whole_checkpoint(getattr(args, flag), flag=f"--{flag}")
+    # With LoRA, --mcore_model may name the base model in Megatron's format, which is no checkpoint of a run.
+    flag = "mcore_adapter" if args.mcore_adapter or args.tuner_type != "full" else "mcore_model"
+    if getattr(args, flag):
+        require_whole_checkpoint(getattr(args, flag), flag=f"--{flag}")

@@ -89,6 +89,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     import argparse
 
     import megatron_bvpo
+    from megatron_bvpo import run_report
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.host import doctor, report
 
@@ -96,6 +97,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor.add_command(commands)
+    run_report.add_command(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0

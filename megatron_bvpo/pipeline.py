@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from swift.megatron.pipelines.train.rlhf import MegatronRLHF
-from swift.utils import get_logger, is_master
+from swift.utils import get_logger, is_last_rank, is_master
 
 from megatron_bvpo.arguments import (
     BvpoArguments,
@@ -23,6 +24,7 @@ from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
 from megatron_bvpo.host.report import handed_over_scan
+from megatron_bvpo.run_report import write_report
 
 logger = get_logger()
 
@@ -133,6 +135,21 @@ class BvpoPipeline(MegatronRLHF):
             row = train_dataset[0]
             for line in encoded_examples(row[0] if isinstance(row, list) else row, self.template):
                 logger.info(line)
+
+    def run(self):
+        is_writer = is_last_rank()  # ms-swift takes the process group down before it returns
+        found = super().run()
+        if is_writer:
+            self._plot_run(Path(self.args.output_dir))
+        return found
+
+    @staticmethod
+    def _plot_run(output_dir: Path) -> None:
+        """One picture of both streams and of alpha, beside ms-swift's picture of each scalar."""
+        try:
+            write_report(output_dir, output_dir / "images" / "bvpo.png")
+        except (ImportError, OSError, ValueError, KeyError) as e:
+            logger.warning(f"No plot of the run ({e}); `bvpo report {output_dir}` makes it later.")
 
     def prepare_trainer(self):
         from megatron_bvpo.trainer import BvpoTrainer

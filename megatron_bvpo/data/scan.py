@@ -7,6 +7,7 @@ What only spoils single rows is counted, and the first cases are listed. Files t
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from megatron_bvpo.errors import UserError
 READ_HERE = (".jsonl", ".json", ".csv")
 # ms-swift hands the ending to `datasets` as the name of a reader; these exist.
 READ_LATER = (".txt", ".text", ".parquet", ".arrow", ".xml", ".pandas", ".hdf5", ".lance", ".webdataset")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass
@@ -90,6 +92,8 @@ def local_file(spec: str) -> tuple[str | None, str]:
     """
     if not spec or not spec.strip():
         raise UserError("an empty entry", field="--dataset", remedy="Name a file, a folder or a data set.")
+    if _is_hub_name(spec):
+        return None, "not a local file"
     path = spec if os.path.exists(spec) else _swift_name(spec)
     if os.path.isdir(path):
         if not os.access(path, os.R_OK | os.X_OK):
@@ -113,6 +117,13 @@ def local_file(spec: str) -> tuple[str | None, str]:
         file=path,
         remedy=f"Give a file that ends in one of {known}.",
     )
+
+
+def _is_hub_name(spec: str) -> bool:
+    """owner/name, with or without #n: known as such without loading ms-swift's parser."""
+    name, _, _ = spec.partition("#")
+    is_file = os.path.exists(name) or os.path.splitext(name)[1] in READ_HERE + READ_LATER
+    return not is_file and _HUB_NAME.fullmatch(name) is not None
 
 
 def _swift_name(spec: str) -> str:

@@ -34,7 +34,7 @@ def scan_data(argv: list[str]) -> list[str] | None:
     Raises:
         UserError: a file would stop the run.
     """
-    from megatron_bvpo.data.rows import RowRules
+    from megatron_bvpo.data.rows import RowRules, require_rows
     from megatron_bvpo.data.scan import scan_files
 
     if os.environ.get("NODE_RANK", "0") != "0" or flags.wants_help(argv):
@@ -51,8 +51,13 @@ def scan_data(argv: list[str]) -> list[str] | None:
     except ValueError:
         return None
     specs = [*flags.option_list(argv, "dataset"), *flags.option_list(argv, "val_dataset")]
+    if not specs:
+        return None
     mapped = not flags.is_true(argv, "disable_auto_column_mapping")
-    return scan_files(specs, rules, columns=columns, auto_mapping=mapped).lines()
+    report = scan_files(specs, rules, columns=columns, auto_mapping=mapped)
+    if not report.skipped:
+        require_rows(report.tally, report.files)
+    return report.lines()
 
 
 def help_without_engine(argv: list[str]) -> bool:

@@ -18,6 +18,7 @@ from megatron_bvpo.host.peft_export import write_peft_form
 logger = get_logger()
 
 MODEL_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_experts")
+LORA_KEYS = ("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules")
 
 
 class CheckpointMixin:
@@ -94,6 +95,7 @@ class CheckpointMixin:
             "best_model_checkpoint": state.best_model_checkpoint,
             "layout": self._layout_name(),
             "model": self._model_identity(),
+            "tuner": self._tuner_identity(),
             "loss": vars(self.bvpo.preference),
         }
 
@@ -119,19 +121,25 @@ class CheckpointMixin:
         config = getattr(config, "text_config", None) or config
         return {key: getattr(config, key, None) for key in MODEL_KEYS}
 
+    def _tuner_identity(self) -> dict[str, Any]:
+        args = self.args
+        return {key: getattr(args, key) for key in (LORA_KEYS if args.tuner_type != "full" else ("tuner_type",))}
+
     # ---- resuming
 
     def _resume_folder(self) -> str | None:
         args = self.args
         if args.finetune:
             return None
-        return args.mcore_adapter or args.mcore_model
+        # With LoRA, --mcore_model may name the base model in Megatron's format.
+        return args.mcore_adapter or (args.mcore_model if args.tuner_type == "full" else None)
 
     def _load_checkpoint(self):
         folder = self._resume_folder()
         if folder is not None:
             saved = ckpt.read_state(folder)
             self._check_same_model(folder, saved)
+            self._check_same_tuner(folder, saved)
             self._check_layout_change(folder, saved)
         if is_master():
             ckpt.clear_staging(self.args.output_dir)
@@ -151,10 +159,33 @@ class CheckpointMixin:
                 remedy="give the --model that the checkpoint was trained from",
             )
 
+    def _check_same_tuner(self, folder: str, saved: dict[str, Any]) -> None:
+        there, here = saved["tuner"], self._tuner_identity()
+        differing = [k for k in here if there.get(k) != here[k]]
+        if differing:
+            what = ", ".join(f"{k} {there.get(k)} there and {here[k]} here" for k in differing)
+            raise UserError(
+                f"the checkpoint was trained in another way: {what}",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                field=f"--{differing[0]}",
+                remedy="repeat the flags of the run that wrote it",
+            )
+
     def _check_layout_change(self, folder: str, saved: dict[str, Any]) -> None:
         there, here = saved["layout"], self._layout_name()
+        if self.args.no_load_optim:
+            return
+        experts = bool(saved["model"].get("num_experts"))
+        if _has_expert_optimizer(there, experts) != _has_expert_optimizer(here, experts):
+            raise UserError(
+                "experts have an optimizer of their own only where EP or TP is above 1: "
+                f"EP {there['ep']}, TP {there['tp']} there and EP {here['ep']}, TP {here['tp']} here cannot share a state",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                remedy="resume with EP above 1 on both sides or on neither, or give up the optimizer state with "
+                "--no_load_optim true",
+            )
         changed = [k for k in ("tp", "pp", "ep", "etp") if there[k] != here[k]]
-        if changed and not saved["optimizer_reshardable"] and not self.args.no_load_optim:
+        if changed and not saved["optimizer_reshardable"]:
             what = ", ".join(f"{k.upper()} {there[k]} there and {here[k]} here" for k in changed)
             raise UserError(
                 f"the optimizer state was saved for another layout ({what}) and cannot be cut anew",
@@ -179,3 +210,8 @@ class CheckpointMixin:
                 "restored, so dropout masks differ from those of an uninterrupted run."
             )
         logger.info(f"Going on from step {saved['iteration']} of {folder}.")
+
+
+def _has_expert_optimizer(layout: dict[str, int], experts: bool) -> bool:
+    """Megatron keeps experts apart where their replicas are other ranks than the dense weights' replicas."""
+    return experts and (layout["ep"] > 1 or layout["tp"] != layout["etp"])

@@ -1,7 +1,7 @@
 """What a run learnt, for a person: short lines while it runs, a table and a plot at its end.
 
-`python -m megatron_bvpo.rehearsal.report RUN_FOLDER` reads `logging.jsonl` of any BVPO run and writes
-`bvpo.png` beside it. `--follow` turns the full log on standard input into a line a step.
+`bvpo report RUN_FOLDER` reads `logging.jsonl` of any BVPO run and writes `bvpo.png` beside it. With `--follow`
+it turns the full log on standard input into a line a step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import json
 import re
 import sys
 from pathlib import Path
+
+from megatron_bvpo.errors import UserError
 
 STREAMS = (("trace", ""), ("empty", "empty/"))
 _METRICS = re.compile(r"\{'(?:eval_)?loss'.*\}")
@@ -24,7 +26,10 @@ def read_log(run: Path) -> tuple[list[dict], list[dict]]:
     """Training and evaluation lines of a run, each with its step number under `step`."""
     training, evaluation = [], []
     for text in (run / "logging.jsonl").read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # a run that goes on is writing this line
         if "iteration" not in line:
             continue
         line["step"] = int(line["iteration"].split("/")[0])
@@ -54,6 +59,8 @@ def step_line(metrics: dict) -> str:
             )
     if not held_out:
         parts.append(f"grad norm {metrics['grad_norm']:.2f}")
+        if "alpha/stderr" in metrics:
+            parts.append(f"α {metrics['alpha']:.2f} (measuring)")
     return "   ".join(parts)
 
 
@@ -74,13 +81,16 @@ def table(evaluation: list[dict]) -> str:
 
 
 def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
-    """Losses and margins of both streams over the steps."""
+    """Losses and margins of both streams over the steps; where alpha was estimated, how."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (losses, margins) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    probes = [line for line in training if "moments/D" in line]
+    rows = 2 if probes else 1
+    figure, grid = plt.subplots(rows, 2, figsize=(11, 4 * rows), constrained_layout=True, squeeze=False)
+    losses, margins = grid[0]
     for (name, stream), colour in zip(STREAMS, ("tab:blue", "tab:orange"), strict=True):
         for axes, key in ((losses, f"loss/{name}"), (margins, f"{stream}rewards/margins")):
             points = [(line["step"], line[key]) for line in training if key in line]
@@ -89,29 +99,62 @@ def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
                 axes.plot(*zip(*points, strict=True), color=colour, alpha=0.45, label=f"{name}, training")
             if held_out:
                 axes.plot(*zip(*held_out, strict=True), "o-", color=colour, markersize=4, label=f"{name}, held out")
-    for axes, title in ((losses, "Loss of each stream"), (margins, "Reward margin, chosen − rejected")):
-        axes.set(title=title, xlabel="optimizer step")
+    losses.set_title("Loss of each stream")
+    margins.set_title("Reward margin, chosen − rejected")
+    if probes:
+        _plot_alpha(grid[1][0], training, probes)
+        _plot_moments(grid[1][1], probes)
+    for axes in grid.flat:
+        axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, nargs="?")
+def _plot_alpha(axes, training: list[dict], probes: list[dict]) -> None:
+    """alpha as it was used, and two standard errors of what was known at the probes."""
+    axes.plot(
+        [line["step"] for line in training], [line["alpha"] for line in training], color="tab:green", label="α used"
+    )
+    steps = [line["step"] for line in probes]
+    low = [max(line["alpha"] - 2 * line["alpha/stderr"], 0) for line in probes]
+    high = [min(line["alpha"] + 2 * line["alpha/stderr"], 1) for line in probes]
+    axes.fill_between(steps, low, high, color="tab:green", alpha=0.15, label="± 2 standard errors")
+    axes.plot(steps, [line["alpha"] for line in probes], "|", color="black", label="a probe")
+    axes.set(title="α, the weight of the trace gradient", ylim=(-0.02, 1.02))
+
+
+def _plot_moments(axes, probes: list[dict]) -> None:
+    """D, X and W of each probe, in squared gradient units."""
+    for name, colour in (("D", "tab:red"), ("X", "tab:purple"), ("W", "tab:brown")):
+        axes.plot([p["step"] for p in probes], [p[f"moments/{name}"] for p in probes], ".-", color=colour, label=name)
+    axes.set_title("Moments: D = |g_t − g_e|², X = V_t − C, W = V_t + V_e − 2C")
+
+
+def write_report(run: Path, target: Path) -> str:
+    """Plot a run into `target`; returns the table of its evaluations (empty without any)."""
+    training, evaluation = read_log(run)
+    plot(training, evaluation, target)
+    return table(evaluation) if evaluation else ""
+
+
+def add_command(subparsers) -> None:
+    """`bvpo report`."""
+    parser = subparsers.add_parser("report", help="table and plot of a run", description=__doc__)
+    parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN_FOLDER")
     parser.add_argument("--follow", action="store_true", help="shorten a log on standard input")
-    arguments = parser.parse_args()
+    parser.set_defaults(run=report)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    run = arguments.run_folder
     if arguments.follow:
         follow(sys.stdin)
-        return
-    training, evaluation = read_log(arguments.run)
-    target = arguments.run / "bvpo.png"
-    plot(training, evaluation, target)
-    if evaluation:
-        print("\n" + table(evaluation))
-    print(f"\nPlot: {target}\nLog:  {arguments.run / 'logging.jsonl'}")
-
-
-if __name__ == "__main__":
-    main()
+        return 0
+    if run is None or not (run / "logging.jsonl").is_file():
+        raise UserError("there is no logging.jsonl", file=str(run), remedy="name the run's --output_dir")
+    target = run / "bvpo.png"
+    told = write_report(run, target)
+    print(f"\n{told}\n\nPlot: {target}\nLog:  {run / 'logging.jsonl'}")
+    return 0

@@ -1,0 +1,374 @@
+"""Mistakes a user can make, through the command line: one clear message, exit code 2, no stack trace.
+
+Mistakes in data files are found by the launching process, before a rank is started; mistakes in flags,
+layouts and checkpoints by the ranks, before a model is loaded. Rows that can be left out are counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bvpo.rehearsal.sample_data import make_sample_rows
+from tests.distributed.cells import CPU_FLAGS, ROOT
+from tests.distributed.forks import Run, zygotes
+
+pytestmark = pytest.mark.slow
+
+GOOD = "<think>\nTwo and two.\n</think>\n\n4"
+BAD = "<think>\nTwo and three.\n</think>\n\n5"
+
+
+def row(chosen=GOOD, rejected=BAD, prompt="What is 2+2?", **more) -> dict:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": chosen}]
+    made = {"messages": messages, "rejected_response": rejected, **more}
+    return {key: value for key, value in made.items() if value is not ...}
+
+
+def jsonl(*rows: dict) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in rows).encode()
+
+
+def assert_told(run: Run, message: str) -> None:
+    """The last thing on stderr is this one message (a pattern), and the exit code is 2."""
+    assert run.codes == [2], run.text[-3000:]
+    told = [line for line in run.stderr[0].splitlines() if line.strip()]
+    assert re.fullmatch(f"megatron-bvpo: error: {message}", told[-1]), told[-1]
+    assert run.text.count("megatron-bvpo: error:") == 1 and "Traceback" not in run.text
+
+
+# --- data files: told by the launching process ---
+
+# case: (file name, content, message after the file's path)
+FILES = {
+    "broken JSON": (
+        "a.jsonl",
+        jsonl(*[row()] * 16) + b'{"messages": [\n',
+        r":17: broken JSON at column \d+: .* Write .*",
+    ),
+    "no UTF-8": (
+        "a.jsonl",
+        jsonl(row()) + b'{"messages": "\xff"}\n',
+        ":2: expected UTF-8, found the byte 0xff .* Save .*",
+    ),
+    "UTF-16": ("a.jsonl", json.dumps(row()).encode("utf-16"), ": expected UTF-8, found a UTF-16 .*"),
+    "an empty file": ("a.jsonl", b"", ": the file is empty. Check .*"),
+    "only white space": ("a.jsonl", b"\n \n", ": the file is empty. Check .*"),
+    "an empty list": ("a.json", b"[]", ": the file holds no rows. Check .*"),
+    "a row that is a list": ("a.jsonl", jsonl(row()) + b"[1]\n", ":2: expected an object, found a list. Every row .*"),
+    "messages are text": (
+        "a.jsonl",
+        jsonl(row() | {"messages": "What?"}),
+        ":1: messages: expected a list of messages, found text 'What.'. .*",
+    ),
+    "a message is text": (
+        "a.jsonl",
+        jsonl(row() | {"messages": ["What?"]}),
+        r":1: messages\[0\]: expected an object.*",
+    ),
+    "content is a number": (
+        "a.jsonl",
+        jsonl(row(), row(chosen=4)),
+        r":2: messages\[1\].content: expected text, found .* 4.*",
+    ),
+    "rejected is a number": (
+        "a.jsonl",
+        jsonl(row(rejected=5)),
+        ":1: rejected_response: expected text or .* the number 5.*",
+    ),
+    "an empty answer is a list": (
+        "a.jsonl",
+        jsonl(row(empty_response=["4"], empty_rejected_response="5")),
+        ":1: empty_response: expected text, found a list.*",
+    ),
+    "a key twice": (
+        "a.jsonl",
+        b'{"messages": [], "messages": []}\n',
+        ":1: broken JSON: the key 'messages' stands twice.*",
+    ),
+    "two spellings": (
+        "a.jsonl",
+        jsonl(row(), {"query": "What?", "response": GOOD, "rejected_response": BAD}),
+        ":2: the prompt is in query and response, but in messages at line 1. .*",
+    ),
+    "CSV of something else": ("a.csv", b"a,b\n1,2\n", ":1: header: expected the columns messages .*, found a, b. .*"),
+    "CSV with a cell too many": (
+        "a.csv",
+        b"query,response,rejected_response\na,b,c,d\n",
+        ":2: expected 3 cells .* 4. .*",
+    ),
+    "an unknown ending": ("a.jsonx", jsonl(row()), ": ms-swift reads files by the ending .*'.jsonx'. Give .*"),
+    "nothing left": ("a.jsonl", jsonl(row(chosen="4"), row(rejected=...)), ": no row is left .* 2 read.* Mend .*"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_data_file(case, workshop, tmp_path):
+    name, content, message = FILES[case]
+    file = tmp_path / name
+    file.write_bytes(content)
+    run = zygotes().run(tmp_path / "out", flags(workshop, dataset=file), launcher=True)
+    assert_told(run, re.escape(str(file)) + message)
+    assert "torch.distributed.run" not in run.text, "ranks were started"
+
+
+def test_data_file_that_is_not_there(workshop, tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(jsonl(row()))
+    run = zygotes().run(tmp_path / "out", flags(workshop, dataset=tmp_path / "pears.jsonl"), launcher=True)
+    assert_told(run, rf".*pears.jsonl: no such file. Did you mean {tmp_path}/pairs.jsonl\? .*")
+
+
+# --- flags, layouts, checkpoints: told by a rank ---
+
+
+def flags(workshop, **given) -> list[str]:
+    values = {
+        "model": workshop.moe,
+        "model_type": "qwen3_moe",
+        "template": "qwen3_thinking",
+        "dataset": workshop.train,
+        "tuner_type": "lora",
+        "global_batch_size": 4,
+        "train_iters": 1,
+        "eval_iters": 0,
+        "max_length": 512,
+        "bvpo_alpha": 0.3,
+        **{flag.removeprefix("--"): value for flag, value in zip(CPU_FLAGS[::2], CPU_FLAGS[1::2], strict=True)},
+        **given,
+    }
+    return [token for name, value in values.items() if value is not None for token in (f"--{name}", str(value))]
+
+
+# case: (flags, ranks that are claimed, message)
+FLAGS = {
+    "alpha above 1": (
+        {"bvpo_alpha": 1.5},
+        1,
+        r"--bvpo_alpha: alpha is '1.5'; expected a number in \[0, 1\], or auto. .*",
+    ),
+    "alpha below 0": ({"bvpo_alpha": -0.1}, 1, "--bvpo_alpha: alpha is '-0.1'; .*"),
+    "alpha NaN": ({"bvpo_alpha": "nan"}, 1, "--bvpo_alpha: alpha is 'nan'; .*"),
+    "alpha is a word": ({"bvpo_alpha": "half"}, 1, "--bvpo_alpha: alpha is 'half'; .*"),
+    "alpha_prior": ({"bvpo_alpha_prior": 2}, 1, r"--bvpo_alpha_prior: .* is 2.0; expected a number in \[0, 1\].*"),
+    "kappa": ({"bvpo_kappa": 0}, 1, r"--bvpo_kappa: .* is 0.0; expected a number in \(0, 1\].*"),
+    "probe_interval": ({"bvpo_probe_interval": 0}, 1, "--bvpo_probe_interval: .* is 0; expected 1 or more.*"),
+    "an unknown flag": ({"bvpo_alfa": 0.5}, 1, "--bvpo_alfa: no such flag; did you mean --bvpo_alpha.*"),
+    "a wrong choice": ({"bvpo_empty": "drop"}, 1, "--bvpo_empty: invalid choice: 'drop' .*strip.*require.*"),
+    "a rate that is none": ({"lr": "fast"}, 1, "--lr: invalid float value: 'fast'"),
+    "loss_type": ({"loss_type": "dpo"}, 1, "--loss_type: loss_type is 'dpo'; BVPO knows sigmoid, .*"),
+    "beta": ({"beta": -1}, 1, "--beta: beta is -1.0; it must be above 0.*"),
+    "label_smoothing": ({"label_smoothing": 0.7}, 1, r"--label_smoothing: .* is 0.7; it must be in \[0, 0.5\).*"),
+    "a filled empty block": (
+        {"bvpo_empty_block": "<think>hm</think>"},
+        1,
+        "--bvpo_empty_block: an empty trace must hold nothing .* found 'hm' .*",
+    ),
+    "another optimizer": ({"optimizer": "muon"}, 1, "--optimizer: optimizer is 'muon': .* use --optimizer adam"),
+    "ms-swift's own rules": (
+        {"save_total_limit": 1},
+        1,
+        r"save_total_limit must be greater .* \(.*megatron_args.py:\d+\)",
+    ),
+    "no data": ({"dataset": None}, 1, ".*Please input the training dataset. .*"),
+    "no such model": ({"model": "/no/such/model"}, 1, "/no/such/model: --model: no such folder; check the path"),
+    "TP of the heads": (
+        {"tensor_model_parallel_size": 3, "sequence_parallel": "true"},
+        3,
+        r"--tensor_model_parallel_size: 8 attention heads cannot be split over TP 3. TP can be 1, 2, 4, 8.*|.*TP 3.*",
+    ),
+    "TP of the ranks": (
+        {"tensor_model_parallel_size": 2, "sequence_parallel": "true"},
+        3,
+        "--tensor_model_parallel_size: 3 ranks cannot be split into TP 2 × PP 1 × CP 1 = 2; start a multiple of 2 .*",
+    ),
+    "PP of the layers": (
+        {"pipeline_model_parallel_size": 3},
+        3,
+        "--pipeline_model_parallel_size: 4 layers cannot be split evenly over 3 .* PP can be 1, 2, 4, .*",
+    ),
+    "EP of the experts": (
+        {"expert_model_parallel_size": 3, "global_batch_size": 3},
+        3,
+        "--expert_model_parallel_size: 8 experts cannot be split over EP 3. EP can be 1, 2, 4, 8",
+    ),
+    "EP of the ranks": (
+        {"expert_model_parallel_size": 2, "global_batch_size": 3},
+        3,
+        "--expert_model_parallel_size: 3 ranks cannot be split into expert TP 1 × EP 2 × PP 1 = 2. EP can be 1, 3 here",
+    ),
+    "MoE with TP, no SP": (
+        {"tensor_model_parallel_size": 2},
+        2,
+        "--sequence_parallel: a mixture of experts with TP 2 needs sequence parallelism; add --sequence_parallel true",
+    ),
+    "VPP with few micro-batches": (
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 1},
+        2,
+        "--global_batch_size: 1 micro-batches a step cannot fill 2 pipeline stages .* use a multiple of 2",
+    ),
+    "the global batch": (
+        {"global_batch_size": 5},
+        2,
+        "--global_batch_size: global batch 5 is not a multiple of micro batch 1 × data parallel 2 = 2; use 4",
+    ),
+    "more than there is": (
+        {"global_batch_size": 32, "train_iters": None, "num_train_epochs": 1},
+        1,
+        ".*16 rows do not fill .* 32.*",
+    ),
+    "all rows too long": (
+        {"max_length": 12},
+        1,
+        r".*train.jsonl: --max_length: no row is left: 16 longer than .* 12. .*",
+    ),
+    "a jinja template": ({"template_backend": "jinja"}, 1, "--template_backend: .* is 'jinja': .*"),
+    "no such checkpoint": (
+        {"mcore_adapter": "/no/such/checkpoint-1", "finetune": "false"},
+        1,
+        "--mcore_adapter: there is no checkpoint /no/such/checkpoint-1; no whole checkpoint is beside it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags(case, workshop, tmp_path):
+    given, ranks, message = FLAGS[case]
+    claim = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    assert_told(zygotes().run(tmp_path / "out", flags(workshop, **given), env=claim), message)
+
+
+def test_experts_of_a_dense_model(workshop, tmp_path):
+    given = flags(workshop, model=workshop.dense, model_type="qwen3", expert_model_parallel_size=2)
+    run = zygotes().run(tmp_path / "out", given, env={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+    assert_told(run, "--expert_model_parallel_size: the model has no experts, so EP 2 has nothing to split; use EP 1")
+
+
+def test_an_output_folder_that_cannot_be_written(workshop, tmp_path):
+    (tmp_path / "file").write_text("")
+    run = zygotes().run(tmp_path / "file" / "out", flags(workshop))
+    assert_told(run, f"--output_dir: the output folder {tmp_path}/file/out cannot be written: Not a directory; .*")
+
+
+@pytest.fixture(scope="module")
+def saved(workshop, tmp_path_factory) -> Path:
+    """A checkpoint after one step of a LoRA run on the MoE."""
+    out = tmp_path_factory.mktemp("saved") / "out"
+    zygotes().run(out, flags(workshop, save_safetensors="false")).require_success()
+    return out / "checkpoint-1"
+
+
+CHECKPOINTS = {
+    "of another model": (
+        {"model": "dense", "model_type": "qwen3"},
+        "the checkpoint is of another model: model_type qwen3_moe there and qwen3 here, .*",
+    ),
+    "of another rank": (
+        {"lora_rank": 4},
+        "--lora_rank: the checkpoint was trained in another way: lora_rank 8 there and 4 here; .*",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_a_checkpoint(case, saved, workshop, tmp_path):
+    given, message = CHECKPOINTS[case]
+    if given.get("model") == "dense":
+        given = given | {"model": workshop.dense}
+    run = zygotes().run(tmp_path / "out", flags(workshop, mcore_adapter=saved, finetune="false", **given))
+    assert_told(run, f"{saved}/bvpo_state.json: .*{message}")
+
+
+def test_full_tuning_does_not_go_on_from_an_adapter(saved, workshop, tmp_path):
+    given = flags(workshop, mcore_model=saved, finetune="false", tuner_type="full")
+    told = "--tuner_type: the checkpoint was trained in another way: tuner_type lora there and full here; .*"
+    assert_told(zygotes().run(tmp_path / "out", given), f"{saved}/bvpo_state.json: {told}")
+
+
+# --- rows that can be left out ---
+
+LONG = "Hm. " * 400
+# What is wrong, and how it is counted in the log.
+ROWS = {
+    "no rejected side": (row(rejected=...), "1 × rejected_response: missing"),
+    "no messages": (row() | {"messages": []}, "1 × messages: empty"),
+    "no trace": (row(chosen="4", rejected="5"), "× messages: no trace, neither <think> nor </think>"),
+    "an unclosed trace": (row(chosen="<think>\nTwo and"), "1 × messages: no </think>"),
+    "equal responses": (row(rejected=GOOD), "1 × rejected_response: the same text as the chosen response"),
+    "white space": (row(chosen=" \n "), "1 × messages: blank response"),
+    "images": (row(images=["a.png"]), "1 × images: not empty"),
+    "tool calls": (
+        row() | {"messages": [{"role": "user", "content": "?"}, {"role": "tool_call", "content": "{}"}]},
+        "1 × messages: tool calls in the response",
+    ),
+    "equal empty answers": (
+        row(empty_response="4", empty_rejected_response="4"),
+        "1 × empty_rejected_response: the same text as empty_response",
+    ),
+    "one empty answer": (
+        row(empty_response="4"),
+        "1 × empty_rejected_response: missing, the other empty answer is there",
+    ),
+}
+TOO_LONG = {
+    "rows dropped": row(chosen=f"<think>\n{LONG}\n</think>\n\n4", prompt="Think long."),
+    "rows kept without the empty pair": row(empty_response=LONG, empty_rejected_response="5", prompt="Answer long."),
+}
+
+
+def test_rows_that_are_left_out_are_counted_and_listed(workshop, tmp_path):
+    good = make_sample_rows(6, seed=1)
+    file = tmp_path / "mixed.jsonl"
+    file.write_bytes(jsonl(*good, *(bad for bad, _ in ROWS.values()), *TOO_LONG.values()))
+    run = zygotes().run(tmp_path / "out", flags(workshop, dataset=file, save_safetensors="false")).require_success()
+    said = re.sub(r"\[INFO:swift\] ", "", run.stderr[0])
+    for number, (what, (_, counted)) in enumerate(ROWS.items()):
+        assert counted in said, what
+        assert f"{file}:{len(good) + number + 1}: " in said, f"{what} is not listed"
+    kept = len(good) + 4  # two without their empty pair, and two that are too long to be encoded
+    assert f"{len(good) + len(ROWS) + len(TOO_LONG)} rows read, {kept} kept." in said
+    for what in TOO_LONG:
+        assert f"training data: 1 {what}: longer than --max_length 512" in said
+    assert re.search(r"training data: row \d+ \('Think long.'\): Current length of row\(\d+\) is larger", said)
+    assert re.search(r"training data: row \d+ \('Answer long.'\): its empty pair is longer", said)
+    assert re.search(rf"trace stream: {kept - 1} pairs", said) and re.search(rf"empty stream: {kept - 4} pairs", said)
+
+
+# --- the commands themselves ---
+
+
+def command(workshop, tmp_path, **given) -> subprocess.CompletedProcess:
+    env = {**os.environ, "BVPO_REHEARSAL": "1", "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "megatron_bvpo.cli", "rlhf", "--rlhf_type", "bvpo", *flags(workshop, **given)]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    return subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+
+def test_a_broken_line_is_told_before_anything_is_started(workshop, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*[row()] * 16) + b'{"messages": [\n')
+    result = command(workshop, tmp_path, dataset="a.jsonl")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith(
+        "megatron-bvpo: error: a.jsonl:17: broken JSON"
+    )
+    assert "torch.distributed.run" not in result.stdout and not (tmp_path / "out").exists()
+
+
+def test_what_only_the_ranks_can_see_is_told_once_and_last(workshop, tmp_path):
+    result = command(
+        workshop,
+        tmp_path,
+        pipeline_model_parallel_size=2,
+        model=workshop.dense,
+        model_type="qwen3",
+        expert_model_parallel_size=2,
+    )
+    assert result.returncode == 2
+    told = [line for line in result.stderr.splitlines() if "megatron-bvpo: error:" in line]
+    assert len(told) == 1 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1] == told[0]
