@@ -178,8 +178,8 @@ class CheckpointMixin:
         experts = bool(saved["model"].get("num_experts"))
         if _has_expert_optimizer(there, experts) != _has_expert_optimizer(here, experts):
             raise UserError(
-                "experts have an optimizer of their own only where EP or TP is above 1: "
-                f"EP {there['ep']}, TP {there['tp']} there and EP {here['ep']}, TP {here['tp']} here cannot share a state",
+                "experts have an optimizer of their own only where EP or TP is above 1, so the state of "
+                f"EP {there['ep']}, TP {there['tp']} there and EP {here['ep']}, TP {here['tp']} here differs",
                 file=os.path.join(folder, ckpt.STATE_FILE),
                 remedy="resume with EP above 1 on both sides or on neither, or give up the optimizer state with "
                 "--no_load_optim true",
