@@ -1,7 +1,7 @@
 """The truth bench: does the alpha estimator find the truth, and does its alpha train better?
 
-    python benchmarks/truth_bench.py            everything, about half an hour on one core
-    python benchmarks/truth_bench.py --quick    two regimes' training and small samples, under two minutes; not kept
+    python benchmarks/truth_bench.py            everything, about fifteen minutes on one idle core
+    python benchmarks/truth_bench.py --quick    small samples, under a minute; to output/truth_bench
     python benchmarks/truth_bench.py --only frozen | training | report
 
 A reasoning model small enough to enumerate (truth_bench/model.py) gives the marginal loss and its gradient exactly,
@@ -22,6 +22,7 @@ from truth_bench import studies
 from truth_bench.report import write_report
 
 RESULTS = Path(__file__).parent / "results" / "truth_bench"
+QUICK_RESULTS = Path(__file__).parents[1] / "output" / "truth_bench"
 
 
 def write_csv(path: Path, rows: list[studies.Row]) -> None:
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the tables")
     args = parser.parse_args()
     size = studies.QUICK if args.quick else studies.Size()
-    out = args.out or (RESULTS.parent.parent / "results-quick" if args.quick else RESULTS)
+    out = args.out or (QUICK_RESULTS if args.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     if args.only in (None, "frozen"):
         regimes, decays, kappas, paths = studies.frozen_rows(size)

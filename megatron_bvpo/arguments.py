@@ -75,8 +75,8 @@ class BvpoArguments(MegatronRLHFArguments):
     rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm", "bvpo"] = "bvpo"
     bvpo_alpha: str = "auto"
     bvpo_alpha_prior: float = 0.5
-    bvpo_criterion: Literal["mse", "sgd"] = "mse"
-    bvpo_kappa: float = 1.0
+    bvpo_criterion: Literal["mse", "sgd"] = "sgd"
+    bvpo_kappa: float = 0.03
     bvpo_probe_interval: int = 10
     bvpo_moment_decay: float = 0.9
     bvpo_empty: Literal["strip", "require"] = "strip"

@@ -75,8 +75,14 @@ def run(job: dict) -> None:
     argv = ["--rlhf_type", "bvpo", *job["argv"]]
     if job["launcher"]:
         sys.argv = ["swift", "rlhf", *argv]
-        cli.main()
-        return
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the real one has not loaded what complains at the end of Python
     map_in_this_process()
     pipeline.plot_images = lambda *args: None  # dozens of images take longer than the training
     os.environ["MASTER_PORT"] = agree_on_port(outputs / "port")

@@ -70,7 +70,7 @@ class Zygotes:
         hook_args: dict | None = None,
         env: dict[str, str] | None = None,
         launcher: bool = False,
-        timeout: int = 300,
+        timeout: int = 900,
     ) -> Run:
         """Run `rlhf *argv`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
+from megatron_bvpo.objective.preference import PairLogps
 from megatron_bvpo.objective.streams import STREAMS
 from tests.distributed.recorders import record_first_step
 
@@ -72,3 +73,9 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
             return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
 
     return OracleRecorder
+
+
+def pair_logps(pair: dict) -> PairLogps:
+    """A recorded pair as the objective takes it."""
+    values = [*pair["logps"], *pair["ref_logps"], *pair["tokens"]]
+    return PairLogps(*(torch.tensor([value], dtype=torch.float64) for value in values))

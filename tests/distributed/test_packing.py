@@ -12,8 +12,8 @@ import torch
 
 from megatron_bvpo.objective.preference import PreferenceConfig, pair_losses
 from tests.distributed.hf_oracle import STREAMS
+from tests.distributed.oracle_recorder import pair_logps
 from tests.distributed.oracle_runs import ALPHA, PACKED_ROWS, WITHOUT_EMPTY
-from tests.distributed.test_trl_oracle import pair_logps
 
 TOLERANCE = 1e-5
 # name: pairs of the trace stream in each micro-batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
-from torch import tensor
 
-from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
+from megatron_bvpo.objective.preference import PreferenceConfig, pair_losses
 from tests.distributed import oracle_runs
 from tests.distributed.hf_oracle import STREAMS, Oracle, load_model, pair_of, read_rows
+from tests.distributed.oracle_recorder import pair_logps
 
 # Qwen's chat markup. Thinking turned off writes the empty block, which then belongs to the prompt.
 CHAT_TEMPLATE = (
@@ -85,9 +85,3 @@ def test_as_in_trl(merged, stream, workshop, tmp_path):
         assert ours.chosen.item() == pytest.approx(seen["logps/chosen"], rel=TOLERANCE)
         assert ours.rejected.item() == pytest.approx(seen["logps/rejected"], rel=TOLERANCE)
     assert run.log[0][f"loss/{stream}"] == pytest.approx(sums["sigmoid"] / len(pairs), rel=TOLERANCE)
-
-
-def pair_logps(pair: dict) -> PairLogps:
-    """A recorded pair as the objective takes it."""
-    values = [*pair["logps"], *pair["ref_logps"], *pair["tokens"]]
-    return PairLogps(*(tensor([value], dtype=torch.float64) for value in values))
