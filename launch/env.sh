@@ -11,6 +11,7 @@ BVPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 BVPO_VENV="${BVPO_VENV:-$BVPO_ROOT/.venv}"
 BVPO_EXTRAS="${BVPO_EXTRAS:-rehearsal}"
 BVPO_TORCH="${BVPO_TORCH:-torch==2.13.0}"
+BVPO_PIP_ARGS="${BVPO_PIP_ARGS:-}"
 
 bvpo_find_python() {
   local candidate

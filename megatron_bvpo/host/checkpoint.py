@@ -46,10 +46,11 @@ def _put_back_replaced(output_dir: Path) -> None:
 def require_whole_checkpoint(checkpoint: str, *, flag: str) -> None:
     """Raises UserError where `checkpoint` is no whole checkpoint of this project."""
     path = Path(checkpoint).resolve()
-    _put_back_replaced(path.parent)
+    output_dir = path.parent.parent if path.parent.name == STAGING else path.parent
+    _put_back_replaced(output_dir)
     if is_whole(path):
         return
-    whole = whole_checkpoints(path.parent)
+    whole = whole_checkpoints(output_dir)
     remedy = f"the newest whole checkpoint there is {whole[-1]}" if whole else "no whole checkpoint is beside it"
     if not path.exists():
         raise UserError(f"there is no checkpoint {checkpoint}", field=flag, remedy=remedy)

@@ -66,9 +66,11 @@ def leave(error: UserError) -> None:
         write(error)
         all_failed = False
     else:
-        if _claim(Path(folder), text(error)):
-            write(error)
+        first = _claim(Path(folder), text(error))
+        # Told only now: the others may have lines of their log to write before they come here.
         all_failed = _all_failed(Path(folder), local_rank)
+        if first:
+            write(error)
     if not all_failed:
         _tell_torchrun(text(error))
     for child in multiprocessing.active_children():

@@ -75,8 +75,8 @@ class Zygotes:
         """Run `rlhf *argv`.
 
         Args:
-            folder: --output_dir; with it lie the outputs, in `<folder>.out`.
-            argv: the other flags.
+            folder: --output_dir, if `argv` has no other; beside it are the outputs, in `<folder>.out`.
+            argv: the flags.
             ranks: processes of the run.
             hook: `module:function` called with the trainer class and the folder; returns the class to use.
             env: added to the environment; WORLD_SIZE may claim ranks that do not exist.
@@ -89,7 +89,7 @@ class Zygotes:
             old.unlink()
         for rank, process in enumerate(self.processes[:ranks]):
             job = {
-                "argv": [*argv, "--output_dir", str(folder)],
+                "argv": ["--output_dir", str(folder), *argv],
                 "hook": hook,
                 "hook_args": hook_args or {},
                 "env": {**_rank_environment(rank, ranks), **(env or {})} if not launcher else env or {},

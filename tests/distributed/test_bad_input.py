@@ -251,7 +251,7 @@ def test_experts_of_a_dense_model(workshop, tmp_path):
 
 def test_an_output_folder_that_cannot_be_written(workshop, tmp_path):
     (tmp_path / "file").write_text("")
-    run = zygotes().run(tmp_path / "file" / "out", flags(workshop))
+    run = zygotes().run(tmp_path / "out", flags(workshop, output_dir=tmp_path / "file" / "out"))
     assert_told(run, f"--output_dir: the output folder {tmp_path}/file/out cannot be written: Not a directory; .*")
 
 

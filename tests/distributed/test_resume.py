@@ -150,7 +150,7 @@ def test_every_rank_has_numbers_of_its_own(whole_runs):
     first, second = whole_runs["lora-float32-dp2"]
     assert first.end["optimizer"] != second.end["optimizer"]
     losses = [line["metrics"]["loss"] for line in first.steps.values()]
-    assert len({str(loss) for loss in losses}) == STEPS
+    assert len({str(loss) for loss in losses}) == STEPS - 1, "the first rate is 0, so two steps begin with ln 2"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,7 +199,7 @@ def test_killed_in_the_middle_of_a_save(workshop, home, whole_runs, kind):
     told = run.stderr[0].strip().splitlines()[-1]
     assert told == (
         f"megatron-bvpo: error: {resume_flag(kind)}: {half} has no bvpo_state.json: it is half-written, or no "
-        f"checkpoint of BVPO. the newest whole checkpoint there is {folder}/checkpoint-4"
+        f"checkpoint of BVPO; the newest whole checkpoint there is {folder}/checkpoint-4"
     )
 
     run, resumed = resume(workshop, folder, kind, 4)

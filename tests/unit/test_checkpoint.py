@@ -127,11 +127,13 @@ def test_a_half_written_checkpoint_is_refused_with_the_newest_whole_one(tmp_path
     save(tmp_path, 9, "old")
     save(tmp_path, 10, "old")
     fill(tmp_path / "checkpoint-12", "half")
-    told = (
-        rf"--mcore_model: .*checkpoint-12 has no bvpo_state.json: .*; the newest whole .* is {tmp_path}/checkpoint-10$"
-    )
+    told = f"checkpoint-12 has no bvpo_state.json: .*; the newest whole checkpoint there is {tmp_path}/checkpoint-10$"
     with pytest.raises(UserError, match=told):
         ckpt.require_whole_checkpoint(str(tmp_path / "checkpoint-12"), flag="--mcore_model")
+    staged = ckpt.open_staging(tmp_path) / "checkpoint-12"
+    fill(staged, "half")
+    with pytest.raises(UserError, match=told):
+        ckpt.require_whole_checkpoint(str(staged), flag="--mcore_model")
     with pytest.raises(UserError, match=r"there is no checkpoint .*checkpoint-14; the newest whole .*-10$"):
         ckpt.require_whole_checkpoint(str(tmp_path / "checkpoint-14"), flag="--mcore_model")
     with pytest.raises(UserError, match="no whole checkpoint is beside it"):
