@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 # Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
 import swift.megatron.pipelines.train.rlhf  # noqa: F401
+import torch
 from swift.megatron.arguments import MegatronRLHFArguments
 from transformers import AutoConfig
 
@@ -87,8 +88,9 @@ class BvpoArguments(MegatronRLHFArguments):
 
     # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
     cross_entropy_loss_fusion: bool = False
-    # ms-swift's 18,000,000 s would let a hang burn the whole allocation.
-    ddp_timeout: int = 1800
+    # ms-swift's 18,000,000 s would let a hang burn the whole allocation. Not less than this: the ranks wait for
+    # rank 0 while it tokenises the data.
+    ddp_timeout: int = 7200
 
     def __post_init__(self):
         settle_preference_defaults(self)
@@ -122,7 +124,8 @@ class BvpoArguments(MegatronRLHFArguments):
             ) from None
 
     def _init_distributed(self):
-        self._check_layout()  # again: ms-swift has derived further settings by now
+        self._check_layout()  # both again: ms-swift has derived further settings by now
+        refuse_unsupported(self)
         super()._init_distributed()
 
     def _check_layout(self):
@@ -273,6 +276,12 @@ def refuse_unsupported(args) -> None:
             "ms-swift packs streamed rows by one sequence each, and a preference row has several",
             "pack without --streaming, or stream without --packing (batches stay padding-free)",
         ),
+        (
+            args.tuner_type == "full" and (args.fp8_param_gather or args.fp4_param_gather),
+            "fp8_param_gather",
+            "which rank counts a parameter is not known for 8-bit parameters",
+            leave,
+        ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
     ]
     if parse_alpha(args.bvpo_alpha) is None:
@@ -288,7 +297,7 @@ def auto_refusals(args) -> list[tuple]:
     return [
         (args.fp16, "fp16", "the moments of gradients under a moving loss scale are not measured", fixed),
         (
-            args.main_grads_dtype == "bf16",
+            args.main_grads_dtype in ("bf16", torch.bfloat16),
             "main_grads_dtype",
             "differences of bf16 gradients are noise",
             fixed,

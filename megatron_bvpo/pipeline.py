@@ -191,8 +191,9 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
             setattr(args, field.name, settings.get(field.name, field.default))
     args.bvpo_alpha = str(args.bvpo_alpha)
     args.__class__ = BvpoArguments
-    # DPO's and BVPO's defaults are the same but for this one, which the parser could not tell apart.
+    # The native fusion rounds the logits' gradient to bf16. --ddp_timeout is used already and stays as it was given.
     args.cross_entropy_loss_fusion = False
+    args._check_layout()
     settle_preference_defaults(args)
     bvpo_config(vars(args))
     refuse_unsupported(args)

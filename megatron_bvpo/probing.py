@@ -17,8 +17,6 @@ from megatron_bvpo.host.router import (
     clear_expert_counters,
     has_router_losses,
     router_at_rest,
-    router_configs,
-    update_expert_bias,
 )
 from megatron_bvpo.objective.streams import STREAMS, StreamWeights
 
@@ -80,9 +78,19 @@ class ProbeMixin:
         if self.estimator is None or (step >= FIRST_PROBES and step % self.bvpo.probe_interval):
             return None
         items = [batch[ITEMS_KEY] for batch in batches]
+        # The last batch of a stream can be short, and on one rank only.
+        uneven = len({len(batch) for batch in items}) > 1
+        if self.groups.any_rank(uneven, get_current_device()):
+            return None
         halves = half_of_items(len(items), len(items[0]), rank=self.groups.dp_rank, ranks=self.groups.dp_size)
         counts = self._count_halves(items, halves)
         if not counts.usable:
+            logger.warning_once(
+                f"Step {step + 1} cannot be a probe: its halves hold {counts.trace} trace and {counts.empty} empty "
+                f"pairs, and each needs one at least. alpha stays at {self.alpha:.2f} on such steps; a larger "
+                "--global_batch_size helps.",
+                hash_id="bvpo_no_probe",
+            )
             return None
         virtual = self.args.virtual_pipeline_model_parallel_size is not None
         return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=virtual))
@@ -101,7 +109,7 @@ class ProbeMixin:
     def _four_passes(self, chunks: list[list[dict]], probe: Probe) -> Pass:
         """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""
         slices = shards.gradient_slices(self.wrapped_models, tp_rank=self.groups.tp_rank)
-        configs = router_configs(self.unwrapped_models)
+        configs = self._router_configs
         kept, passes = {}, []
         with router_at_rest(configs):
             for stream in STREAMS:
@@ -122,8 +130,10 @@ class ProbeMixin:
             self._zero_gradients()
             self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=False)
             mixture.append((1.0, shards.take(slices)))
-        else:
-            update_expert_bias(self.wrapped_models, configs)
+        held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * len(mixture) / 2**30
+        logger.info_once(
+            f"A probe keeps {len(mixture)} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept"
+        )
         self.moments = measure(slices, kept, probe.counts, get_current_device())
         shards.put_mixture(slices, mixture)
 
@@ -138,7 +148,10 @@ class ProbeMixin:
         return [self.data_collator(batch) for batch in rows]
 
     def _learn_alpha(self, moments: Moments) -> None:
+        ignored = self.estimator.ignored
         self.estimator.update(moments)
+        if self.estimator.ignored > ignored:
+            logger.warning(f"The probe at step {self.state.iteration + 1} is ignored: {self.estimator.last_ignored}.")
         self.alpha = self.estimator.alpha
         low, high = LOPSIDED
         if self.estimator.probes >= 2 * FIRST_PROBES and not low <= self.alpha <= high:

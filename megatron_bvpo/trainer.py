@@ -33,6 +33,7 @@ from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
+from megatron_bvpo.host.router import clear_expert_counters, expert_bias_at_rest, router_configs, update_expert_bias
 from megatron_bvpo.host.saving import CheckpointMixin
 from megatron_bvpo.objective.preference import PairLogps, pair_losses
 from megatron_bvpo.objective.sequence import sequence_logps
@@ -62,6 +63,7 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
         super().__init__(args, template)
+        self._router_configs = router_configs(self.unwrapped_models)
         for model in self.wrapped_models:
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
             model.ddp_config.check_for_nan_in_grad = False
@@ -230,11 +232,14 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
     def train_step(self, train_data_iterator):
         chunks = self._take_global_batch(train_data_iterator)
         probe = self._plan_probe(chunks[0])
-        done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
+        with expert_bias_at_rest(self._router_configs):
+            done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
         if not self._all_finite(done):
+            clear_expert_counters(self.unwrapped_models)
             self._report_skipped(done, chunks[0])
             return [], 0.0, False
         self.skipped_in_a_row = 0
+        update_expert_bias(self.wrapped_models, self._router_configs)
 
         successful, grad_norm, _ = self.optimizer.step()
         successful = logical_and_across_model_parallel_group(successful)

@@ -67,6 +67,13 @@ class TemplateSettings:
     keep_items: bool = False
 
 
+class Items(list):
+    """Uncollated rows. A data loader that pins memory would walk every token id of them."""
+
+    def pin_memory(self) -> Items:
+        return self
+
+
 class BvpoTemplateMixin:
     """Encodes and collates both streams; sits in front of the model's own template class."""
 
@@ -122,7 +129,7 @@ class BvpoTemplateMixin:
     def data_collator(self, batch, *, padding_to: int | None = None) -> dict[str, Any]:
         collated = super().data_collator(batch, padding_to=padding_to)
         if self.bvpo.keep_items:
-            collated[ITEMS_KEY] = list(batch)
+            collated[ITEMS_KEY] = Items(batch)
         return collated
 
     def _rlhf_data_collator(self, batch, *, padding_to: int | None = None, **kwargs) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class ParallelGroups:
         cp: ranks that hold other parts of the same sequences.
         tp: tensor-parallel ranks.
         pp: pipeline stages.
-        tp_rank, pp_size, cp_size, dp_size, tp_size, ep_size, etp_size: sizes and coordinates.
+        tp_rank, dp_rank: this rank's coordinates.
+        tp_size, pp_size, cp_size, dp_size, ep_size, etp_size: sizes; ep and etp are of the experts' own grid.
         last_stage: True on the last pipeline stage (of the last virtual chunk's rank).
     """
 

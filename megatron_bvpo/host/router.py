@@ -9,16 +9,21 @@ import torch
 
 
 def router_configs(models: Iterable[torch.nn.Module]) -> list:
-    """The configurations that the routers of these models read; usually one object."""
+    """The configurations that the routers of these models read; usually one object.
+
+    A pipeline stage without a router has its model's too: all stages must decide alike.
+    """
     from megatron.core.transformer.moe.router import TopKRouter
 
-    found = {id(m.config): m.config for model in models for m in model.modules() if isinstance(m, TopKRouter)}
+    models = list(models)
+    found = {id(model.config): model.config for model in models}
+    found |= {id(m.config): m.config for model in models for m in model.modules() if isinstance(m, TopKRouter)}
     return list(found.values())
 
 
 def has_router_losses(configs: list) -> bool:
     """True where an auxiliary or z-loss of the router adds to the gradient."""
-    return any(_coefficient(c.moe_aux_loss_coeff) or c.moe_z_loss_coeff for c in configs)
+    return any(c.num_moe_experts and (_coefficient(c.moe_aux_loss_coeff) or c.moe_z_loss_coeff) for c in configs)
 
 
 def _coefficient(value) -> float:
@@ -27,17 +32,31 @@ def _coefficient(value) -> float:
 
 @contextmanager
 def router_at_rest(configs: list) -> Iterator[None]:
-    """No auxiliary or z-loss, and `finalize_model_grads` leaves the expert bias and its counters alone.
+    """No auxiliary or z-loss."""
+    with _restored(configs, "moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        for c in configs:
+            aux = c.moe_aux_loss_coeff
+            c.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, (list, tuple)) else 0.0
+            c.moe_z_loss_coeff = None
+        yield
 
-    The counters keep counting, so that after the passes they have seen each token of the step once.
+
+@contextmanager
+def expert_bias_at_rest(configs: list) -> Iterator[None]:
+    """`finalize_model_grads` leaves the expert bias and its counters alone.
+
+    The counters keep counting, so that after all passes they have seen each token of the step once, and the
+    bias moves only once it is known that the step is taken.
     """
-    names = ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_router_enable_expert_bias")
+    with _restored(configs, "moe_router_enable_expert_bias"):
+        for c in configs:
+            c.moe_router_enable_expert_bias = False
+        yield
+
+
+@contextmanager
+def _restored(configs: list, *names: str) -> Iterator[None]:
     before = [[getattr(c, name) for name in names] for c in configs]
-    for c in configs:
-        aux = c.moe_aux_loss_coeff
-        c.moe_aux_loss_coeff = [0.0] * len(aux) if isinstance(aux, (list, tuple)) else 0.0
-        c.moe_z_loss_coeff = None
-        c.moe_router_enable_expert_bias = False
     try:
         yield
     finally:

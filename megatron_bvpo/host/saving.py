@@ -184,7 +184,7 @@ class CheckpointMixin:
                 remedy="resume with EP above 1 on both sides or on neither, or give up the optimizer state with "
                 "--no_load_optim true",
             )
-        changed = [k for k in ("tp", "pp", "ep", "etp") if there[k] != here[k]]
+        changed = [k for k in ("tp", "pp", "vpp", "ep", "etp") if there[k] != here[k]]
         if changed and not saved["optimizer_reshardable"]:
             what = ", ".join(f"{k.upper()} {there[k]} there and {here[k]} here" for k in changed)
             raise UserError(
@@ -204,7 +204,7 @@ class CheckpointMixin:
             self.alpha = self.estimator.alpha
         if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
             ckpt.restore_random_state(ckpt.load_random_state(folder, dist.get_rank()))
-        else:
+        elif not self.args.no_load_rng:
             logger.info(
                 f"The checkpoint was written in another layout ({saved['layout']}): random states are not "
                 "restored, so dropout masks differ from those of an uninterrupted run."
