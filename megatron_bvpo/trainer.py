@@ -30,10 +30,18 @@ from swift.utils import get_current_device, get_logger
 
 from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
 from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
+from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
-from megatron_bvpo.host.router import clear_expert_counters, expert_bias_at_rest, router_configs, update_expert_bias
+from megatron_bvpo.host.router import (
+    clear_expert_counters,
+    expert_bias_at_rest,
+    put_back_router_loss_sums,
+    router_configs,
+    router_loss_sums,
+    update_expert_bias,
+)
 from megatron_bvpo.host.saving import CheckpointMixin
 from megatron_bvpo.objective.preference import PairLogps, pair_losses
 from megatron_bvpo.objective.sequence import sequence_logps
@@ -232,10 +240,12 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
     def train_step(self, train_data_iterator):
         chunks = self._take_global_batch(train_data_iterator)
         probe = self._plan_probe(chunks[0])
+        loss_sums = router_loss_sums()
         with expert_bias_at_rest(self._router_configs):
             done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
         if not self._all_finite(done):
             clear_expert_counters(self.unwrapped_models)
+            put_back_router_loss_sums(loss_sums)
             self._report_skipped(done, chunks[0])
             return [], 0.0, False
         self.skipped_in_a_row = 0
@@ -286,9 +296,9 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
             f"are as before. Rows of this step: {step_rows}."
         )
         if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(
-                f"{self.skipped_in_a_row} steps in a row without a finite gradient: the weights or the data are "
-                "broken; go on from an older checkpoint with a lower --lr"
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row without a finite gradient: the weights or the data are broken",
+                remedy="Go on from an older checkpoint with a lower --lr.",
             )
 
     # ---- metrics

@@ -79,3 +79,22 @@ def update_expert_bias(models: list, configs: list) -> None:
     if any(c.moe_router_enable_expert_bias for c in configs):
         _update_router_expert_bias(models, configs[0])
         clear_expert_counters(models)
+
+
+def router_loss_sums() -> dict[str, torch.Tensor]:
+    """What Megatron has summed up of the router's losses for the next line of the log."""
+    return {name: entry["values"].clone() for name, entry in _loss_tracker().items()}
+
+
+def put_back_router_loss_sums(sums: dict[str, torch.Tensor]) -> None:
+    """Forget what was added since `router_loss_sums`: a NaN of a skipped step would stay in the sum."""
+    for name, entry in _loss_tracker().items():
+        entry["values"].copy_(sums[name] if name in sums else torch.zeros_like(entry["values"]))
+
+
+def _loss_tracker() -> dict[str, dict]:
+    try:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+    except ImportError:  # later versions of megatron-core keep these numbers elsewhere
+        return {}
+    return get_moe_layer_wise_logging_tracker()

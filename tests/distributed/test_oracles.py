@@ -120,6 +120,6 @@ def test_gradients_of_the_mixed_loss(compared):
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
     for name, gradient in found.items():
         wanted = expected[shared_name(name)]
-        # An expert that saw few tokens has a gradient small beside the whole: float32 is as good as its inputs.
-        assert (gradient - wanted).norm() <= TOLERANCE * max(wanted.norm(), 1e-3 * norm), name
+        # Experts that saw no token have none, and what is small beside the whole is rounding.
+        assert (gradient - wanted).norm() <= TOLERANCE * max(wanted.norm(), 1e-4 * norm), name
     assert compared.run.log[0]["grad_norm"] == pytest.approx(norm.item(), rel=TOLERANCE)

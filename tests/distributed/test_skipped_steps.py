@@ -15,6 +15,7 @@ from tests.distributed.test_resume import BF16, argv
 pytestmark = pytest.mark.slow
 
 HOOK = "tests.distributed.poison:poisoned"
+EXPERT_BIAS = "--moe_router_enable_expert_bias true --moe_router_score_function sigmoid"
 PP2 = "--pipeline_model_parallel_size 2"
 STEPS = 5
 SKIPPED = 2
@@ -27,6 +28,7 @@ CASES = {
     "trace-bf16-pp2": ("trace", f"{PP2} {BF16}", {}),
     "gradient-of-the-first-stage": ("gradient", PP2, {"rank": 0}),
     "empty-in-a-probe": ("empty", "--bvpo_alpha auto", {}),
+    "trace-with-expert-bias": ("trace", EXPERT_BIAS, {}),
 }
 
 
@@ -106,7 +108,7 @@ def test_a_window_of_several_steps_is_not_touched_either(workshop, tmp_path):
 def test_too_many_in_a_row_stop_the_run(workshop, tmp_path):
     hook = {"where": "trace", "steps": [1, 3, 4, 5], "stop_after": 3}
     run = start(workshop, tmp_path / "stopped", "--train_iters 9", **hook)
-    assert 0 not in run.codes
+    assert run.codes == [2, 2]
     assert list(lines(run, 0, "state")) == [1, 2, 3, 4, 5], "one good step between them begins the count anew"
-    last = run.stderr[1].strip().splitlines()[-1]
-    assert "3 steps in a row without a finite gradient" in last and "--lr" in last
+    last = run.stderr[0].strip().splitlines()[-1]
+    assert last.startswith("megatron-bvpo: error: 3 steps in a row without a finite gradient") and "--lr" in last
