@@ -6,5 +6,11 @@ BVPO_EXTRAS="rehearsal,test"
 bvpo_environment
 cd "$BVPO_ROOT"
 export OMP_NUM_THREADS=1
-# Two files at a time: start-up is most of a run's time, and it uses one core.
-exec python -m pytest -q -n 2 --dist loadfile --durations 15 "$@"
+if [ $# -gt 0 ]; then
+  exec python -m pytest -q "$@"
+fi
+# What runs in one process goes two files at a time; ranks would only wait for each other.
+failed=0
+python -m pytest -q -n 2 --dist loadfile tests/unit tests/contracts tests/kernels || failed=$?
+python -m pytest -q --durations 12 tests/distributed || failed=$?
+exit "$failed"
