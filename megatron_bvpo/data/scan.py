@@ -121,7 +121,9 @@ def local_file(spec: str) -> tuple[str | None, str]:
 
 def _is_hub_name(spec: str) -> bool:
     """owner/name, with or without #n: known as such without loading ms-swift's parser."""
-    name, _, _ = spec.partition("#")
+    name, mark, count = spec.partition("#")
+    if mark and not count.isdigit():
+        return False  # the parser says what is wrong with it
     is_file = os.path.exists(name) or os.path.splitext(name)[1] in READ_HERE + READ_LATER
     return not is_file and _HUB_NAME.fullmatch(name) is not None
 

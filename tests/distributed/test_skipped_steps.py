@@ -15,7 +15,11 @@ from tests.distributed.test_resume import BF16, argv
 pytestmark = pytest.mark.slow
 
 HOOK = "tests.distributed.poison:poisoned"
-EXPERT_BIAS = "--moe_router_enable_expert_bias true --moe_router_score_function sigmoid"
+# ms-swift has no flags for these; models such as DeepSeek's set them.
+EXPERT_BIAS = (
+    '--megatron_extra_kwargs {"moe_router_enable_expert_bias":true,"moe_router_score_function":"sigmoid"} '
+    "--moe_aux_loss_coeff 0"
+)
 PP2 = "--pipeline_model_parallel_size 2"
 STEPS = 5
 SKIPPED = 2

@@ -26,7 +26,8 @@ from .cases import (
 
 F32, BF16 = torch.float32, torch.bfloat16
 AWKWARD = [(1, 1, 1), (1, 7, 252), (7, 33, 507), (40, 252, 123), (23, 64, 1009), (3, 507, 7)]
-GRAD_BOUND = {F32: 1e-5, BF16: 6e-3}
+# bf16: one unit in the last place. With a single token the rounding of its one factor is the whole error.
+GRAD_BOUND = {F32: 1e-5, BF16: torch.finfo(BF16).eps}
 
 
 def logp_bound(dtype, truth: torch.Tensor) -> float:
