@@ -62,12 +62,14 @@ def read_records(run: Run) -> list[Record]:
 
 
 def argv(workshop, kind: str, more: str = "") -> list[str]:
-    # 16 rows and 3 a step: the epoch ends in the middle of a step. Cosine: the rate is another at each step.
+    # 16 rows and 6 a step: the epoch ends in the middle of a step. Cosine: the rate is another at each step.
+    # The highest loss is called the best one, so that the best checkpoint is older than the resumed one.
     flags = dict(zip(CPU_FLAGS[::2], CPU_FLAGS[1::2], strict=True))
     own = (
         f"--model {workshop.moe} --model_type qwen3_moe --template qwen3_thinking --dataset {workshop.train} "
         f"--val_dataset {workshop.held_out} --lr 1e-3 --lr_warmup_iters 2 --micro_batch_size 1 --global_batch_size 6 "
         f"--train_iters {STEPS} --logging_steps 1 --save_steps 2 --eval_steps 2 --max_length 512 --bvpo_alpha 0.3 "
+        "--greater_is_better true "
         f"{KINDS[kind][1]} {more}"
     ).split()
     given = dict(zip(own[::2], own[1::2], strict=True))

@@ -15,11 +15,6 @@ from tests.distributed.test_resume import BF16, argv
 pytestmark = pytest.mark.slow
 
 HOOK = "tests.distributed.poison:poisoned"
-# ms-swift has no flags for these; models such as DeepSeek's set them.
-EXPERT_BIAS = (
-    '--megatron_extra_kwargs {"moe_router_enable_expert_bias":true,"moe_router_score_function":"sigmoid"} '
-    "--moe_aux_loss_coeff 0"
-)
 PP2 = "--pipeline_model_parallel_size 2"
 STEPS = 5
 SKIPPED = 2
@@ -32,7 +27,6 @@ CASES = {
     "trace-bf16-pp2": ("trace", f"{PP2} {BF16}", {}),
     "gradient-of-the-first-stage": ("gradient", PP2, {"rank": 0}),
     "empty-in-a-probe": ("empty", "--bvpo_alpha auto", {}),
-    "trace-with-expert-bias": ("trace", EXPERT_BIAS, {}),
 }
 
 
