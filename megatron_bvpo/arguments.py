@@ -38,7 +38,10 @@ class BvpoConfig:
         empty: what rows without own empty-trace answers get: `strip` or `require`.
         empty_block: text of an empty trace, or None: the template's own.
         logp_impl: implementation of the log-probs.
+        logp_memory: GiB that their tiles of logits may take on a GPU.
         ref_cache: folder of reference log-probs, or None.
+        refs_only: compute those of every row and train nothing.
+        eval_on_start: evaluate once before the first step.
         preference: the base loss.
     """
 
@@ -51,7 +54,10 @@ class BvpoConfig:
     empty: str
     empty_block: str | None
     logp_impl: str
+    logp_memory: float
     ref_cache: str | None
+    refs_only: bool
+    eval_on_start: bool
     preference: PreferenceConfig
 
     @property
@@ -84,7 +90,10 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_empty_block: str | None = None
     bvpo_simpo_gamma: float = 1.0
     bvpo_logp_impl: Literal["auto", "triton", "te", "torch"] = "auto"
+    bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
+    bvpo_refs_only: bool = False
+    bvpo_eval_on_start: bool = False
 
     # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
     cross_entropy_loss_fusion: bool = False
@@ -190,10 +199,6 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
             field="--bvpo_probe_interval",
             remedy="10 measures the moments at every tenth step",
         )
-    if values["bvpo_ref_cache"]:
-        raise UserError(
-            "the cache of reference log-probs is not built yet", field="--bvpo_ref_cache", remedy="leave the flag out"
-        )
     try:
         preference = PreferenceConfig(
             loss_type=values["loss_type"],
@@ -206,6 +211,7 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
     except ValueError as e:
         name = str(e).split()[0]
         raise UserError(str(e), field=f"--{name}", remedy=f"see the README's table of losses for --{name}") from None
+    refuse_useless_cache(values, preference)
     return BvpoConfig(
         alpha=alpha,
         alpha_prior=_number(values, "bvpo_alpha_prior", 0, 1),
@@ -216,9 +222,29 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
         empty=values["bvpo_empty"],
         empty_block=values["bvpo_empty_block"],
         logp_impl=values["bvpo_logp_impl"],
-        ref_cache=values["bvpo_ref_cache"],
+        logp_memory=_number(values, "bvpo_logp_memory", 0, 1024, low_open=True),
+        ref_cache=values["bvpo_ref_cache"] or None,
+        refs_only=bool(values["bvpo_refs_only"]),
+        eval_on_start=bool(values["bvpo_eval_on_start"]),
         preference=preference,
     )
+
+
+def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig) -> None:
+    """A cache that nothing would be read from, or values that nobody would keep."""
+    if values["bvpo_refs_only"] and not values["bvpo_ref_cache"]:
+        raise UserError(
+            "there is no folder to write reference log-probs to",
+            field="--bvpo_ref_cache",
+            remedy="name a folder that the later runs see, too",
+        )
+    if values["bvpo_ref_cache"] and not preference.uses_reference:
+        flag = "reference_free" if preference.reference_free else "loss_type"
+        raise UserError(
+            f"{flag} is {values[flag]!r}: this loss has no reference, so there is nothing to keep",
+            field="--bvpo_ref_cache",
+            remedy="leave the flag out",
+        )
 
 
 def settle_preference_defaults(args) -> None:

@@ -90,20 +90,41 @@ def bvpo(argv: list[str] | None = None) -> int:
 
     import megatron_bvpo
     from megatron_bvpo import run_report
+    from megatron_bvpo.cluster import node_preflight, supervise
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.host import doctor, report
+    from megatron_bvpo.planning import command as plan
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor.add_command(commands)
     run_report.add_command(commands)
-    args = parser.parse_args(argv)
+    plan.add_command(commands)
+    node_preflight.add_command(commands)
+    supervise.add_command(commands)
+    refs = commands.add_parser(
+        "refs",
+        help="write the reference log-probs of a run's rows, and train nothing",
+        description="Takes what `swift rlhf` takes (run.yaml, --flags) and starts the same ranks. --bvpo_ref_cache "
+        "names the folder; runs on the same rows that name it then skip the reference forward.",
+        add_help=False,
+    )
+    refs.set_defaults(run=write_references)
+    argv = sys.argv[1:] if argv is None else argv
+    # What follows `refs` belongs to ms-swift's parser.
+    args, rest = (parser.parse_args(["refs"]), argv[1:]) if argv[:1] == ["refs"] else (parser.parse_args(argv), [])
+    args.rest = rest
     try:
         return args.run(args) or 0
     except UserError as error:
         report.write(error)
         return EXIT_CODE
+
+
+def write_references(args) -> None:
+    """`bvpo refs …`: the run that `swift rlhf …` would start, without its training."""
+    launch(["rlhf", *args.rest, "--rlhf_type", "bvpo", "--bvpo_refs_only", "true"])
 
 
 def main() -> None:

@@ -50,9 +50,10 @@ class BvpoPipeline(MegatronRLHF):
                 remedy="leave the flag out",
             )
         block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
-        make_bvpo_template(
-            self.template, TemplateSettings(rules=self.rules, block=block, keep_items=config.alpha is None)
+        settings = TemplateSettings(
+            rules=self.rules, block=block, keep_items=config.alpha is None, pair_keys=config.ref_cache is not None
         )
+        make_bvpo_template(self.template, settings)
         logger.info(f"The empty trace of template {args.template} is {block!r}.")
 
     def _scan(self) -> list[str]:

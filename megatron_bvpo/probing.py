@@ -19,30 +19,17 @@ from megatron_bvpo.host.router import (
     router_at_rest,
 )
 from megatron_bvpo.objective.streams import STREAMS, StreamWeights
+from megatron_bvpo.passes import Pass
 
 logger = get_logger()
 
 # Every step measures until there is evidence for an alpha.
 FIRST_PROBES = 8
+# Copies of a rank's gradient shard that a probe keeps: of its four passes the last one's stays in the buffers.
+# One more where the router has losses of its own (`_four_passes`).
+KEPT_SHARDS = 3
 # Beyond these the other stream costs more than it gives.
 LOPSIDED = (0.05, 0.95)
-
-
-@dataclass
-class Pass:
-    """What one forward (and backward) over the micro-batches needs to know, and what it found.
-
-    Attributes:
-        weights: factor of each stream's sum of pair losses.
-        loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
-        bad_rows: rows with a loss that is not finite, found on the last stage.
-        sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
-    """
-
-    weights: StreamWeights
-    loss_scale: float
-    bad_rows: list[str]
-    sums: torch.Tensor | None = None
 
 
 @dataclass
@@ -110,7 +97,8 @@ class ProbeMixin:
         """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""
         slices = shards.gradient_slices(self.wrapped_models, tp_rank=self.groups.tp_rank)
         configs = self._router_configs
-        kept, passes = {}, []
+        router_losses = has_router_losses(configs)
+        gradients, passes = {}, []
         with router_at_rest(configs):
             for stream in STREAMS:
                 for half, n in zip(HALVES, getattr(probe.counts, stream), strict=True):
@@ -118,29 +106,36 @@ class ProbeMixin:
                     self._zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
                     passes.append(self._run_pass(parts, weights, forward_only=False))
-                    kept[stream, half] = shards.take(slices)
+                    last = len(passes) == len(STREAMS) * len(HALVES)
+                    stays = last and not router_losses
+                    gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
 
-        mixture = []
-        for stream, weight in (("trace", self.alpha), ("empty", 1 - self.alpha)):
-            for half, fraction in zip(HALVES, probe.counts.fractions(stream), strict=True):
-                mixture.append((weight * fraction, kept[stream, half]))
-        if has_router_losses(configs):
+        self.moments = measure(slices, gradients, probe.counts, get_current_device())
+        weights = self._weights_of_passes(probe.counts)
+        kept = KEPT_SHARDS
+        own = weights.pop(("empty", "B")) if not router_losses else 1.0
+        if router_losses:
             # They enter the update once, as a one-pass step has them: from both streams' tokens together.
+            kept += 1
             clear_expert_counters(self.unwrapped_models)
             self._zero_gradients()
             self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=False)
-            mixture.append((1.0, shards.take(slices)))
-        held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * len(mixture) / 2**30
-        logger.info_once(
-            f"A probe keeps {len(mixture)} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept"
-        )
-        self.moments = measure(slices, kept, probe.counts, get_current_device())
-        shards.put_mixture(slices, mixture)
+        shards.mix_in(slices, own, [(weight, gradients[key]) for key, weight in weights.items()])
+        held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * kept / 2**30
+        logger.info_once(f"A probe keeps {kept} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept")
 
         sums = [done.sums for done in passes]
         whole = Pass(StreamWeights(0.0, 0.0), 1.0, [row for done in passes for row in done.bad_rows])
         whole.sums = None if sums[0] is None else sum(sums)
         return whole
+
+    def _weights_of_passes(self, counts: HalfCounts) -> dict[tuple[str, str], float]:
+        """What each pass's mean gradient counts in the update: alpha of the stream, times the half's share of pairs."""
+        return {
+            (stream, half): weight * fraction
+            for stream, weight in (("trace", self.alpha), ("empty", 1 - self.alpha))
+            for half, fraction in zip(HALVES, counts.fractions(stream), strict=True)
+        }
 
     def _batches_of_pass(self, batches: list[dict], probe: Probe, stream: str, half: str) -> list[dict]:
         items = [batch[ITEMS_KEY] for batch in batches]

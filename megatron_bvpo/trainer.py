@@ -13,14 +13,10 @@ The step is taken only if every rank's loss and gradient are finite.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_attr_wrapped_model
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.megatron.utils import (
     logical_and_across_model_parallel_group,
@@ -28,7 +24,7 @@ from swift.megatron.utils import (
 )
 from swift.utils import get_current_device, get_logger
 
-from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
@@ -43,8 +39,7 @@ from megatron_bvpo.host.router import (
     update_expert_bias,
 )
 from megatron_bvpo.host.saving import CheckpointMixin
-from megatron_bvpo.objective.preference import PairLogps, pair_losses
-from megatron_bvpo.objective.sequence import sequence_logps
+from megatron_bvpo.host.stop_signal import StopCallback
 from megatron_bvpo.objective.streams import (
     STREAMS,
     PairCounts,
@@ -53,7 +48,9 @@ from megatron_bvpo.objective.streams import (
     mixing_weights,
     stream_metrics,
 )
-from megatron_bvpo.probing import Pass, ProbeMixin
+from megatron_bvpo.passes import Pass, PassMixin
+from megatron_bvpo.probing import ProbeMixin
+from megatron_bvpo.referencing import ReferenceCacheMixin
 
 logger = get_logger()
 
@@ -61,7 +58,7 @@ logger = get_logger()
 MAX_SKIPPED_STEPS = 20
 
 
-class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
+class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, MegatronRLHFTrainer):
     """ms-swift's Megatron trainer with the BVPO objective."""
 
     def __init__(self, args, template):
@@ -71,10 +68,13 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
         super().__init__(args, template)
+        self.callbacks.append(StopCallback(self))
         self._router_configs = router_configs(self.unwrapped_models)
         for model in self.wrapped_models:
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
             model.ddp_config.check_for_nan_in_grad = False
+        self._check_merge_memory()
+        self._open_reference_cache()
 
     # ---- model
 
@@ -93,7 +93,7 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         config = self.template.config
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
-            install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size)
+            install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
 
     # ---- data
 
@@ -120,6 +120,10 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         train_iterator, val_iterator = super().setup_training(train_dataset, val_dataset)
         if self.args.streaming and self.state.consumed_train_samples:
             self._skip_streamed(train_iterator)
+        if self.bvpo.eval_on_start and val_dataset is not None and not self.state.iteration:
+            self.evaluate(val_iterator)
+            for model in self.wrapped_models:
+                model.train()
         return train_iterator, val_iterator
 
     def _skip_streamed(self, data_iterator) -> None:
@@ -147,102 +151,16 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         dist.all_reduce(counts, group=self.groups.dp)
         return PairCounts(*counts.tolist())
 
-    # ---- one pass
-
-    def _run_pass(self, chunks: list[list[dict]], weights: StreamWeights, *, forward_only: bool) -> Pass:
-        """Forward (and backward) over the micro-batches; returns the pass with this rank's sums."""
-        args = self.args
-        n = len(chunks[0])
-        self._pass = current = Pass(weights, loss_scale=n * self.groups.dp_size, bad_rows=[])
-        iterators = [iter([{k: v for k, v in b.items() if k != ITEMS_KEY} for b in batches]) for batches in chunks]
-        found = get_forward_backward_func()(
-            forward_step_func=self.forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.wrapped_models,
-            num_microbatches=n,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            forward_only=forward_only,
-        )
-        current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
-        return current
-
-    def forward_step(self, data_iterator, model):
-        """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline."""
-        unwrapped = get_attr_wrapped_model(model, "get_input_tensor", return_model_obj=True)
-        input_tensor = unwrapped.get_input_tensor()
-        data = self.get_batch(data_iterator, unwrapped.vp_stage)
-        layout = data.pop(LAYOUT_KEY)
-        data.pop("loss_scale", None)
-
-        if not self.bvpo.preference.uses_reference:
-            output = model(**data)
-        else:
-            ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
-            with torch.no_grad(), self.null_ref_context() as ref_models:
-                ref_model = ref_models[unwrapped.vp_stage or 0]
-                if ref_input is not None:
-                    ref_model.set_input_tensor(ref_input.detach())
-                with evaluation_mode(ref_model):  # a reference with dropout is another one at every step
-                    ref_output = ref_model(**data)
-            if input_tensor is not None:
-                unwrapped.set_input_tensor(input_tensor)
-            output = torch.cat([ref_output, model(**data)], dim=0)
-        return output, partial(
-            self.loss_func,
-            labels=data.get("labels"),
-            packed_seq_params=data.get("packed_seq_params"),
-            layout=layout,
-        )
-
-    def loss_func(self, output: torch.Tensor, *, labels, packed_seq_params, layout: PairLayout):
-        """Weighted loss of one micro-batch, and its StreamSums as one [2, K] tensor. Last stage only."""
-        config = self.bvpo.preference
-        seq_lens = None
-        if packed_seq_params is not None:
-            n = packed_seq_params.seq_lens.numel()
-            seq_lens = (packed_seq_params.cu_seqlens_q[: n + 1] // self.groups.cp_size).diff().long()
-
-        ref_losses, losses = output.chunk(2, dim=0) if config.uses_reference else (None, output)
-        logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
-        ref_logps_Q = None
-        if ref_losses is not None:
-            ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
-
-        total = logps_Q.new_zeros(())
-        stacked = []
-        for stream in STREAMS:
-            sums = self._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
-            total = total + getattr(self._pass.weights, stream) * sums.loss
-            stacked.append(sums.stack())
-        return (total * self._pass.loss_scale).float(), torch.stack(stacked)
-
-    def _stream_sums(self, stream: str, layout: PairLayout, logps_Q, ref_logps_Q, tokens_Q) -> StreamSums:
-        chosen, rejected = layout.slices(stream)
-        pairs = PairLogps(
-            chosen=logps_Q[chosen],
-            rejected=logps_Q[rejected],
-            ref_chosen=None if ref_logps_Q is None else ref_logps_Q[chosen],
-            ref_rejected=None if ref_logps_Q is None else ref_logps_Q[rejected],
-            chosen_tokens=tokens_Q[chosen],
-            rejected_tokens=tokens_Q[rejected],
-        )
-        losses = pair_losses(pairs, self.bvpo.preference)
-        weights_P = logps_Q.new_tensor(layout.weights[stream])
-        finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
-        if not bool(finite_P.all()):
-            rows = [row for row, ok in zip(layout.rows[stream], finite_P.tolist(), strict=True) if not ok]
-            self._pass.bad_rows += [f"row {row} ({stream} stream)" for row in rows]
-        return StreamSums.of(pairs, losses, weights_P)
-
     # ---- one step
 
     def train_step(self, train_data_iterator):
         chunks = self._take_global_batch(train_data_iterator)
+        self._reference_hits = (0, 0)
         probe = self._plan_probe(chunks[0])
         loss_sums = router_loss_sums()
         with expert_bias_at_rest(self._router_configs):
             done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
+        self._flush_references_now_and_then()
         if not self._all_finite(done):
             clear_expert_counters(self.unwrapped_models)
             put_back_router_loss_sums(loss_sums)
@@ -307,6 +225,8 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         metrics = self._reduce_metrics(done.sums, self.alpha)
         if metrics:
             metrics["alpha"] = (self.alpha, 1)
+            if self._references is not None:
+                metrics["ref_cache/hits"] = self._reference_hits
             if self.moments is not None:
                 metrics.update(self._probe_metrics(self.moments))
         return [_as_tensors(metrics)] if metrics else []
@@ -319,6 +239,18 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
         dist.all_reduce(sums, group=self.groups.dp)
         trace, empty = (StreamSums(*row) for row in sums)
         return stream_metrics(trace, empty, alpha, rpo=bool(self.bvpo.preference.rpo_alpha))
+
+    # ---- a run
+
+    def train(self, train_dataset, val_dataset):
+        if not self.bvpo.refs_only:
+            return super().train(train_dataset, val_dataset)
+        self.setup_model_training()
+        self._fill_reference_cache({"training": train_dataset, "held-out": val_dataset})
+
+    def finalize_training(self):
+        super().finalize_training()
+        self._flush_references()
 
     # ---- evaluation
 
@@ -339,21 +271,11 @@ class BvpoTrainer(ProbeMixin, CheckpointMixin, MegatronRLHFTrainer):
                     totals = done.sums if totals is None else totals + done.sums
                 self.call_event("on_eval_step")
         metrics: dict[str, Any] = _as_tensors(self._reduce_metrics(totals, self.bvpo.eval_alpha))
+        self._flush_references()
         metrics["n_steps"] = self.args.eval_iters
         self.on_log(logs=metrics, prefix="eval_")
         self.call_event("on_eval_end")
         return metrics
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module):
-    """Run `model` without dropout, and give it back as it was."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _as_tensors(metrics: dict[str, tuple]) -> dict[str, torch.Tensor]:

@@ -74,7 +74,9 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], list[Row], dict[str, 
         true, sd = pool.true, pool.one_probe_sd
         suffice = int(np.ceil((1.96 * sd / WITHIN) ** 2))
         rng = np.random.default_rng(4)
-        long = frozen.follow(pool, pool.runs(rng, size.long_runs, suffice), moment_decay=1 - 1 / (20 * suffice))
+        long = frozen.follow(
+            pool, pool.runs(rng, size.long_runs, suffice), criterion="mse", moment_decay=1 - 1 / (20 * suffice)
+        )
         index = pool.runs(rng, size.runs, size.probes)
         circ = true.alpha_circ
         row: Row = {
@@ -102,7 +104,7 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], list[Row], dict[str, 
         }
         regimes.append(row)
         for decay in DECAYS:
-            path = frozen.follow(pool, index, moment_decay=decay)
+            path = frozen.follow(pool, index, criterion="mse", moment_decay=decay)
             settled = min(40, size.probes // 2)
             lagged, same = frozen.lag_penalty(pool, path, settled)
             decays.append(
@@ -134,7 +136,7 @@ def frozen_rows(size: Size) -> tuple[list[Row], list[Row], list[Row], dict[str, 
                     }
                     for j in range(size.probes)
                 ]
-        kappas += [_kappa_row(pool, index, kappa) for kappa in (0.3, 0.1, 0.03)]
+        kappas += [_kappa_row(pool, index, kappa) for kappa in (0.3, 0.1, 0.03, 0.01)]
         say(f"frozen {regime.name}: {time.monotonic() - start:.0f} s")
     return regimes, decays, kappas, paths
 

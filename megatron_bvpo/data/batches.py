@@ -11,9 +11,10 @@ subclass, so every model's own encoding stays in force.
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bvpo.data.reference_cache import pair_key
 from megatron_bvpo.data.rows import RowRules, check_row, normalise_row
 
 LAYOUT_KEY = "bvpo_layout"
@@ -30,10 +31,15 @@ class PairLayout:
     Attributes:
         rows: for each stream, the row numbers of its pairs, in the batch's order.
         weights: for each stream, 1.0 a pair; 0.0 for a pair that only fills the batch up.
+        keys: for each stream, what stands for a tokenised pair (data/reference_cache.py); only where wanted.
     """
 
     rows: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
+    keys: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+
+    def all_keys(self) -> list[bytes]:
+        return [key for keys in self.keys.values() for key in keys]
 
     def pairs(self, stream: str) -> int:
         return len(self.rows[stream])
@@ -59,12 +65,14 @@ class TemplateSettings:
         mask_block: leave the block's tokens out of the loss. They are the same in both answers, so for
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
         keep_items: hand the uncollated rows on with the batch, for probe steps.
+        pair_keys: compute what stands for each tokenised pair, for the cache of reference log-probs.
     """
 
     rules: RowRules
     block: str
     mask_block: bool = True
     keep_items: bool = False
+    pair_keys: bool = False
 
 
 class Items(list):
@@ -135,11 +143,15 @@ class BvpoTemplateMixin:
     def _rlhf_data_collator(self, batch, *, padding_to: int | None = None, **kwargs) -> dict[str, Any]:
         rows: dict[str, tuple] = {}
         weights: dict[str, tuple] = {}
+        keys: dict[str, tuple] = {}
         sequences: list[dict[str, Any]] = []
         for stream, prefix in (("trace", ""), ("empty", "empty_")):
             members = [row for row in batch if f"{prefix}chosen_input_ids" in row]
             rows[stream] = tuple(row.get(ROW_KEY, -1) for row in members)
             weights[stream] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
+            if self.bvpo.pair_keys:
+                tokens = [f"{prefix}{side}_{what}" for side in SIDES for what in ("input_ids", "labels")]
+                keys[stream] = tuple(pair_key(*(row[name] for name in tokens)) for row in members)
             for side in SIDES:
                 # The collator pads the lists it is given in place; a row may be collated twice.
                 sequences += [
@@ -147,7 +159,7 @@ class BvpoTemplateMixin:
                     for sequence in self._fetch_inputs_startswith(members, f"{prefix}{side}_")
                 ]
         collated = self._data_collator(sequences, padding_to=padding_to)
-        collated[LAYOUT_KEY] = PairLayout(rows, weights)
+        collated[LAYOUT_KEY] = PairLayout(rows, weights, keys)
         return collated
 
     def __reduce_ex__(self, protocol):

@@ -21,6 +21,7 @@ The way of one probe:
               is one-sided.
   4. error:   delta method on the ratio, from the spread of the probes, widened for their small number.
   5. shrink:  towards the prior, by how large that error is.
+  6. band:    Fieller's set of the ratio, for whoever reads alpha. The delta method's error is too small for that.
 
 `alpha` is for later steps only: an alpha that depends on the gradients that it mixes is worse than a fixed one.
 A step reads `alpha`, mixes, and then calls `update`.
@@ -47,12 +48,19 @@ _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 class Moments:
     """One probe: unbiased measurements of D, X, W in squared gradient units (gradients/moments.py).
 
-    D and W are squared norms and cannot be negative; X is a dot product and can.
+    D and W are squared norms and cannot be negative; X is a dot product and can. V_t is tr Var(g_t), the noise of
+    the trace gradient, or None where it was not measured; no alpha depends on it, only what the summary says.
     """
 
     D: float
     X: float
     W: float
+    V_t: float | None = None
+
+    @property
+    def V_e(self) -> float | None:
+        """tr Var(g_e): W - V_t + 2 C with C = V_t - X."""
+        return None if self.V_t is None else self.W + self.V_t - 2 * self.X
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,8 @@ class AlphaEstimator:
 
     Args:
         prior: alpha before there is evidence, and what the estimate shrinks to; in [0, 1].
-        criterion: `mse` or `sgd`.
-        kappa: learning rate * smoothness, in (0, 1]; read by `sgd` only.
+        criterion: `mse` or `sgd`; no default here, for the program's own is --bvpo_criterion's.
+        kappa: learning rate * smoothness, in (0, 1]; `sgd` needs it, `mse` does not read it.
         moment_decay: weight that an average keeps at each probe, in [0, 1). The averages remember about
             (1 + decay) / (1 - decay) probes.
         prior_sd: how far from the prior alpha may well lie; the estimate is shrunk by
@@ -85,9 +93,9 @@ class AlphaEstimator:
     def __init__(
         self,
         *,
+        criterion: str,
+        kappa: float | None = None,
         prior: float = 0.5,
-        criterion: str = "mse",
-        kappa: float = 1.0,
         moment_decay: float = 0.9,
         prior_sd: float = 0.5,
     ) -> None:
@@ -95,15 +103,15 @@ class AlphaEstimator:
             raise ValueError(f"prior is {prior}; it must be in [0, 1]")
         if criterion not in CRITERIA:
             raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
-        if not 0 < kappa <= 1:
-            raise ValueError(f"kappa is {kappa}; it must be in (0, 1]")
+        if criterion == "sgd" and (kappa is None or not 0 < kappa <= 1):
+            raise ValueError(f"kappa is {kappa}; it must be in (0, 1] with criterion sgd")
         if not 0 <= moment_decay < 1:
             raise ValueError(f"moment_decay is {moment_decay}; it must be in [0, 1)")
         if not 0 < prior_sd < math.inf:
             raise ValueError(f"prior_sd is {prior_sd}; it must be above 0 and finite")
         self.prior = float(prior)
         self.criterion = criterion
-        self.kappa = float(kappa) if criterion == "sgd" else 1.0
+        self.kappa = float(kappa) if criterion == "sgd" and kappa is not None else 1.0
         self.moment_decay = float(moment_decay)
         self.prior_sd = float(prior_sd)
 
@@ -116,6 +124,9 @@ class AlphaEstimator:
         self._first = [0.0] * 3
         self._second = [0.0] * len(_PRODUCTS)
         self._log_scale = 0.0
+        # The same for V_t and V_e, with a weight of their own: states of earlier versions do not hold them.
+        self._noise = [0.0] * 2
+        self._noise_weight = 0.0
 
     # ------------------------------------------------------------------ one probe
 
@@ -147,10 +158,19 @@ class AlphaEstimator:
         self._first = [decay * s + gain * v for s, v in zip(self._first, scaled, strict=True)]
         products = [scaled[i] * scaled[j] for i, j in _PRODUCTS]
         self._second = [decay * s + gain * v for s, v in zip(self._second, products, strict=True)]
+        self._add_noise(moments, scale)
         # Logs, because a plain average of D falls no faster than its decay, and gradients may.
         step = min(max(log_D - self._log_scale, -_MAX_LOG_STEP), _MAX_LOG_STEP)
         self._log_scale += gain / self._weight * step
         self.probes += 1
+
+    def _add_noise(self, moments: Moments, scale: float) -> None:
+        if moments.V_t is None or moments.V_e is None or not math.isfinite(moments.V_t / scale):
+            return
+        decay, gain = self.moment_decay, 1 - self.moment_decay
+        self._noise_weight = decay * self._noise_weight + gain
+        found = (moments.V_t / scale, moments.V_e / scale)
+        self._noise = [decay * s + gain * v for s, v in zip(self._noise, found, strict=True)]
 
     def _ignore(self, reason: str) -> None:
         self.ignored += 1
@@ -166,10 +186,9 @@ class AlphaEstimator:
     def _means(self) -> list[float]:
         return [s / self._weight for s in self._first]
 
-    def _ratio(self) -> tuple[float, float] | None:
-        """(alpha before clipping and shrinking, its standard error), or None where there is no evidence."""
-        n = self.effective_probes
-        if self.probes < 2 or n <= 1:
+    def _fraction(self) -> tuple[float, float] | None:
+        """(numerator, denominator) of alpha before clipping and shrinking, or None where there is no evidence."""
+        if self.probes < 2 or self.effective_probes <= 1:
             return None  # one probe shows no spread
         D, X, W = self._means()
         bias_sq = D - W
@@ -178,46 +197,76 @@ class AlphaEstimator:
         denominator = bias_sq + self.kappa * W
         if denominator <= _TINY:
             return None
-        alpha = (bias_sq + self.kappa * (W - X)) / denominator
+        return bias_sq + self.kappa * (W - X), denominator
 
-        # d alpha / d (D, X, W) = (d numerator - alpha * d denominator) / denominator. Where B was cut at 0 the
-        # slope of D - W is kept: its noise did not go away.
-        slope = (
-            (1 - alpha) / denominator,
-            -self.kappa / denominator,
-            (1 - alpha) * (self.kappa - 1) / denominator,
-        )
-        variance = self._variance_along(slope)
-        # The mean of n weighted values has variance / n, and a sample's variance is short by 1 - 1/n.
-        error = math.sqrt(variance / (n - 1)) * _small_sample_widening(n - 1)
-        return alpha, error
+    def _slopes(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Derivatives of the numerator and of the denominator by (D, X, W). Where B was cut at 0 the slope of
+        D - W is kept: its noise did not go away."""
+        return (1.0, -self.kappa, self.kappa - 1), (1.0, 0.0, self.kappa - 1)
 
-    def _variance_along(self, slope: tuple[float, float, float]) -> float:
-        """Weighted mean square of slope . (D, X, W) about its mean, over the scaled probes."""
-        square = 0.0
+    def _covariance(self, u: tuple[float, ...], v: tuple[float, ...]) -> float:
+        """Of u . (D, X, W) and v . (D, X, W) of one scaled probe."""
+        product = 0.0
         for (i, j), s in zip(_PRODUCTS, self._second, strict=True):
-            square += (1 if i == j else 2) * slope[i] * slope[j] * s / self._weight
-        mean = sum(g * m for g, m in zip(slope, self._means(), strict=True))
-        return max(square - mean**2, 0.0)
+            product += (u[i] * v[j] if i == j else u[i] * v[j] + u[j] * v[i]) * s / self._weight
+        means = self._means()
+        along_u, along_v = (sum(a * m for a, m in zip(w, means, strict=True)) for w in (u, v))
+        return product - along_u * along_v
 
-    def _shrunk(self) -> tuple[float, float]:
-        ratio = self._ratio()
-        if ratio is None:
-            return self.prior, self.prior_sd
-        raw, error = ratio
+    def _linear_error(self, raw: float, denominator: float) -> float:
+        """Delta method: d alpha = (d numerator - alpha * d denominator) / denominator."""
+        top, bottom = self._slopes()
+        slope = tuple((t - raw * b) / denominator for t, b in zip(top, bottom, strict=True))
+        # The mean of n weighted values has variance / n, and a sample's variance is short by 1 - 1/n.
+        dof = self.effective_probes - 1
+        return math.sqrt(max(self._covariance(slope, slope), 0.0) / dof) * _small_sample_widening(dof)
+
+    def _shrunk(self) -> float:
+        fraction = self._fraction()
+        if fraction is None:
+            return self.prior
+        raw = fraction[0] / fraction[1]
+        error = self._linear_error(raw, fraction[1])
         trust = self.prior_sd**2 / (self.prior_sd**2 + error**2)
-        clipped = min(max(raw, 0.0), 1.0)
-        return self.prior + trust * (clipped - self.prior), math.sqrt(trust) * error
+        return self.prior + trust * (min(max(raw, 0.0), 1.0) - self.prior)
 
     @property
     def alpha(self) -> float:
         """Weight of the trace gradient for the steps after the last probe, in [0, 1]."""
-        return self._shrunk()[0]
+        return self._shrunk()
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Every alpha in [0, 1] that the probes do not contradict at two standard errors (Fieller's set).
+
+        alpha = r means numerator - r * denominator = 0, and that difference is linear in D, X and W: its error is
+        known without linearising a ratio. With a small kappa the ratio's linearised error will not do: where noise
+        makes D - W too large, alpha comes out too high and that error too small at once.
+        """
+        fraction = self._fraction()
+        if fraction is None:
+            return 0.0, 1.0
+        top, bottom = self._slopes()
+        dof = self.effective_probes - 1
+        t_sq = (2 * _small_sample_widening(dof)) ** 2 / dof
+        # (numerator - r * denominator)^2 <= t^2 * variance, as a r^2 - 2 b r + c <= 0
+        a = fraction[1] ** 2 - t_sq * self._covariance(bottom, bottom)
+        b = fraction[0] * fraction[1] - t_sq * self._covariance(top, bottom)
+        c = fraction[0] ** 2 - t_sq * self._covariance(top, top)
+        if a <= 0:
+            return 0.0, 1.0  # the denominator may be 0
+        root = math.sqrt(max(b * b - a * c, 0.0))
+        low, high = (min(max(r / a, 0.0), 1.0) for r in (b - root, b + root))
+        return low, high
 
     @property
     def stderr(self) -> float:
-        """Standard error of `alpha`: alpha +- 2 stderr is the band. `prior_sd` without evidence."""
-        return self._shrunk()[1]
+        """Standard error of `alpha`: half its root mean square distance from the ends of `band`. `prior_sd` without
+        evidence."""
+        if self._fraction() is None:
+            return self.prior_sd
+        low, high = self.band
+        return math.sqrt(((self.alpha - low) ** 2 + (self.alpha - high) ** 2) / 2) / 2
 
     def predicted_mse(self) -> PredictedMse | None:
         """What the averages predict for the next step; None before the first probe."""
@@ -234,19 +283,27 @@ class AlphaEstimator:
     def summary(self) -> str:
         """One line in words for the end of a run; +- is one standard error."""
         ignored = f"; {self.ignored} probes ignored, the last because {self.last_ignored}" if self.ignored else ""
-        if self._ratio() is None:
+        if self._fraction() is None:
             return f"α stayed at its prior {self.prior:.2f}: {self.probes} probes are no evidence{ignored}"
         return f"α settled at {self.alpha:.2f} ± {self.stderr:.2f}: {self._noise_in_words()}{ignored}"
 
     def _noise_in_words(self) -> str:
-        # Beyond what they share: V_t - C = X and V_e - C = W - X.
+        if self._noise_weight:
+            trace, empty = self._noise
+            if empty > 0:
+                return f"the trace gradient carries {trace / empty:.1f} times the noise of the empty one"
+            return "the empty gradient carries no noise"
+        # From a state without V_t: V_t - C = X and V_e - C = W - X are known, the noise beyond what they share.
         _, trace, both = self._means()
         empty = both - trace
         if trace <= 0:
             return "the trace gradient carries no noise of its own"
         if empty <= 0:
             return "all the noise that differs is in the trace gradient"
-        return f"the trace gradient carries {trace / empty:.1f} times the noise of the empty one"
+        return (
+            f"beyond the noise that they share, the trace gradient carries {trace / empty:.1f} times that of the "
+            "empty one"
+        )
 
     # ------------------------------------------------------------------ state
 
@@ -262,23 +319,30 @@ class AlphaEstimator:
             "first": list(self._first),
             "second": list(self._second),
             "log_scale": self._log_scale,
+            "noise": list(self._noise),
+            "noise_weight": self._noise_weight,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave. Raises ValueError if it is not whole; then nothing has changed."""
+        """Takes over what `state_dict` gave; `noise` may be missing, as in states from before it was kept. Raises
+        ValueError if it is not whole; then nothing has changed."""
+        state = {"noise": [0.0, 0.0], "noise_weight": 0.0} | state
         expected = self.state_dict()
         if set(state) != set(expected):
             raise ValueError(f"alpha state has {sorted(state)}; expected {sorted(expected)}")
-        first, second = [float(v) for v in state["first"]], [float(v) for v in state["second"]]
-        weight, weight_sq, log_scale = (float(state[k]) for k in ("weight", "weight_sq", "log_scale"))
-        if len(first) != 3 or len(second) != len(_PRODUCTS):
-            raise ValueError(f"alpha state has {len(first)} means and {len(second)} products; expected 3 and 6")
-        if not all(math.isfinite(v) for v in (*first, *second, weight, weight_sq, log_scale)):
+        first, second, noise = ([float(v) for v in state[k]] for k in ("first", "second", "noise"))
+        scalars = [float(state[k]) for k in ("weight", "weight_sq", "log_scale", "noise_weight")]
+        if len(first) != 3 or len(second) != len(_PRODUCTS) or len(noise) != 2:
+            raise ValueError(
+                f"alpha state has {len(first)} means, {len(second)} products and {len(noise)} noises; expected 3, 6 "
+                "and 2"
+            )
+        if not all(math.isfinite(v) for v in (*first, *second, *noise, *scalars)):
             raise ValueError("alpha state holds numbers that are not finite")
         self.probes, self.ignored = int(state["probes"]), int(state["ignored"])
         self.last_ignored = str(state["last_ignored"])
-        self._weight, self._weight_sq, self._log_scale = weight, weight_sq, log_scale
-        self._first, self._second = first, second
+        self._weight, self._weight_sq, self._log_scale, self._noise_weight = scalars
+        self._first, self._second, self._noise = first, second, noise
 
 
 def _small_sample_widening(dof: float) -> float:

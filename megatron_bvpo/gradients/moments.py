@@ -6,6 +6,7 @@ MATH.md §3. With the finalised mean gradients g_sh of stream s ∈ {t, e} over 
     D̂ = ‖ḡ_t − ḡ_e‖²    X̂ = c·⟨g_tA − g_tB, d_A − d_B⟩    Ŵ = c·‖d_A − d_B‖²    c = n_A·n_B / n²
 
 All three are unbiased for D = E‖g_t − g_e‖², X = V_t − C and W = V_t + V_e − 2C of the batch-mean gradient.
+V̂_t = c·‖g_tA − g_tB‖² goes with them, for words about the noise; V̂_e = Ŵ + V̂_t − 2X̂ follows.
 The halves are the same pairs for both streams; where a row has lost its empty pair, n_h counts the trace pairs.
 
 Why halves and not the data-parallel ranks' own gradients: an expert's gradient on a rank already mixes the
@@ -52,37 +53,40 @@ def measure(
     gradients: dict[tuple[str, str], Sequence[Tensor]],
     counts: HalfCounts,
     device: torch.device | int,
+    group: dist.ProcessGroup | None = None,
 ) -> Moments:
-    """Moments of the whole model from this rank's slices; the same on every rank.
+    """Moments of the whole model from this rank's slices; the same on every rank of `group`.
 
     Args:
         slices: what this rank holds and counts.
         gradients: (stream, half) to that pass's finalised gradients, as `shards.take` gave them; streams are
             `trace` and `empty`, halves `A` and `B`.
         counts: pairs of each half.
-        device: where the three sums are reduced.
+        device: where the four sums are reduced.
+        group: all ranks that train this model, whatever they hold of it: `ParallelGroups.world`. None: all of
+            torch's ranks, which is the same where one process trains one model.
 
-    One all-reduce of three float64 numbers over all ranks. A slice that several ranks hold is divided by
-    their number, so that dense and expert parameters, sharded or not, share one reduction.
+    One all-reduce of four float64 numbers. A slice that several ranks hold is divided by their number, so that
+    dense and expert parameters, sharded or not, share one reduction.
     """
-    local = torch.zeros(3, dtype=torch.float64, device=device)
+    local = torch.zeros(4, dtype=torch.float64, device=device)
     for i, s in enumerate(slices):
         for start, end in s.counted:
             for first in range(start, end, CHUNK):
                 part = slice(first, min(first + CHUNK, end))
                 g = {key: tensors[i][part].double() for key, tensors in gradients.items()}
                 local += _sums(g, counts) / s.copies
-    dist.all_reduce(local)
+    dist.all_reduce(local, group=group)
     n_a, n_b = counts.trace
     c = n_a * n_b / (n_a + n_b) ** 2
-    d, x, w = local.tolist()
-    return Moments(D=d, X=c * x, W=c * w)
+    d, x, w, v_t = local.tolist()
+    return Moments(D=d, X=c * x, W=c * w, V_t=c * v_t)
 
 
 def _sums(g: dict[tuple[str, str], Tensor], counts: HalfCounts) -> Tensor:
-    """‖ḡ_t − ḡ_e‖², ⟨g_tA − g_tB, d_A − d_B⟩ and ‖d_A − d_B‖² of one part."""
+    """‖ḡ_t − ḡ_e‖², ⟨g_tA − g_tB, d_A − d_B⟩, ‖d_A − d_B‖² and ‖g_tA − g_tB‖² of one part."""
     (t_a, t_b), (e_a, e_b) = counts.fractions("trace"), counts.fractions("empty")
     mean = t_a * g["trace", "A"] + t_b * g["trace", "B"] - e_a * g["empty", "A"] - e_b * g["empty", "B"]
     trace = g["trace", "A"] - g["trace", "B"]
     difference = trace - (g["empty", "A"] - g["empty", "B"])
-    return torch.stack([mean.dot(mean), trace.dot(difference), difference.dot(difference)])
+    return torch.stack([mean.dot(mean), trace.dot(difference), difference.dot(difference), trace.dot(trace)])

@@ -24,8 +24,8 @@ class Slice:
         grad_E: view into the buffer.
         counted: [start, end) ranges of `grad_E` that this rank counts in sums over parameters; what another
             tensor-parallel rank or pipeline stage counts (replicas, tied embeddings) and padding is left out.
-        copies: how many ranks hold, and count, this very slice: 1 with the distributed optimizer, else the
-            size of its data-parallel group.
+        copies: how many ranks hold, and count, this very slice: with the distributed optimizer the number of its
+            instances, usually 1; else the size of its data-parallel group.
     """
 
     grad_E: Tensor
@@ -60,7 +60,8 @@ def gradient_slices(models: Iterable, *, tp_rank: int) -> list[Slice]:
                     Slice(
                         grad_E=bucket.grad_data[start : start + length],
                         counted=_merged(ranges),
-                        copies=1 if sharded else ranks,
+                        # Each instance of the distributed optimizer has a whole set of shards.
+                        copies=buffer.ddp_config.num_distributed_optimizer_instances if sharded else ranks,
                     )
                 )
     return slices
@@ -88,9 +89,12 @@ def take(slices: Sequence[Slice]) -> list[Tensor]:
     return [s.grad_E.clone() for s in slices]
 
 
-def put_mixture(slices: Sequence[Slice], parts: Sequence[tuple[float, Sequence[Tensor]]]) -> None:
-    """Write Σ weight·gradient into the buffers; `parts` are (weight, gradients as `take` gave them)."""
+def mix_in(slices: Sequence[Slice], own: float, parts: Sequence[tuple[float, Sequence[Tensor]]]) -> None:
+    """Make the buffers own·(what they hold) + Σ weight·gradient.
+
+    `parts` are (weight, gradients as `take` gave them).
+    """
     for i, s in enumerate(slices):
-        s.grad_E.zero_()
+        s.grad_E.mul_(own)
         for weight, gradients in parts:
             s.grad_E.add_(gradients[i], alpha=weight)

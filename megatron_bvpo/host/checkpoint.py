@@ -199,3 +199,11 @@ def save_random_state(checkpoint: str | os.PathLike, rank: int, state: dict[str,
 def load_random_state(checkpoint: str | os.PathLike, rank: int) -> dict[str, Any]:
     """What `save_random_state` kept."""
     return torch.load(Path(checkpoint) / RNG_FOLDER / f"rank_{rank:05d}.pt", weights_only=True)
+
+
+def merge_needs_more(local_bytes: int, local_ranks: int, available: int) -> str | None:
+    """Why a node's host memory cannot hold its ranks' base weights beside what is there, or None."""
+    needed = local_bytes * local_ranks
+    if needed <= 0.9 * available:
+        return None
+    return f"{needed / 2**30:.1f} GiB for {local_ranks} ranks, {available / 2**30:.1f} GiB are available"

@@ -18,7 +18,8 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from swift.utils import get_logger
 
-from megatron_bvpo.kernels import target_logps
+from megatron_bvpo.kernels import target_logps, vocabulary_shard
+from megatron_bvpo.kernels.tensor_parallel import TensorParallel
 
 logger = get_logger()
 
@@ -49,12 +50,14 @@ def why_not_plain(model) -> str | None:
     return None
 
 
-def install_fused_head(model, *, impl: str, vocab_size: int) -> None:
+def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) -> None:
     """Replace both methods on `model` (one unwrapped chunk) if it is a last stage with a plain head.
 
     Args:
         impl: `auto`, `triton` or `torch`; `te` keeps the stock path.
         vocab_size: real vocabulary rows; padding rows take no part in the softmax.
+        memory_gib: what a tile of logits may take on a GPU. Not what happens to be free: a resumed run must cut
+            the same tiles as the one that it goes on.
     """
     if not model.post_process or impl == "te":
         return
@@ -63,6 +66,7 @@ def install_fused_head(model, *, impl: str, vocab_size: int) -> None:
         logger.warning(f"Log-probs come from whole logits: this model has no plain head ({reason}).")
         return
     head = model.output_layer
+    shard = None
 
     def forward_output_layer(hidden_SBH, weight=None, runtime_gather_output=None):
         # The head's own forward is not called, so its hooks must be: with overlapped parameter gathering
@@ -72,15 +76,21 @@ def install_fused_head(model, *, impl: str, vocab_size: int) -> None:
         return HiddenForHead(hidden_SBH, head.weight if weight is None else weight)
 
     def compute_language_model_loss(labels_BS, found: HiddenForHead):
+        nonlocal shard
         hidden_SBH = found.hidden_SBH
+        targets_N = labels_BS.transpose(0, 1).reshape(-1)
+        tp = TensorParallel(head.tp_group if head.tp_group.size() > 1 else None, head.sequence_parallel)
+        if shard is None:  # once: the ranks tell each other their sizes, and the host waits for that
+            shard = vocabulary_shard(found.weight_VH, targets_N, vocab_size, tp)
         logps_N = target_logps(
             hidden_SBH.reshape(-1, hidden_SBH.shape[-1]),
             found.weight_VH,
-            labels_BS.transpose(0, 1).reshape(-1),
-            tp_group=head.tp_group if head.tp_group.size() > 1 else None,
-            sequence_parallel=head.sequence_parallel,
+            targets_N,
+            tp_group=tp.group,
+            sequence_parallel=tp.sequence_parallel,
             impl=impl,
-            vocab_size=vocab_size,
+            shard=shard,
+            budget_bytes=int(memory_gib * 2**30),
         )
         return -logps_N.view(labels_BS.shape[1], labels_BS.shape[0]).transpose(0, 1)
 

@@ -42,6 +42,12 @@ def _number_or_auto(text: str) -> float | str:
     return "auto" if text == "auto" else float(text)
 
 
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
 SETTINGS = {
     "BVPO_ALPHA": Setting("bvpo_alpha", _number_or_auto, "a number in [0, 1], or auto"),
     "BVPO_ALPHA_PRIOR": Setting("bvpo_alpha_prior", float, "a number in [0, 1]"),
@@ -53,7 +59,10 @@ SETTINGS = {
     "BVPO_EMPTY_BLOCK": Setting("bvpo_empty_block", str, "the text of an empty trace"),
     "BVPO_SIMPO_GAMMA": Setting("bvpo_simpo_gamma", float, "a number"),
     "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, triton, te or torch"),
+    "BVPO_LOGP_MEMORY": Setting("bvpo_logp_memory", float, "GiB"),
     "BVPO_REF_CACHE": Setting("bvpo_ref_cache", str, "a folder"),
+    "BVPO_REFS_ONLY": Setting("bvpo_refs_only", _boolean, "true or false"),
+    "BVPO_EVAL_ON_START": Setting("bvpo_eval_on_start", _boolean, "true or false"),
 }
 _BY_FIELD = {setting.field: setting for setting in SETTINGS.values()}
 
@@ -109,7 +118,7 @@ def _read_file(path: str) -> dict[str, Any]:
 def _convert(setting: Setting, value: Any, *, field: str, file: str | None = None) -> Any:
     # YAML gives numbers, the environment text; as text both are read alike. A YAML `no` is a mistake here.
     try:
-        if isinstance(value, (bool, list, dict)):
+        if isinstance(value, (list, dict)) or (isinstance(value, bool) and setting.read is not _boolean):
             raise ValueError(value)
         return setting.read(value if setting.read is str and isinstance(value, str) else str(value).strip())
     except ValueError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from mcore_bridge import LoraParallelLinear
@@ -24,16 +26,35 @@ LORA_KEYS = ("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modu
 class CheckpointMixin:
     """Goes in front of ms-swift's Megatron trainer."""
 
+    def _check_merge_memory(self) -> None:
+        """Refuse at the start what would end a node at its first save. Collective."""
+        args = self.args
+        if args.tuner_type == "full" or not args.merge_lora:
+            return
+        local = sum(p.numel() * p.element_size() for p in self._merged_parameters())
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        problem = ckpt.merge_needs_more(local, ranks, psutil.virtual_memory().available)
+        found: list = [None] * dist.get_world_size()
+        dist.all_gather_object(found, problem and f"{socket.gethostname()}: {problem}")
+        for told in dict.fromkeys(found):
+            if told:
+                raise UserError(
+                    f"a merge keeps the base weights in host memory, which is too small on {told}",
+                    field="--merge_lora",
+                    remedy="give --merge_lora false and merge once after the run (swift export --merge_lora true)",
+                )
+
+    def _merged_parameters(self):
+        for model in self.unwrapped_models:
+            for module in model.modules():
+                if isinstance(module, LoraParallelLinear):
+                    yield from module.get_base_layer().parameters(recurse=False)
+
     # ---- merging
 
     def merge_lora_adapters(self, adapter_name="default"):
         """Merge, and keep the base weights: `W += d; W -= d` does not give W back in floating point."""
-        self._base_weights = []
-        for model in self.unwrapped_models:
-            for module in model.modules():
-                if isinstance(module, LoraParallelLinear):
-                    for param in module.get_base_layer().parameters(recurse=False):
-                        self._base_weights.append((param, param.detach().to("cpu", copy=True)))
+        self._base_weights = [(param, param.detach().to("cpu", copy=True)) for param in self._merged_parameters()]
         super().merge_lora_adapters(adapter_name)
 
     def unmerge_lora_adapters(self):
@@ -53,6 +74,7 @@ class CheckpointMixin:
         random_state = ckpt.random_state()
         if is_master():
             ckpt.open_staging(output_dir)
+        self._flush_references()
         dist.barrier()
         args.output_dir = str(staging)
         try:

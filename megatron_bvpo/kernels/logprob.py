@@ -39,6 +39,8 @@ def target_logps(
     ignore_index: int = -100,
     block_tokens: int | None = None,
     tile_vocab: int | None = None,
+    budget_bytes: int | None = None,
+    shard: Shard | None = None,
     cross_entropy: CrossEntropy | None = None,
 ) -> torch.Tensor:
     """log softmax(hidden · weightᵀ)[target] of every token, without the [N, V] logits.
@@ -62,7 +64,11 @@ def target_logps(
             no part. Default: all.
         block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from the free memory
             of a GPU, from the cache size of a CPU. They change speed and memory, and results
-            only in the last bits: give both where runs must be bit-identical on GPUs with differing free memory.
+            only in the last bits.
+        budget_bytes: on a GPU, what a tile of logits may take, in place of a share of the free memory. Give it
+            where two runs must be bit-identical: what is free is never twice the same.
+        shard: what `vocabulary_shard` returned for this weight. With it nothing waits for the device: sizes
+            are not gathered again, and a target outside the vocabulary ends in an assertion on the device.
         cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
             `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
 
@@ -89,8 +95,9 @@ def target_logps(
     hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
     tp = TensorParallel(tp_group, sequence_parallel)
     check_shapes(hidden_NH, weight_VH, targets_N, tp)
-    shard = vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
-    check_targets(targets_N, shard.vocab_size, ignore_index)
+    known = shard is not None
+    shard = shard or vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
+    check_targets(targets_N, shard.vocab_size, ignore_index, wait=not (known and hidden_NH.is_cuda))
     passes = choose_passes(impl, hidden_NH)
     if impl == "te":
         check_cross_entropy(cross_entropy, shard)
@@ -113,6 +120,7 @@ def target_logps(
         with_products=frozen,
         block_tokens=block_tokens,
         tile_vocab=tile_vocab,
+        budget_bytes=budget_bytes,
     )
     plan = Plan(
         passes=passes,
@@ -206,10 +214,13 @@ def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorPar
     return Shard(first_row, min(max(vocab_size - first_row, 0), sizes[tp.rank]), sizes, vocab_size)
 
 
-def check_targets(targets_N, vocab_size: int, ignore_index: int) -> None:
+def check_targets(targets_N, vocab_size: int, ignore_index: int, *, wait: bool = True) -> None:
     if targets_N.numel() == 0:
         return
     inside_N = targets_N.masked_fill(targets_N == ignore_index, 0)
+    if not wait:
+        torch._assert_async(((inside_N >= 0) & (inside_N < vocab_size)).all())
+        return
     low, high = torch.stack(inside_N.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(

@@ -26,13 +26,17 @@ def choose_tiles(
     with_products: bool,
     block_tokens: int | None = None,
     tile_vocab: int | None = None,
+    budget_bytes: int | None = None,
 ) -> dict[str, int]:
-    """The four sizes of a `Plan`. `block_tokens` and `tile_vocab`, where given, hold for both directions."""
+    """The four sizes of a `Plan`. `block_tokens` and `tile_vocab`, where given, hold for both directions.
+
+    `budget_bytes` (CUDA) is what a tile of logits may take; without it, a share of the memory that is free now.
+    """
     for name, value in (("block_tokens", block_tokens), ("tile_vocab", tile_vocab)):
         if value is not None and value < 1:
             raise ValueError(f"target_logps: {name} is {value}, expected at least 1")
     if device.type == "cuda":
-        budget = min(CUDA_BUDGET, int(CUDA_FREE_SHARE * free_bytes(device)))
+        budget = budget_bytes or min(CUDA_BUDGET, int(CUDA_FREE_SHARE * free_bytes(device)))
         sizes = cuda_tiles(budget, tokens, rows, with_products=with_products)
     else:
         sizes = (CPU_BLOCK, CPU_TILE, CPU_BLOCK, CPU_TILE)

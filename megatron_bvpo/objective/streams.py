@@ -67,7 +67,9 @@ class StreamSums:
         def total(values_P: Tensor) -> Tensor:
             return torch.where(weights_P > 0, weights_P * values_P.double(), 0.0).sum()
 
-        better = (losses.chosen_rewards > losses.rejected_rewards).double()
+        # A tie counts half: with policy = reference every pair is one, and nothing is preferred yet.
+        difference_P = losses.chosen_rewards - losses.rejected_rewards
+        better = torch.heaviside(difference_P.double(), difference_P.new_full((), 0.5, dtype=torch.float64))
         return StreamSums(
             pairs=weights_P.sum(),
             loss=total(losses.loss),
@@ -77,7 +79,7 @@ class StreamSums:
             chosen_rewards=total(losses.chosen_rewards),
             rejected_rewards=total(losses.rejected_rewards),
             accuracies=total(better),
-            margins=total(losses.chosen_rewards - losses.rejected_rewards),
+            margins=total(difference_P),
         )
 
     def stack(self) -> Tensor:

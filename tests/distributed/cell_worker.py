@@ -14,10 +14,12 @@ from pathlib import Path
 
 
 def main(spec_file: str) -> None:
-    from megatron_bvpo.rehearsal import install
+    if os.environ["BVPO_REHEARSAL"] == "1":
+        from megatron_bvpo.rehearsal import install
 
-    install()
+        install()
     map_in_this_process()
+    without_plots()
     spec = json.loads(Path(spec_file).read_text())
     for i, cell in enumerate(spec["cells"]):
         os.environ["MASTER_PORT"] = agree_on_port(Path(spec["folder"]) / f"port_{i}")
@@ -60,6 +62,17 @@ def map_in_this_process() -> None:
         return original(self, *args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
 
     datasets.Dataset.map = map_
+
+
+def without_plots() -> None:
+    """Two dozen pictures a run take a third of its time; test_commands looks at them in runs of its own."""
+    import swift.megatron.pipelines.train.rlhf  # noqa: F401  (first: the other order breaks its parser)
+    import swift.megatron.pipelines.train.sft as sft
+
+    from megatron_bvpo.pipeline import BvpoPipeline
+
+    sft.plot_images = lambda *args: None
+    BvpoPipeline._plot_run = staticmethod(lambda output_dir: None)
 
 
 def run_cell(cell: dict, folder: Path) -> None:

@@ -68,16 +68,21 @@ class CellResult:
         return [line[key] for line in self.log if key in line and "iteration" in line]
 
 
-def run_cells(world_size: int, cells: list[Cell], folder: Path, *, timeout: float = 1500) -> dict[str, CellResult]:
-    """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs."""
+def run_cells(
+    world_size: int, cells: list[Cell], folder: Path, *, timeout: float = 1500, rehearsal: bool = True
+) -> dict[str, CellResult]:
+    """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs.
+
+    `rehearsal` puts the CPU stand-ins in place; benchmarks on GPUs run without them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(cells), CELLS_A_PROCESS):
-        _run_batch(world_size, cells[first : first + CELLS_A_PROCESS], folder, timeout)
+        _run_batch(world_size, cells[first : first + CELLS_A_PROCESS], folder, timeout, rehearsal)
     return {cell.name: _result(cell, folder) for cell in cells}
 
 
-def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float) -> None:
+def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float, rehearsal: bool) -> None:
     for cell in cells:
         if not cell.keep_folder:
             shutil.rmtree(folder / cell.name, ignore_errors=True)
@@ -94,7 +99,7 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float)
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
-            "BVPO_REHEARSAL": "1",
+            "BVPO_REHEARSAL": "1" if rehearsal else "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }

@@ -114,13 +114,16 @@ def record_reference(base, folder, save: bool = True):
     return Recorder
 
 
-def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 0.02):
-    """Keep the gathered full gradients of the first probe's passes; `mutation` breaks the code on purpose."""
-    recording = record_first_step(base, folder, lora_scale=lora_scale)
+def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 0.02, at_step: int = 0):
+    """Keep the gathered full gradients of one probe's passes, and the mixed ones up to it.
+
+    `mutation` breaks the code on purpose.
+    """
+    recording = record_first_step(base, folder, lora_scale=lora_scale, all_steps=at_step > 0)
 
     class Recorder(recording):
         def _four_passes(self, chunks, probe):
-            self.passes = [] if self.state.iteration == 0 else None
+            self.passes = [] if self.state.iteration == at_step else None
             with mutated(mutation):
                 done = super()._four_passes(chunks, probe)
             if self.passes and dist.get_rank() == 0:
@@ -152,26 +155,25 @@ def measure_and_learn(recorder) -> None:
     four_passes = recorder._four_passes
 
     def _four_passes(self, chunks, probe):
-        measure, put = probing.measure, probing.shards.put_mixture
+        measure, mix_in = probing.measure, probing.shards.mix_in
 
-        def measure_first(*args):
-            moments = measure(*args)
+        def measure_first(*args, **kwargs):
+            moments = measure(*args, **kwargs)
             self.estimator.update(moments)
             self.alpha = self.estimator.alpha
             return moments
 
-        def put_with_new_alpha(slices, parts):
-            (wa, ga), (wb, gb), (_, ea), (_, eb) = parts
+        def mix_with_new_alpha(slices, own, parts):
+            (wa, ga), (wb, gb), (_, ea) = parts
             total = wa + wb
-            new = [(self.alpha * wa / total, ga), (self.alpha * wb / total, gb)]
-            rest = [((1 - self.alpha) / 2, ea), ((1 - self.alpha) / 2, eb)]
-            return put(slices, new + rest)
+            new = [(self.alpha * wa / total, ga), (self.alpha * wb / total, gb), ((1 - self.alpha) / 2, ea)]
+            return mix_in(slices, (1 - self.alpha) / 2, new)
 
-        probing.measure, probing.shards.put_mixture = measure_first, put_with_new_alpha
+        probing.measure, probing.shards.mix_in = measure_first, mix_with_new_alpha
         try:
             return four_passes(self, chunks, probe)
         finally:
-            probing.measure, probing.shards.put_mixture = measure, put
+            probing.measure, probing.shards.mix_in = measure, mix_in
 
     recorder._four_passes = _four_passes
 
@@ -187,10 +189,11 @@ def mutated(mutation: str | None):
     elif mutation == "cross term dropped":
 
         def without_cross_term(g, counts):
-            mean, _, _ = saved[1](g, counts)
+            mean = saved[1](g, counts)[0]
             trace = g["trace", "A"] - g["trace", "B"]
             empty = g["empty", "A"] - g["empty", "B"]
-            return torch.stack([mean, trace.dot(trace), trace.dot(trace) + empty.dot(empty)])
+            V_t, V_e = trace.dot(trace), empty.dot(empty)
+            return torch.stack([mean, V_t, V_t + V_e, V_t])
 
         moments._sums = without_cross_term
     elif mutation == "experts forgotten":
@@ -220,3 +223,78 @@ def _in_dense_buffer(s, models) -> bool:
         (b.grad_data.data_ptr(), b.grad_data.numel() * b.grad_data.element_size()) for m in models for b in m.buffers
     ]
     return any(start <= address < start + size for start, size in ranges)
+
+
+def record_cached(base, folder, forget_on_rank: int | None = None):
+    """Count this rank's reference forwards; flush at every step; one rank may forget its first pair."""
+    import megatron_bvpo.referencing as referencing
+
+    class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            referencing.FLUSH_STEPS = 1
+            self.recorded = {"reference_forwards": 0}
+            super().__init__(*args, **kwargs)
+            self.forgets = dist.get_rank() == forget_on_rank
+
+        def _attach_references(self, chunks):
+            if self.forgets:
+                for key in chunks[0][0]["bvpo_layout"].all_keys():
+                    del self._references[key]
+                self.forgets = False
+            return super()._attach_references(chunks)
+
+        def save_checkpoint(self):
+            self.state.last_model_checkpoint = str(folder)
+
+        def _prepare_peft_model(self, models):
+            peft_models = super()._prepare_peft_model(models)
+            if self.args.tuner_type == "lora":
+                fill_lora_b(self)
+            return peft_models
+
+        def _reference_forward(self, *args):
+            self.recorded["reference_forwards"] += 1
+            return super()._reference_forward(*args)
+
+        def train(self, *args):
+            super().train(*args)
+            if dist.get_rank() == 0:
+                torch.save(self.recorded, folder / "recorded.pt")
+
+    return Recorder
+
+
+def peak(base, folder):
+    """The most bytes alive at once in the first step's passes, beside what was there before, and the largest tensor."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    class LiveStorages(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.alive = WeakIdKeyDictionary()
+            self.peak = self.largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            for tensor in tree_leaves(found):
+                if isinstance(tensor, torch.Tensor):
+                    storage = tensor.untyped_storage()
+                    self.alive[storage] = storage.nbytes()
+                    self.largest = max(self.largest, storage.nbytes())
+            self.peak = max(self.peak, sum(self.alive.values()))
+            return found
+
+    class Recorder(base):
+        def save_checkpoint(self):
+            self.state.last_model_checkpoint = str(folder)
+
+        def _run_pass(self, chunks, *args, **kwargs):
+            tokens = sum(batch["input_ids"].numel() for batch in chunks[0])
+            with LiveStorages() as live:
+                done = super()._run_pass(chunks, *args, **kwargs)
+            torch.save({"peak": live.peak, "largest": live.largest, "tokens": tokens}, folder / "recorded.pt")
+            return done
+
+    return Recorder

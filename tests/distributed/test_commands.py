@@ -48,8 +48,13 @@ def run(command: list[str], **environment: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def logs(workshop, tmp_path_factory) -> dict[str, list[dict]]:
-    folder = tmp_path_factory.mktemp("commands")
+def runs_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def logs(workshop, runs_folder) -> dict[str, list[dict]]:
+    folder = runs_folder
     ours = ["--bvpo_alpha", str(ALPHA)]
     bvpo = ["--rlhf_type", "bvpo", *ours]
     plugin = ROOT / "plugins" / "megatron_bvpo_plugin.py"
@@ -64,6 +69,10 @@ def logs(workshop, tmp_path_factory) -> dict[str, list[dict]]:
         name: [json.loads(line) for line in (folder / name / "logging.jsonl").read_text().splitlines()]
         for name in ("swift", "yaml", "megatron", "plugin", "dpo")
     }
+
+
+def test_a_run_leaves_its_picture(logs, runs_folder):
+    assert (runs_folder / "swift" / "images" / "bvpo.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["yaml", "megatron", "plugin"])

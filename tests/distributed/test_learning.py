@@ -25,7 +25,7 @@ def runs(workshop, tmp_path_factory):
             f"--val_dataset {folder / f'{name}-rows' / 'heldout.jsonl'} "
             "--tuner_type lora --lora_rank 16 --lora_dropout 0 --lr 1e-3 --lr_decay_style constant "
             "--micro_batch_size 8 --global_batch_size 8 --train_iters 24 --eval_steps 24 --logging_steps 1 "
-            "--max_length 512"
+            "--max_length 512 --bvpo_eval_on_start true"
         )
         cells.append(
             Cell(name, [*flags.split(), *CPU_FLAGS], hook_args={"lora_scale": 0.0, "gradients": False, "save": False})
@@ -35,6 +35,15 @@ def runs(workshop, tmp_path_factory):
 
 def held_out(result) -> dict:
     return [line for line in result.log if "eval_loss" in line][-1]
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_it_starts_without_a_preference(runs, stream):
+    """Policy = reference: every pair is a tie, and a tie counts half."""
+    first = next(line for line in runs["true"].log if "eval_loss" in line)
+    assert first["iteration"].startswith("0/")
+    assert first[f"eval_{stream}rewards/accuracies"] == 0.5
+    assert first[f"eval_{stream}rewards/margins"] == 0
 
 
 @pytest.mark.parametrize("stream", STREAMS)

@@ -5,6 +5,7 @@ Each rule of docs/alpha.md has a check that the estimator passes and a mutant th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 
+MSE = {"criterion": "mse"}
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
@@ -67,8 +69,9 @@ def fed(estimator: AlphaEstimator, probes) -> AlphaEstimator:
     return estimator
 
 
-def steady(D: float, X: float, W: float, **settings) -> AlphaEstimator:
-    return fed(AlphaEstimator(**settings), [(D, X, W)] * 20)
+def steady(D: float, X: float, W: float, V_t: float | None = None, **settings) -> AlphaEstimator:
+    probe = (D, X, W) if V_t is None else (D, X, W, V_t)
+    return fed(AlphaEstimator(**MSE | settings), [probe] * 20)
 
 
 # ---------------------------------------------------------------------- the measurement (MATH.md section 3)
@@ -166,7 +169,7 @@ def test_predicted_mse_differs_between_alphas_as_the_truth_does():
     assert said.half + toy.C == pytest.approx(mse(0.5))
     assert said.chosen == pytest.approx(mse(toy.alpha) - toy.C)
     assert said.chosen <= min(said.trace_only, said.empty_only, said.half)
-    assert AlphaEstimator().predicted_mse() is None
+    assert AlphaEstimator(**MSE).predicted_mse() is None
 
 
 # ---------------------------------------------------------------------- rules, each with its mutant
@@ -207,22 +210,22 @@ class NeverShrinks(AlphaEstimator):
     """Believes two noisy probes."""
 
     def _shrunk(self):
-        raw, error = self._ratio() or (self.prior, self.prior_sd)
-        return min(max(raw, 0.0), 1.0), error
+        top, bottom = self._fraction() or (self.prior, 1.0)
+        return min(max(top / bottom, 0.0), 1.0)
 
 
 class BelievesOneProbe(AlphaEstimator):
     """Needs no spread."""
 
-    def _ratio(self):
+    def _shrunk(self):
         D, X, _ = self._means() if self.probes else (1.0, 0.5, 1.0)
-        return (1 - X / D, 0.0) if self.probes == 1 else super()._ratio()
+        return 1 - X / D if self.probes == 1 else super()._shrunk()
 
 
 class Unclipped(AlphaEstimator):
     def _shrunk(self):
-        raw, error = self._ratio() or (self.prior, self.prior_sd)
-        return raw, error
+        top, bottom = self._fraction() or (self.prior, 1.0)
+        return top / bottom
 
 
 class TakesNan(AlphaEstimator):
@@ -294,10 +297,10 @@ CHECKS = [
 
 @pytest.mark.parametrize(("check", "mutants"), CHECKS, ids=[c.__name__ for c, _ in CHECKS])
 def test_rule_holds_and_its_mutants_are_caught(check, mutants):
-    check(AlphaEstimator)
+    check(functools.partial(AlphaEstimator, **MSE))
     for mutant in mutants:
         with pytest.raises(AssertionError):
-            check(mutant)
+            check(functools.partial(mutant, **MSE))
 
 
 def test_lagged_alpha_beats_the_same_batchs():
@@ -305,7 +308,7 @@ def test_lagged_alpha_beats_the_same_batchs():
     lagged, same = [], []
     for _ in range(100):
         g_t, g_e = toy.gradients(rng, 40)
-        estimator = AlphaEstimator(moment_decay=0.5, prior_sd=1e6)
+        estimator = AlphaEstimator(**MSE, moment_decay=0.5, prior_sd=1e6)
         for t, e, probe in zip(g_t.mean(1), g_e.mean(1), np.stack(two_halves(g_t, g_e, 4), 1), strict=True):
             before = estimator.alpha
             fed(estimator, [probe])
@@ -319,43 +322,71 @@ def test_lagged_alpha_beats_the_same_batchs():
 # ---------------------------------------------------------------------- evidence and its error
 
 
-@pytest.mark.parametrize("settings", [{}, {"moment_decay": 0.97}, {"criterion": "sgd", "kappa": 0.3}])
-def test_the_band_covers(settings):
-    toy, rng = Gaussian(dim=30), np.random.default_rng(4)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"moment_decay": 0.97},
+        {"criterion": "sgd", "kappa": 0.3},
+        {"criterion": "sgd", "kappa": 0.03},
+        {"criterion": "sgd", "kappa": 0.03, "moment_decay": 0.97},
+    ],
+)
+@pytest.mark.parametrize("bias", [0.25, 0.1])
+def test_the_band_covers(settings, bias):
+    toy, rng = Gaussian(dim=30, bias=bias), np.random.default_rng(4)
     B, kappa = toy.D - toy.W, settings.get("kappa", 1.0)
     target = (B + kappa * (toy.W - toy.X)) / (B + kappa * toy.W)
-    inside, errors = [], []
+    inside, within, linear = [], [], []
     for _ in range(150):
-        estimator = AlphaEstimator(**settings)
+        estimator = AlphaEstimator(**MSE | settings)
         for j, probe in enumerate(toy.probes(rng, 40, 3)):
             fed(estimator, [probe])
             if j >= 7:
+                low, high = estimator.band
+                top, bottom = estimator._fraction()
                 inside.append(abs(estimator.alpha - target) <= 2 * estimator.stderr)
-                errors.append(estimator.alpha - target)
-    assert 0.90 <= np.mean(inside) <= 0.98
+                within.append(low <= target <= high)
+                linear.append(abs(estimator.alpha - target) <= 2 * estimator._linear_error(top / bottom, bottom))
+    assert 0.90 <= np.mean(inside) <= 0.985 and 0.93 <= np.mean(within) <= 0.995
+    if settings.get("kappa") == 0.03 and bias == 0.1:
+        assert np.mean(linear) < 0.88, "the fault that the band mends"
+
+
+def test_the_mean_alpha_is_near_its_aim():
+    toy, rng = Gaussian(dim=30), np.random.default_rng(4)
+    errors = [fed(AlphaEstimator(**MSE), toy.probes(rng, 40, 3)).alpha - toy.alpha for _ in range(150)]
     assert abs(np.mean(errors)) < 0.03
+
+
+def test_without_evidence_the_band_is_everything():
+    estimator = AlphaEstimator(**MSE)
+    assert estimator.band == (0.0, 1.0)
+    assert fed(estimator, [(1.0, 0.5, 0.9)]).band == (0.0, 1.0)
+    low, high = steady(1.0, 0.6, 0.9).band
+    assert low == pytest.approx(0.4, abs=1e-6) and high == pytest.approx(0.4, abs=1e-6)
 
 
 def test_more_evidence_narrows_the_band_and_leaves_the_prior():
     toy, rng = Gaussian(bias=0.05), np.random.default_rng(5)
-    estimator, said = AlphaEstimator(prior=1.0, moment_decay=0.99), []
+    estimator, said = AlphaEstimator(**MSE, prior=1.0, moment_decay=0.99), []
     for probe in toy.probes(rng, 200, 4):
         fed(estimator, [probe])
         said.append((estimator.alpha, estimator.stderr))
-    assert AlphaEstimator(prior=1.0).stderr == 0.5 > said[7][1] > said[60][1] > said[199][1]
+    assert AlphaEstimator(**MSE, prior=1.0).stderr == 0.5 > said[7][1] > said[60][1] > said[199][1]
     assert abs(said[199][0] - toy.alpha) < 0.1 < 1 - said[199][0]
 
 
 def test_one_spike_does_not_rule():
     probes = [(1.0, 0.6 + 0.01 * (-1) ** i, 0.9) for i in range(20)]
-    estimator = fed(AlphaEstimator(), [*probes, (1e6, 1e6, 1e6), *probes])
+    estimator = fed(AlphaEstimator(**MSE), [*probes, (1e6, 1e6, 1e6), *probes])
     assert estimator.alpha == pytest.approx(0.4, abs=0.06)
 
 
 @pytest.mark.parametrize("unit", [1e-30, 1e-12, 1e20])
 def test_units_do_not_matter(unit):
     probes = Gaussian().probes(np.random.default_rng(6), 30, 4)
-    plain, scaled = fed(AlphaEstimator(), probes), fed(AlphaEstimator(), unit * probes)
+    plain, scaled = fed(AlphaEstimator(**MSE), probes), fed(AlphaEstimator(**MSE), unit * probes)
     assert scaled.alpha == pytest.approx(plain.alpha, rel=1e-9)
     assert scaled.stderr == pytest.approx(plain.stderr, rel=1e-9)
     assert scaled.predicted_mse().half == pytest.approx(unit * plain.predicted_mse().half, rel=1e-9)
@@ -363,7 +394,7 @@ def test_units_do_not_matter(unit):
 
 @pytest.mark.parametrize("D", [0.0, 5e-324])
 def test_equal_streams_say_nothing(D):
-    estimator = fed(AlphaEstimator(prior=0.3), [(D, 0.0, 0.0)] * 5)
+    estimator = fed(AlphaEstimator(**MSE, prior=0.3), [(D, 0.0, 0.0)] * 5)
     assert (estimator.alpha, estimator.probes, estimator.ignored) == (0.3, 0, 5)
     assert "equal" in estimator.last_ignored and "stayed at its prior 0.30" in estimator.summary()
 
@@ -371,7 +402,7 @@ def test_equal_streams_say_nothing(D):
 def test_negative_squares_are_a_fault_of_ours():
     for probe in ((-1.0, 0.0, 1.0), (1.0, 0.0, -1e-9)):
         with pytest.raises(ValueError, match="cannot be negative"):
-            AlphaEstimator().update(Moments(*probe))
+            AlphaEstimator(**MSE).update(Moments(*probe))
 
 
 # ---------------------------------------------------------------------- state, words, settings
@@ -400,6 +431,9 @@ def test_a_broken_state_is_refused_and_changes_nothing():
         {k: v for k, v in good.items() if k != "weight"},
         good | {"first": [1.0]},
         good | {"log_scale": math.nan},
+        good | {"noise": [1.0]},
+        good | {"noise_weight": math.inf},
+        good | {"another": 1.0},
     ):
         with pytest.raises(ValueError, match="alpha state"):
             estimator.load_state_dict(broken)
@@ -407,10 +441,40 @@ def test_a_broken_state_is_refused_and_changes_nothing():
 
 
 def test_the_summary_says_it_in_words():
-    text = steady(1.0, 0.66, 0.82).summary()
+    # V_e = W + V_t - 2X = .2
+    text = steady(1.0, 0.66, 0.70, V_t=0.82).summary()
     assert text == "α settled at 0.34 ± 0.00: the trace gradient carries 4.1 times the noise of the empty one"
+    assert "the empty gradient carries no noise" in steady(1.0, 0.5, 0.5, V_t=0.5).summary()
+
+
+def test_without_the_trace_noise_the_summary_speaks_of_what_is_not_shared():
+    told = "beyond the noise that they share, the trace gradient carries 4.1 times that of the empty one"
+    assert told in steady(1.0, 0.66, 0.82).summary()
     assert "no noise of its own" in steady(1.0, -0.1, 0.8).summary()
     assert "all the noise" in steady(1.0, 0.9, 0.8).summary()
+
+
+def test_a_state_from_before_the_trace_noise_was_kept_still_loads():
+    probes = [(1.0, 0.66, 0.70, 0.82)] * 5
+    before = fed(AlphaEstimator(**MSE), probes)
+    old = {k: v for k, v in before.state_dict().items() if k not in ("noise", "noise_weight")}
+    resumed = AlphaEstimator(**MSE)
+    resumed.load_state_dict(old)
+    assert (resumed.alpha, resumed.stderr) == (before.alpha, before.stderr)
+    assert "beyond the noise that they share" in resumed.summary()
+    assert "carries 4.1 times the noise of the empty one" in fed(resumed, probes[:1]).summary()
+
+
+def test_the_noise_of_both_streams_is_measured_right():
+    """V_t from its own dot product and V_e from V_t, X and W: unbiased in the toy."""
+    toy, rng = Gaussian(), np.random.default_rng(8)
+    g_t, g_e = toy.gradients(rng, 4_000)
+    halves = {("trace", h): g_t[:, s].mean(1) for h, s in (("A", slice(3)), ("B", slice(3, None)))}
+    D, X, W = two_halves(g_t, g_e, 3)
+    V_t = 15 / 64 * ((halves["trace", "A"] - halves["trace", "B"]) ** 2).sum(1)
+    V_e = [Moments(*probe).V_e for probe in zip(D, X, W, V_t, strict=True)]
+    assert V_t.mean() == pytest.approx(toy.V_t, rel=0.03) and np.mean(V_e) == pytest.approx(toy.V_e, rel=0.03)
+    assert Moments(1.0, 0.5, 0.6).V_e is None
 
 
 @pytest.mark.parametrize(
@@ -418,7 +482,8 @@ def test_the_summary_says_it_in_words():
     [
         {"prior": 1.1},
         {"criterion": "map"},
-        {"kappa": 0.0},
+        {"criterion": "sgd"},
+        {"criterion": "sgd", "kappa": 0.0},
         {"moment_decay": 1.0},
         {"prior_sd": 0.0},
         {"prior": math.nan},
@@ -426,7 +491,7 @@ def test_the_summary_says_it_in_words():
 )
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        AlphaEstimator(**settings)
+        AlphaEstimator(**MSE | settings)
 
 
 def test_it_imports_nothing_heavy():

@@ -163,3 +163,9 @@ def test_rotation_keeps_the_last_ones(tmp_path):
     assert not (tmp_path / "checkpoint-6-merged").exists()
     ckpt.rotate([f"{tmp_path}/checkpoint-{step}" for step in (4, 8)], limit=5)
     assert len(ckpt.whole_checkpoints(tmp_path)) == 2
+
+
+def test_a_merge_that_a_node_cannot_hold_is_told():
+    gib = 2**30
+    assert ckpt.merge_needs_more(7 * gib, 8, 100 * gib) is None
+    assert ckpt.merge_needs_more(59 * gib, 8, 400 * gib) == "472.0 GiB for 8 ranks, 400.0 GiB are available"

@@ -19,6 +19,9 @@ ALL = {
     "BVPO_EMPTY_BLOCK": "<think>\n\n</think>\n\n",
     "BVPO_SIMPO_GAMMA": "1.5",
     "BVPO_LOGP_IMPL": "torch",
+    "BVPO_LOGP_MEMORY": "2.5",
+    "BVPO_REFS_ONLY": "False",
+    "BVPO_EVAL_ON_START": "true",
     "BVPO_REF_CACHE": "/data/refs",
 }
 
@@ -35,6 +38,9 @@ def test_every_variable_fills_its_field():
         "bvpo_empty_block": "<think>\n\n</think>\n\n",
         "bvpo_simpo_gamma": 1.5,
         "bvpo_logp_impl": "torch",
+        "bvpo_logp_memory": 2.5,
+        "bvpo_refs_only": False,
+        "bvpo_eval_on_start": True,
         "bvpo_ref_cache": "/data/refs",
     }
     assert set(ALL) == set(SETTINGS)

@@ -1,0 +1,179 @@
+"""One pass of a step: reference and policy forward of each micro-batch, and the weighted loss of its pairs.
+
+Megatron's schedule calls `forward_step` on every stage and `loss_func` on the last one. The reference's and the
+policy's activations go through the pipeline joined along dim 0, so that one schedule serves both.
+
+Shapes: P pairs of a stream in a micro-batch, Q sequences of it, K sums of a stream (StreamSums).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
+
+from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
+from megatron_bvpo.objective.preference import PairLogps, pair_losses
+from megatron_bvpo.objective.sequence import sequence_logps
+from megatron_bvpo.objective.streams import STREAMS, StreamSums, StreamWeights
+from megatron_bvpo.referencing import REFERENCE_KEY
+
+
+@dataclass
+class Pass:
+    """What one forward (and backward) over the micro-batches needs to know, and what it found.
+
+    Attributes:
+        weights: factor of each stream's sum of pair losses.
+        loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
+        bad_rows: rows with a loss that is not finite, found on the last stage.
+        reference_only: only the reference runs, to fill its cache.
+        sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
+    """
+
+    weights: StreamWeights
+    loss_scale: float
+    bad_rows: list[str] = field(default_factory=list)
+    sums: torch.Tensor | None = None
+    reference_only: bool = False
+    _watched: list[tuple[list[str], torch.Tensor]] = field(default_factory=list)
+
+    def watch(self, names: list[str], finite_P: torch.Tensor) -> None:
+        """Note whether these rows' losses are finite; the host looks at the end of the pass, and waits once."""
+        self._watched.append((names, finite_P))
+
+    def name_bad_rows(self) -> None:
+        """Fill `bad_rows` from what was watched."""
+        if self._watched and not bool(torch.cat([finite_P for _, finite_P in self._watched]).all()):
+            for names, finite_P in self._watched:
+                self.bad_rows += [name for name, ok in zip(names, finite_P.tolist(), strict=True) if not ok]
+        self._watched.clear()
+
+
+class PassMixin:
+    """Goes in front of ms-swift's Megatron trainer; uses its models, template and groups."""
+
+    def _run_pass(
+        self, chunks: list[list[dict]], weights: StreamWeights, *, forward_only: bool, reference_only: bool = False
+    ) -> Pass:
+        """Forward (and backward) over the micro-batches; returns the pass with this rank's sums."""
+        args = self.args
+        n = len(chunks[0])
+        self._pass = current = Pass(weights, loss_scale=n * self.groups.dp_size, reference_only=reference_only)
+        if self._attach_references(chunks) == n and reference_only:
+            return current
+        iterators = [iter([{k: v for k, v in b.items() if k != ITEMS_KEY} for b in batches]) for batches in chunks]
+        found = get_forward_backward_func()(
+            forward_step_func=self.forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.wrapped_models,
+            num_microbatches=n,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=forward_only,
+        )
+        current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
+        current.name_bad_rows()
+        return current
+
+    def forward_step(self, data_iterator, model):
+        """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline.
+
+        Where the reference's log-probs are known, or nothing else is wanted, the one forward that is left.
+        """
+        unwrapped = get_attr_wrapped_model(model, "get_input_tensor", return_model_obj=True)
+        input_tensor = unwrapped.get_input_tensor()
+        data = self.get_batch(data_iterator, unwrapped.vp_stage)
+        layout = data.pop(LAYOUT_KEY)
+        known_Q = data.pop(REFERENCE_KEY, None)
+        data.pop("loss_scale", None)
+
+        if self._pass.reference_only:
+            known_Q, output = None, self._reference_forward(unwrapped.vp_stage, input_tensor, data)
+        elif known_Q is not None or not self.bvpo.preference.uses_reference:
+            output = model(**data)
+        else:
+            ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
+            ref_output = self._reference_forward(unwrapped.vp_stage, ref_input, data)
+            if input_tensor is not None:
+                unwrapped.set_input_tensor(input_tensor)
+            output = torch.cat([ref_output, model(**data)], dim=0)
+        return output, partial(
+            self.loss_func,
+            labels=data.get("labels"),
+            packed_seq_params=data.get("packed_seq_params"),
+            layout=layout,
+            known_Q=known_Q,
+        )
+
+    def _reference_forward(self, vp_stage: int | None, input_tensor: torch.Tensor | None, data: dict) -> torch.Tensor:
+        with torch.no_grad(), self.null_ref_context() as ref_models:
+            ref_model = ref_models[vp_stage or 0]
+            if input_tensor is not None:
+                ref_model.set_input_tensor(input_tensor.detach())
+            with evaluation_mode(ref_model):  # a reference with dropout is another one at every step
+                return ref_model(**data)
+
+    def loss_func(
+        self, output: torch.Tensor, *, labels, packed_seq_params, layout: PairLayout, known_Q: list[float] | None
+    ):
+        """Weighted loss of one micro-batch, and its StreamSums as one [2, K] tensor. Last stage only.
+
+        `known_Q` are the reference's log-probs of the sequences, where the cache holds them all.
+        """
+        seq_lens = None
+        if packed_seq_params is not None:
+            n = packed_seq_params.seq_lens.numel()
+            seq_lens = (packed_seq_params.cu_seqlens_q[: n + 1] // self.groups.cp_size).diff().long()
+
+        if self._pass.reference_only:
+            self._keep_references(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
+            return output.new_zeros(()), output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
+        joined = self.bvpo.preference.uses_reference and known_Q is None
+        ref_losses, losses = output.chunk(2, dim=0) if joined else (None, output)
+        logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
+        ref_logps_Q = None
+        if joined:
+            ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
+            self._keep_references(layout, ref_logps_Q)
+        elif known_Q is not None:
+            ref_logps_Q = logps_Q.new_tensor(known_Q)
+
+        total = logps_Q.new_zeros(())
+        stacked = []
+        for stream in STREAMS:
+            sums = self._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            total = total + getattr(self._pass.weights, stream) * sums.loss
+            stacked.append(sums.stack())
+        return (total * self._pass.loss_scale).float(), torch.stack(stacked)
+
+    def _stream_sums(self, stream: str, layout: PairLayout, logps_Q, ref_logps_Q, tokens_Q) -> StreamSums:
+        chosen, rejected = layout.slices(stream)
+        pairs = PairLogps(
+            chosen=logps_Q[chosen],
+            rejected=logps_Q[rejected],
+            ref_chosen=None if ref_logps_Q is None else ref_logps_Q[chosen],
+            ref_rejected=None if ref_logps_Q is None else ref_logps_Q[rejected],
+            chosen_tokens=tokens_Q[chosen],
+            rejected_tokens=tokens_Q[rejected],
+        )
+        losses = pair_losses(pairs, self.bvpo.preference)
+        weights_P = logps_Q.new_tensor(layout.weights[stream])
+        finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
+        self._pass.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
+        return StreamSums.of(pairs, losses, weights_P)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module):
+    """Run `model` without dropout, and give it back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

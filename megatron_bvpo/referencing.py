@@ -1,0 +1,157 @@
+"""Reference log-probs paid once: known pairs go through the policy alone.
+
+Before a pass all ranks agree, for each micro-batch, whether **every** pair of it is known on **every** rank.
+Ranks of one pipeline, tensor or context group must run the same forwards, and the ranks of an expert group meet
+in the all-to-all of the same micro-batch, so a rank that ran a reference forward alone would wait for ever.
+One all-reduce over all ranks of one number a micro-batch decides for all of these groups.
+
+Every rank holds the same table. New values stay with the last stage until a flush, a fixed number of steps
+apart, when they are gathered, added to every table and written by one rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from swift.utils import get_current_device, get_logger, is_master
+
+from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.reference_cache import ReferenceShards, Values
+from megatron_bvpo.data.samplers import eval_dataloader_parts
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.reference_key import reference_key
+from megatron_bvpo.objective.streams import STREAMS, StreamWeights
+
+logger = get_logger()
+
+REFERENCE_KEY = "bvpo_reference"
+# A killed run loses the values of as many steps. A shard holds them: more often would make many small files.
+FLUSH_STEPS = 32
+
+
+class ReferenceCacheMixin:
+    """Goes in front of the trainer; uses its passes and groups. Does nothing without `--bvpo_ref_cache`."""
+
+    def _open_reference_cache(self) -> None:
+        self._references: dict[bytes, Values] | None = None
+        self._new_references: list[tuple[list[bytes], torch.Tensor]] = []
+        self._unflushed = 0  # micro-batches computed since the last flush, the same on all ranks
+        self._reference_hits = (0, 0)  # micro-batches of this step: known, all
+        if self.bvpo.ref_cache is None:
+            return
+        key, description = reference_key(self.args)
+        folder = Path(self.bvpo.ref_cache) / key
+        self._shards, found = None, [None, None]
+        if is_master():
+            try:
+                self._shards = ReferenceShards(folder, description)
+                found[0] = self._shards.read()
+            except OSError as e:
+                found[1] = f"{e.strerror or e}"
+        # From one rank, so that no rank's view of a shared file system differs from another's.
+        dist.broadcast_object_list(found, src=0)
+        table, problem = found
+        if problem is not None:
+            raise UserError(
+                f"the folder of reference log-probs cannot be used: {problem}",
+                file=str(folder),
+                field="--bvpo_ref_cache",
+                remedy="name a folder on a disk that rank 0 can write",
+            )
+        self._references = table
+        logger.info(f"Reference log-probs in {folder}: {len(table)} pairs are known.")
+
+    # ---- in a pass
+
+    def _attach_references(self, chunks: list[list[dict]]) -> int:
+        """Put the known values on the micro-batches that need no reference forward; returns how many those are."""
+        if self._references is None:
+            return 0
+        known = [all(key in self._references for key in batch[LAYOUT_KEY].all_keys()) for batch in chunks[0]]
+        agreed = torch.tensor(known, dtype=torch.int32, device=get_current_device())
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+        for i, hit in enumerate(agreed.tolist()):
+            for batches in chunks:
+                batches[i][REFERENCE_KEY] = self._values_of(batches[i][LAYOUT_KEY]) if hit else None
+        hits = int(agreed.sum())
+        self._unflushed += len(known) - hits
+        self._reference_hits = (self._reference_hits[0] + hits, self._reference_hits[1] + len(known))
+        return hits
+
+    def _values_of(self, layout: PairLayout) -> list[float]:
+        """Reference log-probs of a micro-batch's sequences, in its own order."""
+        values: list[float] = []
+        for stream in STREAMS:
+            pairs = [self._references[key] for key in layout.keys[stream]]
+            values += [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        return values
+
+    def _keep_references(self, layout: PairLayout, ref_logps_Q: torch.Tensor) -> None:
+        """Remember computed values; on the device, because a copy to the host would wait for the forward."""
+        if self._references is None or self.groups.tp_rank or self.groups.cp_rank:
+            return
+        self._new_references.append((layout, ref_logps_Q.detach().clone()))
+
+    # ---- between passes
+
+    def _flush_references(self) -> None:
+        """Share and write the new values. Collective; every rank calls it at the same steps."""
+        if self._references is None or not self._unflushed:
+            return
+        self._unflushed = 0
+        new: dict[bytes, Values] = {}
+        for layout, logps_Q in self._new_references:
+            for stream in STREAMS:
+                chosen, rejected = layout.slices(stream)
+                for key, a, b in zip(
+                    layout.keys[stream], logps_Q[chosen].tolist(), logps_Q[rejected].tolist(), strict=True
+                ):
+                    if a - a == 0 and b - b == 0:  # finite
+                        new.setdefault(key, (a, b))
+        self._new_references = []
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, new)
+        fresh: dict[bytes, Values] = {}
+        for part in parts:
+            for key, values in part.items():
+                if key not in self._references:
+                    fresh.setdefault(key, values)
+        self._references.update(fresh)
+        if fresh and is_master():
+            try:
+                self._shards.write(fresh)
+            except OSError as e:  # a full disk costs the cache, not the run
+                logger.warning(f"Reference log-probs of {len(fresh)} pairs are not written: {e}")
+
+    def _flush_references_now_and_then(self) -> None:
+        if (self.state.iteration + 1) % FLUSH_STEPS == 0:
+            self._flush_references()
+
+    # ---- bvpo refs
+
+    def _fill_reference_cache(self, datasets: dict[str, object]) -> None:
+        """Run the reference alone over every row."""
+        args = self.args
+        for name, dataset in datasets.items():
+            if dataset is None:
+                continue
+            if not hasattr(dataset, "__len__"):
+                raise UserError(
+                    "a stream has no end that is known ahead",
+                    field="--streaming",
+                    remedy="train with --bvpo_ref_cache: the run writes the values itself",
+                )
+            filled, sampler = eval_dataloader_parts(args, dataset, self.groups)
+            chunks = args.virtual_pipeline_model_parallel_size or 1
+            iterators = [iter(self._create_dataloader(filled, sampler)) for _ in range(chunks)]
+            steps = len(filled) // args.global_batch_size
+            for step in range(steps):
+                batches = self._take_global_batch(iterators)
+                self._run_pass(batches, StreamWeights(0.0, 0.0), forward_only=True, reference_only=True)
+                if (step + 1) % FLUSH_STEPS == 0:
+                    self._flush_references()
+                    logger.info(f"Reference log-probs of the {name} data: {step + 1} of {steps} global batches.")
+            self._flush_references()
+        logger.info(f"Reference log-probs of {len(self._references)} pairs are known now.")
