@@ -10,7 +10,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"' || exit 2
 failed=0
 python -m pytest -q tests/kernels || failed=1
-python benchmarks/logprob.py || failed=1
+python benchmarks/logprob.py --out benchmarks/results || failed=1
 if python -c 'import swift.megatron, transformer_engine' 2>/dev/null; then
   # shellcheck disable=SC2086
   python benchmarks/step.py ${STEP_FLAGS:-} || failed=1

@@ -1,12 +1,13 @@
-"""What a reference cache changes in bf16 when the runs that share it cut their micro-batches differently.
+"""What a reference cache changes in bf16 when the runs that share it have different layouts.
 
     python benchmarks/reference_cache.py
 
 In float32 the difference is rounding (1e-5, tests/distributed/test_reference_cache.py). In bf16 the same row in
-another micro-batch, or another layout, gets other roundings in every layer. Here a cache is filled with one row a
-micro-batch, and a second run with four rows a micro-batch reads it. Set beside it: the same second run without a
-cache, whose reference is rounded as its policy is. One CPU rank, a tiny random MoE: the sizes say what to look
-for, not what a 235B model will show.
+another layout gets other roundings in every layer. Here one rank fills a cache, one row a micro-batch, and two
+ranks (TP 2 with sequence parallelism) read it, four rows a micro-batch. Set beside it: the same second run without
+a cache, whose reference is rounded as its policy is. CPU ranks, a tiny random MoE: the sizes say what to look for,
+not what a 235B model will show. (Micro-batches alone change nothing on a CPU, whose matrix products round a row
+the same in any batch.)
 """
 
 from __future__ import annotations
@@ -47,20 +48,14 @@ def main() -> None:
             command = [*shared.split(), *CPU_FLAGS, *bf16.split(), *more.split()]
             return Cell(name, command, hook_args={"lora_scale": 0.0, "gradients": False})
 
-        found = run_cells(
-            1,
-            [
-                cell("filled", f"--micro_batch_size 1 {kept}"),
-                cell("read", f"--micro_batch_size 4 {kept}"),
-                cell("own", "--micro_batch_size 4"),
-            ],
-            folder / "runs",
-        )
+        found = run_cells(1, [cell("filled", f"--micro_batch_size 1 {kept}")], folder / "runs")
+        two = "--tensor_model_parallel_size 2 --sequence_parallel true --micro_batch_size 4"
+        found |= run_cells(2, [cell("read", f"{two} {kept}"), cell("own", two)], folder / "runs")
     assert found["read"].steps("ref_cache/hits") == [1] * STEPS
     lines = [
-        "# A reference cache in bf16, read with other micro-batches",
+        "# A reference cache in bf16, read in another layout",
         "",
-        "`python benchmarks/reference_cache.py`: filled with 1 row a micro-batch, read with 4, against no cache.",
+        "`python benchmarks/reference_cache.py`: filled by one rank, read under TP 2, against no cache under TP 2.",
         "",
         "| step | " + " | ".join(f"{key}: cache | none" for key in KEYS) + " |",
         "|---" * (1 + 2 * len(KEYS)) + "|",

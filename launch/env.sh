@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes the virtual environment once and activates it.
 #
 #   BVPO_VENV      where it lives (default: .venv in the checkout)
@@ -46,6 +47,8 @@ bvpo_make_venv() {
 }
 
 bvpo_environment() {
+  # An image (containers/) has its packages already, and is read-only.
+  [ -z "${BVPO_IN_IMAGE:-}" ] || return 0
   local stamp wanted
   stamp="$BVPO_VENV/.bvpo-$(echo "$BVPO_EXTRAS" | tr -c 'a-z\n' '-')"
   wanted="$(cat "$BVPO_ROOT/pyproject.toml" <(echo "$BVPO_TORCH $BVPO_PIP_ARGS") | sha256sum | cut -d' ' -f1)"
@@ -57,7 +60,7 @@ bvpo_environment() {
     "$BVPO_VENV/bin/python" -m pip install -q --disable-pip-version-check $BVPO_PIP_ARGS "$BVPO_TORCH" || return 1
     # shellcheck disable=SC2086
     "$BVPO_VENV/bin/python" -m pip install -q --disable-pip-version-check $BVPO_PIP_ARGS \
-      -e "$BVPO_ROOT[$BVPO_EXTRAS]" || return 1
+      -e "${BVPO_ROOT}[$BVPO_EXTRAS]" || return 1
     echo "$wanted" >"$stamp"
   fi
   # shellcheck disable=SC1091

@@ -238,6 +238,12 @@ def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig) -
             field="--bvpo_ref_cache",
             remedy="name a folder that the later runs see, too",
         )
+    if values["bvpo_refs_only"] and values["streaming"]:
+        raise UserError(
+            "a stream has no end that is known ahead",
+            field="--streaming",
+            remedy="train with --bvpo_ref_cache: the run writes the values itself",
+        )
     if values["bvpo_ref_cache"] and not preference.uses_reference:
         flag = "reference_free" if preference.reference_free else "loss_type"
         raise UserError(

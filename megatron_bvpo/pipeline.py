@@ -140,7 +140,7 @@ class BvpoPipeline(MegatronRLHF):
     def run(self):
         is_writer = is_last_rank()  # ms-swift takes the process group down before it returns
         found = super().run()
-        if is_writer:
+        if is_writer and not self.args.bvpo.refs_only:
             self._plot_run(Path(self.args.output_dir))
         return found
 

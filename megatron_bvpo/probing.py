@@ -110,7 +110,7 @@ class ProbeMixin:
                     stays = last and not router_losses
                     gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
 
-        self.moments = measure(slices, gradients, probe.counts, get_current_device())
+        self.moments = measure(slices, gradients, probe.counts, get_current_device(), self.groups.world)
         weights = self._weights_of_passes(probe.counts)
         kept = KEPT_SHARDS
         own = weights.pop(("empty", "B")) if not router_losses else 1.0
@@ -158,8 +158,10 @@ class ProbeMixin:
             )
 
     def _probe_metrics(self, moments: Moments) -> dict[str, tuple]:
-        found = {f"moments/{name}": (getattr(moments, name), 1) for name in ("D", "X", "W")}
+        found = {f"moments/{name}": (getattr(moments, name), 1) for name in ("D", "X", "W", "V_t")}
         found["alpha/stderr"] = (self.estimator.stderr, 1)
+        for name, end in zip(("alpha/low", "alpha/high"), self.estimator.band, strict=True):
+            found[name] = (end, 1)
         predicted = self.estimator.predicted_mse()
         if predicted is not None:
             for name in ("trace_only", "empty_only", "half", "chosen"):

@@ -11,6 +11,7 @@ apart, when they are gathered, added to every table and written by one rank.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -102,14 +103,18 @@ class ReferenceCacheMixin:
             return
         self._unflushed = 0
         new: dict[bytes, Values] = {}
+        lost: list[int] = []
         for layout, logps_Q in self._new_references:
             for stream in STREAMS:
                 chosen, rejected = layout.slices(stream)
-                for key, a, b in zip(
-                    layout.keys[stream], logps_Q[chosen].tolist(), logps_Q[rejected].tolist(), strict=True
-                ):
-                    if a - a == 0 and b - b == 0:  # finite
-                        new.setdefault(key, (a, b))
+                values = zip(logps_Q[chosen].tolist(), logps_Q[rejected].tolist(), strict=True)
+                for key, row, pair in zip(layout.keys[stream], layout.rows[stream], values, strict=True):
+                    if all(math.isfinite(v) for v in pair):
+                        new.setdefault(key, pair)
+                    else:
+                        lost.append(row)
+        if lost:
+            logger.warning(f"The reference's log-probs are not finite for rows {sorted(set(lost))}; not kept.")
         self._new_references = []
         parts: list = [None] * dist.get_world_size()
         dist.all_gather_object(parts, new)
@@ -137,12 +142,6 @@ class ReferenceCacheMixin:
         for name, dataset in datasets.items():
             if dataset is None:
                 continue
-            if not hasattr(dataset, "__len__"):
-                raise UserError(
-                    "a stream has no end that is known ahead",
-                    field="--streaming",
-                    remedy="train with --bvpo_ref_cache: the run writes the values itself",
-                )
             filled, sampler = eval_dataloader_parts(args, dataset, self.groups)
             chunks = args.virtual_pipeline_model_parallel_size or 1
             iterators = [iter(self._create_dataloader(filled, sampler)) for _ in range(chunks)]

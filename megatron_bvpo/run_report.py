@@ -113,14 +113,13 @@ def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
 
 
 def _plot_alpha(axes, training: list[dict], probes: list[dict]) -> None:
-    """alpha as it was used, and two standard errors of what was known at the probes."""
+    """alpha as it was used, and the band around what was known at the probes."""
     axes.plot(
         [line["step"] for line in training], [line["alpha"] for line in training], color="tab:green", label="α used"
     )
     steps = [line["step"] for line in probes]
-    low = [max(line["alpha"] - 2 * line["alpha/stderr"], 0) for line in probes]
-    high = [min(line["alpha"] + 2 * line["alpha/stderr"], 1) for line in probes]
-    axes.fill_between(steps, low, high, color="tab:green", alpha=0.15, label="± 2 standard errors")
+    low, high = ([line[f"alpha/{end}"] for line in probes] for end in ("low", "high"))
+    axes.fill_between(steps, low, high, color="tab:green", alpha=0.15, label="band of 95 %")
     axes.plot(steps, [line["alpha"] for line in probes], "|", color="black", label="a probe")
     axes.set(title="α, the weight of the trace gradient", ylim=(-0.02, 1.02))
 

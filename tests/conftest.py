@@ -22,6 +22,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run every cell of the parity matrix (about 25 minutes on two cores) instead of CI's part of it",
     )
+    parser.addoption(
+        "--cluster",
+        action="store_true",
+        help="run tests/cluster too: a real Slurm, and hosts in network namespaces (root; several minutes)",
+    )
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,6 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
         hidden_SBH = found.hidden_SBH
         targets_N = labels_BS.transpose(0, 1).reshape(-1)
         tp = TensorParallel(head.tp_group if head.tp_group.size() > 1 else None, head.sequence_parallel)
-        if shard is None:  # once: the ranks tell each other their sizes, and the host waits for that
-            shard = vocabulary_shard(found.weight_VH, targets_N, vocab_size, tp)
         logps_N = target_logps(
             hidden_SBH.reshape(-1, hidden_SBH.shape[-1]),
             found.weight_VH,
@@ -89,9 +87,12 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
             tp_group=tp.group,
             sequence_parallel=tp.sequence_parallel,
             impl=impl,
+            vocab_size=vocab_size,
             shard=shard,
             budget_bytes=int(memory_gib * 2**30),
         )
+        if shard is None:  # that call checked everything, and waited for the ranks to tell their sizes
+            shard = vocabulary_shard(found.weight_VH, targets_N, vocab_size, tp)
         return -logps_N.view(labels_BS.shape[1], labels_BS.shape[0]).transpose(0, 1)
 
     model._forward_output_layer = forward_output_layer

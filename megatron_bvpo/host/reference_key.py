@@ -15,6 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megatron_bvpo
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.host import versions
+
 # How a reference's log-probs are computed. Layouts are not here: they change the rounding only.
 SETTINGS = (
     "model_type",
@@ -30,15 +34,22 @@ SETTINGS = (
     "moe_router_dtype",
     "moe_router_load_balancing_type",
     "rope_scaling",
+    "megatron_extra_kwargs",
     "bvpo_logp_impl",
     "new_special_tokens",
 )
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-SHAPES = ("config.json", "adapter_config.json")
+# ms-swift gives a reference adapter the run's own settings, not those of its adapter_config.json.
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "use_rslora", "lora_bias", "target_modules", "modules_to_save")
+# An upgrade that mends a fault must not find the faulty numbers.
+PACKAGES = ("mcore-bridge", "megatron-core", "transformer-engine")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".distcp")
+# What gives the shapes, and what says which of the weights are loaded.
+NAMES = ("config.json", "adapter_config.json", "model.safetensors.index.json")
+WHICH = (".metadata", "latest_checkpointed_iteration.txt")
 
 
 def reference_folders(args: Any) -> dict[str, str]:
-    """The folders that the reference is loaded from, by role. Paths must be local by now."""
+    """The folders that the reference is loaded from, by role; a model of a hub has been fetched by now."""
     model_dir = args.model_info.model_dir
     if args.tuner_type == "full":
         if args.mcore_ref_model:
@@ -59,34 +70,78 @@ def _local(args: Any, model: str) -> str:
 
 
 def reference_files(folders: dict[str, str]) -> dict[str, Path]:
-    """Files by `role/relative path`: the weights, and what gives their shapes. Tokens come with the pairs."""
+    """Files by `role/relative path`: the weights, and what gives their shapes. Tokens come with the pairs.
+
+    Raises:
+        UserError: a folder that must hold weights holds none.
+    """
     found = {}
     for role, folder in folders.items():
+        weights = 0
         for path in sorted(Path(folder).rglob("*")):
-            is_weight = path.suffix in WEIGHTS and role != "shape"
-            if path.is_file() and (path.name in SHAPES or is_weight):
+            wanted = path.name in NAMES
+            if role != "shape":
+                weights += path.suffix in WEIGHTS
+                wanted = wanted or path.suffix in WEIGHTS or path.name in WHICH
+            if wanted and path.is_file():
                 found[f"{role}/{path.relative_to(folder)}"] = path
+        if not weights and role != "shape":
+            raise UserError(
+                "no weight file was found, so nothing says which reference this is",
+                file=str(folder),
+                field="--bvpo_ref_cache",
+                remedy=f"expected files ending in {', '.join(WEIGHTS)}; leave the flag out to go on without a cache",
+            )
     return found
 
 
-def reference_key(args: Any) -> tuple[str, dict]:
-    """(32 hexadecimal digits, what they were made of); the same on all ranks. Collective."""
-    files = reference_files(reference_folders(args))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    # Large files first, so that the ranks' shares are alike.
-    names = sorted(files, key=lambda name: (-os.path.getsize(files[name]), name))
-    mine = {name: _digest(files[name]) for name in names[rank::ranks]}
-    parts: list = [None] * ranks
-    dist.all_gather_object(parts, mine)
+def key_of(files: dict[str, str], args: Any) -> tuple[str, dict]:
+    """(32 hexadecimal digits, what they were made of) from the files' digests and the run's settings."""
+    settings = [*SETTINGS, *(ADAPTER_SETTINGS if any(name.startswith("adapter/") for name in files) else ())]
+    if args.new_special_tokens:
+        settings.append("seed")  # their rows are random
     description = {
-        "files": {name: digest for part in parts for name, digest in sorted(part.items())},
-        "settings": {name: str(getattr(args, name)) for name in SETTINGS},
+        "files": files,
+        "settings": {name: str(getattr(args, name)) for name in settings},
+        "packages": {name: versions.installed(name) for name in PACKAGES} | {"ours": megatron_bvpo.__version__},
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     text = json.dumps(description, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32], description
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def reference_key(args: Any) -> tuple[str, dict]:
+    """The key of this run's reference, and what it was made of; the same on all ranks. Collective.
+
+    Raises:
+        UserError: on all ranks, if one of them finds no weights or cannot read a file.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    listed: list = [None, None]
+    if rank == 0:  # one rank's view: a file that another does not see is an error there, not a file left out
+        try:
+            files = reference_files(reference_folders(args))
+            # Large files first, so that the ranks' shares are alike.
+            listed[0] = sorted(files.items(), key=lambda item: (-os.path.getsize(item[1]), item[0]))
+        except UserError as e:
+            listed[1] = e
+    dist.broadcast_object_list(listed, src=0)
+    if listed[1] is not None:
+        raise listed[1]
+    mine, problem = {}, None
+    for name, path in listed[0][rank::ranks]:
+        try:
+            with path.open("rb") as file:
+                mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as e:
+            problem = problem or f"{path}: {e.strerror or e}"
+    parts: list = [None] * ranks
+    dist.all_gather_object(parts, (mine, problem))
+    for _, told in parts:
+        if told:
+            raise UserError(
+                f"a file of the reference cannot be read on every node: {told}",
+                field="--bvpo_ref_cache",
+                remedy="put the model on a disk that all nodes share, or leave the flag out",
+            )
+    return key_of({name: digest for part, _ in parts for name, digest in part.items()}, args)

@@ -29,7 +29,7 @@ class CheckpointMixin:
     def _check_merge_memory(self) -> None:
         """Refuse at the start what would end a node at its first save. Collective."""
         args = self.args
-        if args.tuner_type == "full" or not args.merge_lora:
+        if args.tuner_type == "full" or not (args.merge_lora and args.save_safetensors) or self.bvpo.refs_only:
             return
         local = sum(p.numel() * p.element_size() for p in self._merged_parameters())
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -222,7 +222,14 @@ class CheckpointMixin:
         state.best_global_step = saved["best_global_step"]
         state.best_model_checkpoint = saved["best_model_checkpoint"]
         if self.estimator is not None and saved["estimator"] is not None:
-            self.estimator.load_state_dict(saved["estimator"])
+            try:
+                self.estimator.load_state_dict(saved["estimator"])
+            except ValueError as e:
+                raise UserError(
+                    f"the estimate of alpha is damaged: {e}",
+                    file=os.path.join(folder, ckpt.STATE_FILE),
+                    remedy="go on from an older checkpoint",
+                ) from None
             self.alpha = self.estimator.alpha
         if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
             ckpt.restore_random_state(ckpt.load_random_state(folder, dist.get_rank()))

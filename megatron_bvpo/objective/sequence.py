@@ -54,12 +54,12 @@ def sequence_sums(values: Tensor, seq_lens_Q: Tensor | None) -> Tensor:
     """
     if seq_lens_Q is None:
         return values.double().sum(dim=-1)
-    # A scatter-add over sequence numbers is deterministic on the CPU and needs no host synchronisation.
+    # Not a scatter-add: a GPU adds its float64 terms in any order, and two runs would differ in the last bit.
     tokens_T = values[0].double()
     ends_Q = seq_lens_Q.cumsum(0)
     sequence_T = torch.searchsorted(ends_Q, torch.arange(tokens_T.numel(), device=tokens_T.device), right=True)
-    sums = tokens_T.new_zeros(seq_lens_Q.numel() + 1)  # one more slot takes the padding
-    return sums.index_add(0, sequence_T, tokens_T)[:-1]
+    numbers_Q = torch.arange(seq_lens_Q.numel(), device=tokens_T.device)
+    return torch.where(sequence_T == numbers_Q[:, None], tokens_T, 0.0).sum(dim=-1)
 
 
 def sequence_logps(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(spec_file: str) -> None:
-    if os.environ["BVPO_REHEARSAL"] == "1":
+    if os.environ["BVPO_REHEARSAL"] == "1":  # has no effect in a child of the nursery, which did it
         from megatron_bvpo.rehearsal import install
 
         install()

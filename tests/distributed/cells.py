@@ -1,14 +1,18 @@
 """Run many training runs ("cells") on one set of ranks: start-up is most of a run's time.
 
 A cell is a full command line for the real pipeline. The worker processes stay alive between cells and
-take Megatron's process groups down and up again.
+take Megatron's process groups down and up again. They are forked from a process that has loaded the stack
+(nursery.py): loading it takes a rank longer than a cell.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +21,10 @@ from pathlib import Path
 
 import torch
 
+from tests.distributed.fork_worker import READY
+
 # Gloo keeps the threads of groups that are gone: about 60 a cell.
-CELLS_A_PROCESS = 12
+CELLS_A_PROCESS = 6
 ROOT = Path(__file__).resolve().parents[2]
 
 # What a CPU needs, as in the README's table of rehearsal flags.
@@ -93,7 +99,6 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
     workers = []
     for rank in range(world_size):
         env = {
-            **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world_size),
@@ -103,10 +108,69 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
         }
-        log = (folder / f"rank{rank}_of_{world_size}.log").open("w")
-        command = [sys.executable, "-m", "tests.distributed.cell_worker", str(spec)]
-        workers.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))
+        log = folder / f"rank{rank}_of_{world_size}.log"
+        if rehearsal:
+            workers.append(nursery().start(spec, log, env))
+        else:
+            command = [sys.executable, "-m", "tests.distributed.cell_worker", str(spec)]
+            workers.append(
+                subprocess.Popen(
+                    command, env={**os.environ, **env}, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT
+                )
+            )
     _wait(workers, folder, world_size, timeout)
+
+
+class Nursery:
+    """The process that forks ranks."""
+
+    def __init__(self):
+        env = {**os.environ, "BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.distributed.nursery"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=env, cwd=ROOT, **pipes)
+        answer = self.process.stdout.readline().strip()
+        assert answer == READY, f"the process that forks ranks did not start: {answer}"
+
+    def ask(self, **command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, spec: Path, log: Path, env: dict[str, str]) -> ForkedRank:
+        return ForkedRank(self, self.ask(start={"spec": str(spec), "log": str(log), "env": env}))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class ForkedRank:
+    """A forked child with the few methods of subprocess.Popen that are needed here."""
+
+    def __init__(self, nursery: Nursery, pid: int):
+        self.nursery, self.pid, self.code = nursery, pid, None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            self.code = self.nursery.ask(poll=self.pid)
+        return self.code
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        while self.poll() is None:
+            time.sleep(0.05)
+        return self.code
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """The one of this test session."""
+    made = Nursery()
+    atexit.register(made.close)
+    return made
 
 
 def _wait(workers, folder: Path, world_size: int, timeout: float) -> None:

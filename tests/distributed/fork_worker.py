@@ -11,6 +11,8 @@ import sys
 import threading
 from pathlib import Path
 
+READY = "ready"
+
 
 def load_the_stack() -> None:
     from megatron_bvpo.rehearsal import install
@@ -34,16 +36,21 @@ def load_the_stack() -> None:
         importlib.import_module(module)
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print is no answer
+def prepare_to_fork() -> None:
+    """Load the stack, and see that no thread would be lost in a child."""
     load_the_stack()
     gc.collect()
     gc.freeze()  # ms-swift collects often, and the children would go through all this each time
     threads = [Path(task, "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     unsafe = [name for name in threads[1:] if name != "jemalloc_bg_thd"]  # that one knows about forks
     assert not unsafe and threading.active_count() == 1, f"forking with threads is not safe: {unsafe}"
-    print("ready", file=answers, flush=True)
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever the libraries print is no answer
+    prepare_to_fork()
+    print(READY, file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

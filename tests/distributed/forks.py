@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.distributed.cells import ROOT
-
-READY = "ready"
+from tests.distributed.fork_worker import READY
 
 
 @dataclass

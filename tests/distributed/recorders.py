@@ -124,8 +124,12 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
     class Recorder(recording):
         def _four_passes(self, chunks, probe):
             self.passes = [] if self.state.iteration == at_step else None
+            finalize = self.config.finalize_model_grads_func
+            if mutation == "local gradients":
+                self.config.finalize_model_grads_func = lambda *args, **kwargs: None
             with mutated(mutation):
                 done = super()._four_passes(chunks, probe)
+            self.config.finalize_model_grads_func = finalize
             if self.passes and dist.get_rank() == 0:
                 counts = {"trace": probe.counts.trace, "empty": probe.counts.empty}
                 torch.save({"passes": self.passes, "counts": counts}, folder / "passes.pt")
@@ -225,14 +229,14 @@ def _in_dense_buffer(s, models) -> bool:
     return any(start <= address < start + size for start, size in ranges)
 
 
-def record_cached(base, folder, forget_on_rank: int | None = None):
-    """Count this rank's reference forwards; flush at every step; one rank may forget its first pair."""
+def record_cached(base, folder, forget_on_rank: int | None = None, flush_steps: int = 1, save: bool = False):
+    """Count this rank's reference forwards; one rank may forget its first micro-batch's pairs."""
     import megatron_bvpo.referencing as referencing
 
     class Recorder(base):
         def __init__(self, *args, **kwargs):
-            referencing.FLUSH_STEPS = 1
-            self.recorded = {"reference_forwards": 0}
+            referencing.FLUSH_STEPS = flush_steps
+            self.recorded = {"reference_forwards": 0, "shards_at_save": []}
             super().__init__(*args, **kwargs)
             self.forgets = dist.get_rank() == forget_on_rank
 
@@ -244,7 +248,11 @@ def record_cached(base, folder, forget_on_rank: int | None = None):
             return super()._attach_references(chunks)
 
         def save_checkpoint(self):
-            self.state.last_model_checkpoint = str(folder)
+            if not save:
+                self.state.last_model_checkpoint = str(folder)
+                return
+            super().save_checkpoint()
+            self.recorded["shards_at_save"].append(len(list(self._shards.folder.glob("*.parquet"))))
 
         def _prepare_peft_model(self, models):
             peft_models = super()._prepare_peft_model(models)

@@ -25,6 +25,12 @@ VARIANTS = {
     "ep2-full-overlap": ("ep2", "full", "--overlap_grad_reduce true --overlap_param_gather true"),
     "tp2-full-dense": ("tp2", "full", "DENSE"),
 }
+# With --whole-matrix in every layout.
+WAYS = {
+    "no-dist-opt": "--use_distributed_optimizer false",
+    "overlap": "--overlap_grad_reduce true --overlap_param_gather true",
+    "no-dist-opt-overlap": "--use_distributed_optimizer false --overlap_grad_reduce true",
+}
 # One rank: odd numbers of micro-batches (no whole halves), and the same in one micro-batch.
 ODD = {"odd": "--global_batch_size 3", "single": "--micro_batch_size 4 --global_batch_size 4"}
 MUTATIONS = {
@@ -32,6 +38,7 @@ MUTATIONS = {
     "experts forgotten": "ep2",
     "copies not divided": "dp2",
     "cross term dropped": "dp2",
+    "local gradients": "dp2",
 }
 
 
@@ -60,10 +67,23 @@ def layout_cells(whole: bool) -> list[str]:
     return [f"{layout}-{tuner}" for layout in LAYOUTS for tuner in TUNERS if wanted(layout, tuner, whole)]
 
 
+def variants(whole: bool) -> dict[str, tuple[str, str, str]]:
+    """Cells beside the plain ones: name to layout, tuner and more flags."""
+    if not whole:
+        return VARIANTS
+    found = {
+        f"{layout}-{tuner}-{way}": (layout, tuner, more)
+        for layout in LAYOUTS
+        for tuner in TUNERS
+        for way, more in WAYS.items()
+    }
+    return VARIANTS | found
+
+
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole-matrix")
-        metafunc.parametrize("cell", layout_cells(whole) + list(VARIANTS))
+        metafunc.parametrize("cell", layout_cells(whole) + list(variants(whole)))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +98,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     for name in layout_cells(request.config.getoption("--whole-matrix")):
         layout, tuner = name.rsplit("-", 1)
         add(name, layout, tuner)
-    for name, (layout, tuner, more) in VARIANTS.items():
+    for name, (layout, tuner, more) in variants(request.config.getoption("--whole-matrix")).items():
         add(name, layout, tuner, more)
     add("one-rank-full-dense", "one-rank", "full", "DENSE")
     for name, more in ODD.items():
@@ -90,7 +110,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     add("one-pass-odd", "one-rank", "lora", ODD["odd"], str(PRIOR))
     add("one-pass-single", "one-rank", "lora", ODD["single"], str(PRIOR))
     for mutation, layout in MUTATIONS.items():
-        more = "--use_distributed_optimizer false" if mutation == "copies not divided" else ""
+        more = "--use_distributed_optimizer false" if layout == "dp2" else ""
         add(mutation.replace(" ", "_"), layout, "lora", more, mutation=mutation)
     add("lagged", "one-rank", "lora", at_step=STEPS - 1)
     add("same_batch", "one-rank", "lora", mutation="same batch's alpha", at_step=STEPS - 1)

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_bvpo.data.reference_cache import ReferenceShards
 from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 from tests.distributed.test_parity import LAYOUTS
 
@@ -29,7 +30,7 @@ def argv(workshop, layout: str, cache, more: str = "", *, model=None, rows=None)
 @pytest.fixture(scope="module")
 def runs(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference_cache")
-    cache = {name: folder / name for name in ("kept", "full", "refs")}
+    cache = {name: folder / "caches" / name for name in ("kept", "full", "refs", "late", "vpp", "cp", "four")}
     model = shutil.copytree(workshop.moe, folder / "model")
     weights = load_file(model / "model.safetensors")
     name = next(name for name in sorted(weights) if "q_proj" in name)
@@ -57,10 +58,20 @@ def runs(workshop, tmp_path_factory):
         cell("refs", "one-rank", cache["refs"], f"--bvpo_refs_only true --val_dataset {workshop.held_out}"),
         cell("after-refs", "one-rank", cache["refs"], f"--val_dataset {workshop.held_out} --eval_steps 4"),
     ]
+    cells.append(
+        cell("late", "one-rank", cache["late"], "--save_steps 3 --merge_lora false", flush_steps=32, save=True)
+    )
     found = run_cells(1, cells, folder)
-    two = [cell("ep2-none", "ep2", None), cell("one-misses", "ep2", cache["kept"], forget_on_rank=1)]
+    two = [
+        cell("ep2-none", "ep2", None),
+        cell("one-misses", "ep2", cache["kept"], forget_on_rank=1),
+        cell("vpp-cold", "pp2-vpp2", cache["vpp"]),
+        cell("vpp-half", "pp2-vpp2", cache["vpp"], forget_on_rank=0),
+        cell("cp-cold", "cp2", cache["cp"]),
+    ]
     found.update(run_cells(2, two, folder))
-    found.update(run_cells(4, [cell("layout", "tp2-pp2-ep2", cache["kept"])], folder))
+    found.update(run_cells(4, [cell("four-cold", "tp2-pp2-ep2", cache["four"])], folder))
+    found.update(run_cells(1, [cell(f"read-{name}", "one-rank", cache[name]) for name in ("cp", "four")], folder))
     return found
 
 
@@ -85,7 +96,7 @@ def test_no_reference_forward_is_left(runs):
     """Counted where it happens, not where it is logged."""
     assert runs["none"].recorded["reference_forwards"] == 32  # a row a micro-batch, two epochs
     assert runs["cold"].recorded["reference_forwards"] == 16
-    for name in ("warm", "full-warm", "after-refs", "layout", "auto"):
+    for name in ("warm", "full-warm", "after-refs", "read-four", "auto"):
         assert runs[name].recorded["reference_forwards"] == 0, name
 
 
@@ -123,5 +134,23 @@ def test_values_of_another_layout_agree(runs):
         assert runs["one-misses"].steps(key) == pytest.approx(runs["ep2-none"].steps(key), rel=1e-5, abs=1e-5), key
 
 
-def test_another_layout_reads_it(runs):
-    assert hits(runs["layout"]) == [1, 1, 1, 1]
+def test_hits_and_misses_may_alternate_in_a_pipeline(runs):
+    """Micro-batches with and without a reference forward are not of one shape."""
+    assert hits(runs["vpp-cold"]) == [0, 0, 1, 1] and hits(runs["vpp-half"]) == [0.875, 1, 1, 1]
+    for key in LOSSES:
+        assert runs["vpp-half"].steps(key) == runs["vpp-cold"].steps(key), key
+
+
+@pytest.mark.parametrize("name", ["cp", "four"])
+def test_any_layout_writes_it(runs, name):
+    """Written under CP 2 and under TP 2, PP 2, EP 2; read by one rank."""
+    assert hits(runs[f"{name}-cold"]) == [0, 0, 1, 1] and hits(runs[f"read-{name}"]) == [1, 1, 1, 1]
+    for key in LOSSES:
+        assert runs[f"read-{name}"].steps(key) == pytest.approx(runs["none"].steps(key), rel=1e-5, abs=1e-5), key
+
+
+def test_a_save_and_the_end_write_what_is_new(runs):
+    """32 steps would be the next flush. At the save after step 3 both epochs' rows have been seen."""
+    assert runs["late"].recorded["shards_at_save"][0] == 1
+    table = ReferenceShards(next((runs["late"].folder.parent / "caches" / "late").glob("[0-9a-f]*")), {}).read()
+    assert len(table) == 32

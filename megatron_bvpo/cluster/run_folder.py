@@ -1,0 +1,47 @@
+"""Where a run keeps its checkpoints and logs, and how it goes on from them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from megatron_bvpo.cluster.run_file import RunFile
+from megatron_bvpo.errors import UserError
+
+LAST = "last-checkpoint"
+STATE_FILE = "bvpo_state.json"  # of host/checkpoint.py, which needs torch to be imported
+
+
+def run_folder(run: RunFile) -> Path:
+    """BVPO_RUN_DIR, else the run's --output_dir, else runs/<name of the YAML file>; absolute."""
+    given = os.environ.get("BVPO_RUN_DIR") or run.value("output_dir") or str(Path("runs", run.title))
+    return Path(os.path.abspath(os.path.expanduser(given)))
+
+
+def resume_flags(run: RunFile, folder: Path) -> list[str]:
+    """Flags that go on from `last-checkpoint`; none where there is none yet, or the run says itself where from."""
+    if run.value("mcore_adapter") or (run.value("mcore_model") and run.value("tuner_type") in (None, "full")):
+        return []
+    checkpoint = folder / LAST
+    if not os.path.lexists(checkpoint):
+        return []
+    try:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        full = state["tuner"]["tuner_type"] == "full"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(
+            f"cannot be read ({e})",
+            file=str(checkpoint / STATE_FILE),
+            remedy=f"point {checkpoint} at a whole checkpoint, or remove it to begin anew",
+        ) from None
+    # The folder itself and not the link: it is moved while the run goes on.
+    return ["--finetune", "false", "--mcore_model" if full else "--mcore_adapter", str(checkpoint.resolve())]
+
+
+def reached(folder: Path) -> int:
+    """The step of `last-checkpoint`, 0 where there is none."""
+    try:
+        return int(json.loads((folder / LAST / STATE_FILE).read_text(encoding="utf-8"))["iteration"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

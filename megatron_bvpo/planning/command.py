@@ -1,0 +1,169 @@
+"""The command `bvpo plan`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.planning.costs import step_costs
+from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of
+from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace
+from megatron_bvpo.planning.model_shapes import model_shape
+from megatron_bvpo.planning.report import Plan, as_json, as_text
+from megatron_bvpo.planning.settings import RunSettings, read_settings
+from megatron_bvpo.planning.suggest import suggestions
+
+
+def add_command(commands) -> None:
+    """Register `plan` with the subparsers of `bvpo`."""
+    parser = commands.add_parser(
+        "plan",
+        help="memory, layout and time of a run, before any GPU is asked for",
+        description="Read a run's YAML file and the model's config.json; print what every pipeline stage needs. "
+        "Exit code 0: it fits; 1: it does not; 2: it cannot work at all.",
+    )
+    parser.add_argument("config", help="a YAML file for `swift rlhf`, such as those in configs/")
+    parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
+    parser.add_argument("--gpus", type=_positive, default=8, help="GPUs of each (default 8)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of a GPU (default 80)")
+    parser.add_argument("--model", help="instead of the file's: a folder with config.json, or a known model's name")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the file")
+    parser.add_argument("--trace-length", type=_positive, help="longest trace in tokens (default: max_length)")
+    parser.add_argument("--empty-length", type=_positive, help="longest empty-trace sequence (default: 1024)")
+    parser.add_argument(
+        "--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank over the mean (default 1)"
+    )
+    parser.add_argument("--suggest", action="store_true", help="search the layouts, best first")
+    parser.add_argument("--json", action="store_true", help="print numbers for scripts")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    cluster = Cluster(args.nodes, args.gpus, args.gpu_memory)
+    plan = make_plan(
+        args.config,
+        cluster,
+        model=args.model,
+        overrides=_overrides(args.set),
+        trace=args.trace_length,
+        empty=args.empty_length,
+        imbalance=args.imbalance,
+        # A search starts from any layout, one that does not work too.
+        lenient=args.suggest,
+    )
+    table = None
+    if args.suggest:
+        settings, shape, lengths = plan if isinstance(plan, tuple) else (plan.run, plan.shape, plan.lengths)
+        table = suggestions(shape, settings, cluster, lengths)
+        if isinstance(plan, tuple):
+            plan = _plan_of_first(args.config, table, cluster, shape, lengths, args.imbalance)
+    print(json.dumps(as_json(plan, table), indent=2) if args.json else as_text(plan, table))
+    return 0 if plan.fits else 1
+
+
+def make_plan(
+    config: str,
+    cluster: Cluster,
+    *,
+    model: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    trace: int | None = None,
+    empty: int | None = None,
+    imbalance: float = 1.0,
+    lenient: bool = False,
+):
+    """The plan of a YAML file.
+
+    Returns:
+        A Plan. With `lenient`, for a layout that does not work, (settings, shape, lengths) instead of an error.
+
+    Raises:
+        UserError: the file, the model or the layout cannot work.
+    """
+    settings = read_settings(config, overrides)
+    name = model or settings.model
+    if not name:
+        raise UserError("is missing", file=config, field="model", remedy="add model: NAME, or give --model")
+    shape = model_shape(name, beside=Path(config).parent)
+    _check_alpha(settings, config)
+    lengths = Lengths.of(settings, trace=trace, empty=empty)
+    try:
+        check_with_neighbours(settings, shape, cluster)
+    except UserError as e:
+        if lenient:
+            return settings, shape, lengths
+        raise UserError(e.message, file=config, field=e.field, remedy=e.remedy) from None
+    return _plan(config, cluster, settings, shape, lengths, imbalance)
+
+
+def _check_alpha(settings: RunSettings, config: str) -> None:
+    """The run itself would refuse these (arguments.auto_refusals), after its nodes were handed out."""
+    if not settings.probes:
+        return
+    for key, set_ in (
+        ("fp16", settings.fp16),
+        ("main_grads_dtype", settings.main_grads_dtype == "bf16"),
+        ("use_precision_aware_optimizer", settings.use_precision_aware_optimizer),
+        ("optimizer_cpu_offload", settings.optimizer_cpu_offload),
+    ):
+        if set_:
+            raise UserError(
+                f"is {getattr(settings, key)!r}, under which alpha is not estimated",
+                file=config,
+                field=key,
+                remedy="give bvpo_alpha a number, such as the paper's 0.5, or leave the key out",
+            )
+
+
+def _plan(config, cluster: Cluster, settings: RunSettings, shape, lengths: Lengths, imbalance: float) -> Plan:
+    return Plan(
+        config=config,
+        shape=shape,
+        run=settings,
+        cluster=cluster,
+        groups=groups_of(settings, cluster.ranks),
+        lengths=lengths,
+        imbalance=imbalance,
+        stages=all_stages(shape, settings, cluster.ranks, lengths, imbalance),
+        costs=step_costs(shape, settings, cluster, lengths),
+        longest=longest_trace(shape, settings, cluster, lengths, imbalance),
+        host=host_bytes(shape, settings, cluster.ranks),
+    )
+
+
+def _plan_of_first(config: str, table: list, cluster: Cluster, shape, lengths: Lengths, imbalance: float) -> Plan:
+    if not table:
+        raise UserError(
+            f"no layout of {cluster.ranks} ranks passes the rules with this batch",
+            file=config,
+            field="global_batch_size",
+            remedy=f"use a multiple of micro_batch_size × {cluster.ranks}",
+        )
+    return _plan(f"{config} with the first suggested layout", cluster, table[0].run, shape, lengths, imbalance)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _overrides(pairs: list[str]) -> dict[str, Any]:
+    """KEY=VALUE pairs; raises UserError for anything else, or for a key that the plan does not read."""
+    known = {f.name for f in dataclasses.fields(RunSettings)}
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or key not in known:
+            raise UserError(
+                f"{pair!r} is no KEY=VALUE with a key that decides the plan",
+                field="--set",
+                remedy="for example --set micro_batch_size=2",
+            )
+        found[key] = None if value.lower() in ("none", "null") else value
+    return found

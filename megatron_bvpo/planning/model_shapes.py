@@ -1,0 +1,159 @@
+"""The sizes of a model, from its Hugging Face config.json or from the copies that come with the package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bvpo.errors import UserError
+
+SHIPPED = Path(__file__).parent / "shapes"
+DENSE_TYPES = ("qwen2", "qwen3")
+MOE_TYPES = ("qwen3_moe",)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder with grouped-query attention and gated MLPs, all layers alike.
+
+    Attributes:
+        name: the model's name or folder.
+        kind: config.json's `model_type`.
+        layers, hidden, heads, kv_heads, head_dim, vocab: as in config.json.
+        ffn: width of a dense MLP, or of one expert.
+        experts: experts per layer; 0: a dense MLP.
+        experts_per_token: experts that a token goes through; 0 for a dense model.
+        qkv_bias: the query, key and value projections have a bias.
+        qk_norm: queries and keys are normalised per head.
+        tied: one matrix for the embedding and the output layer.
+        max_positions: longest sequence the model was made for.
+    """
+
+    name: str
+    kind: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    ffn: int
+    experts: int
+    experts_per_token: int
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool
+    max_positions: int
+
+    @property
+    def layer_matrices(self) -> int:
+        """Elements of one layer's attention and dense-MLP (or router) matrices, experts left out."""
+        attention = self.hidden * self.head_dim * (self.heads + 2 * self.kv_heads) + self.heads * self.head_dim * (
+            self.hidden
+        )
+        return attention + (self.hidden * self.experts if self.experts else 3 * self.hidden * self.ffn)
+
+    @property
+    def expert_matrices(self) -> int:
+        """Elements of one expert's three matrices; 0 for a dense model."""
+        return 3 * self.hidden * self.ffn if self.experts else 0
+
+    @property
+    def total_parameters(self) -> int:
+        norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+        bias = self.head_dim * (self.heads + 2 * self.kv_heads) if self.qkv_bias else 0
+        layer = self.layer_matrices + self.experts * self.expert_matrices + norms + bias
+        return self.layers * layer + self.hidden + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
+    def active_matrices(self) -> int:
+        """Elements of the matrices that one token is multiplied with, the output layer left out."""
+        return self.layers * (self.layer_matrices + self.experts_per_token * self.expert_matrices)
+
+
+def shape_from_config(config: dict[str, Any], name: str, file: str | None = None) -> ModelShape:
+    """The shape in a config.json's content; raises UserError for models whose layers are built otherwise."""
+    config = {**config, **(config.get("text_config") or {})}
+    kind = str(config.get("model_type"))
+    if kind not in (*DENSE_TYPES, *MOE_TYPES):
+        raise UserError(
+            f"model_type is {kind!r}; the plan knows {', '.join((*DENSE_TYPES, *MOE_TYPES))}",
+            file=file,
+            field="model_type",
+            remedy="train without a plan: BVPO itself runs the models of ms-swift's Megatron backend",
+        )
+    moe = kind in MOE_TYPES
+    if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
+        raise UserError(
+            "some layers have experts and some do not",
+            file=file,
+            field="mlp_only_layers",
+            remedy="such models are not planned",
+        )
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return ModelShape(
+            name=name,
+            kind=kind,
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config["vocab_size"]),
+            ffn=int(config["moe_intermediate_size" if moe else "intermediate_size"]),
+            experts=int(config.get("num_experts") or config.get("num_local_experts") or 0) if moe else 0,
+            experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
+            # Qwen2 has no key for it, and always has the bias.
+            qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            max_positions=int(config.get("max_position_embeddings") or 0),
+        )
+    except KeyError as e:
+        raise UserError(
+            f"{e.args[0]} is missing", file=file, field=e.args[0], remedy="name the model's own folder"
+        ) from None
+
+
+def shipped_names() -> dict[str, Path]:
+    """Names of the models whose sizes come with the package, by the last part of the name in lower case."""
+    return {file.stem.lower(): file for file in sorted(SHIPPED.glob("*.json"))}
+
+
+def model_shape(model: str, *, beside: Path | None = None) -> ModelShape:
+    """The shape of `model`: a folder with a config.json, the file itself, or the name of a shipped one.
+
+    Args:
+        beside: a folder against which a relative path is tried too, the YAML file's.
+
+    Raises:
+        UserError: neither a folder with a config.json nor a known name.
+    """
+    for folder in [Path(model).expanduser(), *([beside / model] if beside else [])]:
+        file = folder if folder.suffix == ".json" else folder / "config.json"
+        if file.is_file():
+            return shape_from_config(_read_json(file), name=model, file=str(file))
+    known = shipped_names()
+    file = known.get(model.rstrip("/").rsplit("/", 1)[-1].lower())
+    if file is None:
+        raise UserError(
+            f"{model!r} is no folder with a config.json, and none of the models that come with the package: "
+            + ", ".join(path.stem for path in known.values()),
+            field="model",
+            remedy="download the model's config.json alone and name it: bvpo plan … --model FOLDER",
+        )
+    return shape_from_config(_read_json(file), name=model, file=str(file))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot be read as JSON: {e}", file=str(file), remedy="download it again") from None
+    if not isinstance(found, dict):
+        raise UserError("holds no JSON object", file=str(file), remedy="download it again")
+    return found

@@ -1,0 +1,205 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bvpo.planning.costs import EFFICIENCY, LINK_EFFICIENCY, Costs
+from megatron_bvpo.planning.layout import Cluster, Groups, layout_name
+from megatron_bvpo.planning.memory import FRAGMENTATION, GIB, Lengths, StageMemory
+from megatron_bvpo.planning.model_shapes import ModelShape
+from megatron_bvpo.planning.settings import RunSettings
+from megatron_bvpo.planning.suggest import HEADROOM, Suggestion
+
+COLUMNS = (
+    ("params", "parameters"),
+    ("(LoRA)", "adapters"),
+    ("ref. model", "reference_model"),
+    ("grads", "gradients"),
+    ("optimizer", "optimizer"),
+    ("probe", "kept_shards"),
+    ("saved act.", "activations"),
+    ("working", "working"),
+    ("(log-probs)", "log_probs"),
+    ("(ref. pass)", "reference_pass"),
+    ("CUDA, NCCL", "fixed"),
+    ("fragments", "fragmentation"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `bvpo plan` found for one run."""
+
+    config: str
+    shape: ModelShape
+    run: RunSettings
+    cluster: Cluster
+    groups: Groups
+    lengths: Lengths
+    imbalance: float
+    stages: list[StageMemory]
+    costs: Costs
+    longest: int
+    host: float
+
+    @property
+    def fullest(self) -> StageMemory:
+        return max(self.stages, key=lambda s: s.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.total <= self.cluster.memory * GIB
+
+    @property
+    def verdict(self) -> str:
+        """One line: does it fit, and how long may a trace be."""
+        used = f"{self.fullest.total / GIB:.1f} of {self.cluster.memory:g} GiB"
+        where = f"on stage {self.fullest.stage}" if self.groups.pp > 1 else "a GPU"
+        what = "pack" if self.run.packing else "trace"
+        if not self.fits:
+            hint = f"a {what} of {self.longest} tokens would" if self.longest else "no length does"
+            return f"DOES NOT FIT: {used} {where}; {hint}"
+        tight = ", tightly" if self.fullest.total > (1 - HEADROOM) * self.cluster.memory * GIB else ""
+        return f"fits{tight}: {used} {where}; the longest {what} that fits is {self.longest} tokens"
+
+
+def as_json(plan: Plan, table: list[Suggestion] | None = None) -> dict[str, Any]:
+    """The plan as plain numbers: bytes, tokens, FLOPs, seconds."""
+    found = {
+        "config": plan.config,
+        "fits": plan.fits,
+        "verdict": plan.verdict,
+        "model": {**dataclasses.asdict(plan.shape), "parameters": plan.shape.total_parameters},
+        "cluster": dataclasses.asdict(plan.cluster),
+        "groups": dataclasses.asdict(plan.groups),
+        "lengths": dataclasses.asdict(plan.lengths),
+        "longest_trace": plan.longest,
+        "host_bytes_a_gpu": plan.host,
+        "stages": [{**dataclasses.asdict(s), "total": s.total} for s in plan.stages],
+        "costs": dataclasses.asdict(plan.costs),
+    }
+    if table is not None:
+        found["suggestions"] = [
+            {
+                "layout": layout_name(s.run),
+                "recompute": s.run.recompute,
+                "bytes": s.bytes,
+                "fits": s.fits,
+                "seconds": s.costs.seconds,
+                "bubble": s.costs.bubble,
+                "longest_trace": s.longest,
+                "keys": layout_keys(s.run),
+            }
+            for s in table
+        ]
+    return found
+
+
+def layout_keys(run: RunSettings) -> dict[str, Any]:
+    """The YAML keys of a suggestion."""
+    keys = {
+        "tensor_model_parallel_size": run.tensor_model_parallel_size,
+        "sequence_parallel": run.sequence_parallel,
+        "pipeline_model_parallel_size": run.pipeline_model_parallel_size,
+        "decoder_first_pipeline_num_layers": run.decoder_first_pipeline_num_layers,
+        "decoder_last_pipeline_num_layers": run.decoder_last_pipeline_num_layers,
+        "context_parallel_size": run.context_parallel_size,
+        "expert_model_parallel_size": run.expert_model_parallel_size,
+        "recompute_granularity": run.recompute,
+        "recompute_method": run.recompute_method,
+        "recompute_num_layers": run.recompute_num_layers,
+    }
+    return {k: v for k, v in keys.items() if v is not None}
+
+
+def as_text(plan: Plan, table: list[Suggestion] | None = None) -> str:
+    lines = [*_head(plan), "", *_memory(plan), "", *_step(plan), "", plan.verdict]
+    if table is not None:
+        lines += ["", *_suggestions(plan, table)]
+    return "\n".join(lines)
+
+
+def _head(plan: Plan) -> list[str]:
+    run, shape, groups, cluster = plan.run, plan.shape, plan.groups, plan.cluster
+    active = shape.active_matrices + 2 * shape.vocab * shape.hidden
+    tuner = f"LoRA rank {run.lora_rank} on {' '.join(run.target_modules)}" if run.lora else "full tuning"
+    data = f"DP {groups.dp}" + (f", experts' DP {groups.edp}" if shape.experts else "")
+    recompute = run.recompute
+    if recompute == "full":
+        recompute += f", {run.recompute_method} {run.recompute_num_layers or 1}"
+    elif recompute == "selective":
+        recompute += f" ({' '.join(run.recompute_modules)})"
+    lengths = f"traces of {plan.lengths.trace} tokens, empty traces of {plan.lengths.empty}"
+    if run.packing:
+        lengths = f"packs of {run.packing_length or run.max_length} tokens"
+    return [
+        f"{shape.name}: {_billions(shape.total_parameters)} parameters, {_billions(active)} a token; {tuner}",
+        f"{cluster.nodes} × {cluster.gpus} GPUs of {cluster.memory:g} GiB as {layout_name(run)}; {data}",
+        f"recomputation {recompute}; streams {' and '.join(run.streams)}; the longest micro-batch: {lengths}, "
+        f"{run.micro_batch_size} × chosen and rejected",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    shown = [c for c in COLUMNS if any(getattr(s, c[1]) for s in plan.stages)]
+    widths = [max(len(title), 6) for title, _ in shown]
+    lines = ["GiB a GPU   " + "  ".join(t.rjust(w) for (t, _), w in zip(shown, widths, strict=True)) + "   total"]
+    for s in plan.stages:
+        cells = [f"{getattr(s, name) / GIB:.2f}".rjust(w) for (_, name), w in zip(shown, widths, strict=True)]
+        lines.append(f"stage {s.stage:<2} {s.layers:>3}".ljust(12) + "  ".join(cells) + f"  {s.total / GIB:6.1f}")
+    lines.append(
+        "In brackets: part of another column. Layers stand behind the stage. CUDA, NCCL and fragments "
+        f"({FRAGMENTATION:.0%} of what a step allocates) are allowances; expandable segments need fewer."
+    )
+    if plan.host >= GIB / 10:
+        what = "base weights while a merged model is saved" if plan.run.lora else "the offloaded optimizer"
+        lines.append(f"Each node's own memory: {plan.host * plan.cluster.gpus / GIB:.0f} GiB for {what}.")
+    return lines
+
+
+def _step(plan: Plan) -> list[str]:
+    costs, run = plan.costs, plan.run
+    probe = (
+        f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic" if run.probes else ""
+    )
+    lines = [
+        f"A step: {run.global_batch_size} {'packs' if run.packing else 'rows'} in {costs.micro_batches} "
+        f"micro-batches a replica, {costs.tokens:,.0f} tokens if all are as long; {costs.flops / 1e15:,.1f} PFLOP; "
+        f"pipeline bubble {costs.bubble:.0%}{probe}",
+    ]
+    if run.rehearsal:
+        return [*lines, "  Seconds are not planned for a rehearsal: its ranks are processes on a CPU."]
+    for t in costs.traffic:
+        wire = "between nodes" if t.between_nodes else "within a node"
+        lines.append(
+            f"  {t.kind + ':':<24}{t.bytes / GIB:9.2f} GiB a rank, {wire}, {t.seconds:.2f} s if nothing hides it"
+        )
+    low, high = EFFICIENCY["experts" if plan.shape.experts else "dense"]
+    fast, slow = costs.seconds
+    lines.append(
+        f"  {fast:.1f} to {slow:.1f} s a step: assumed {low:.0%} to {high:.0%} of an H100's peak and "
+        f"{LINK_EFFICIENCY:.0%} of its links'; nobody has timed this run"
+    )
+    return lines
+
+
+def _suggestions(plan: Plan, table: list[Suggestion]) -> list[str]:
+    if not table:
+        return ["No layout of these ranks passes the rules with this batch."]
+    lines = [f"{'layout':<44}{'recompute':<11}{'GiB':>6}{'bubble':>8}{'s a step':>16}{'longest trace':>15}"]
+    for s in table:
+        fast, slow = s.costs.seconds
+        lines.append(
+            f"{layout_name(s.run):<44}{s.run.recompute:<11}{s.bytes / GIB:>6.1f}{s.costs.bubble:>8.0%}"
+            f"{f'{fast:.1f} – {slow:.1f}':>16}{s.longest:>15}"
+        )
+    if not table[0].fits:
+        lines.append("None of them fits; the smallest are shown. More nodes, or a shorter max_length, are needed.")
+    return lines
+
+
+def _billions(n: float) -> str:
+    return f"{n / 1e9:.1f} B" if n >= 1e8 else f"{n / 1e6:.2f} M"

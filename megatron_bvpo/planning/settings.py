@@ -1,0 +1,260 @@
+"""The keys of a run's YAML file that decide its memory and time, with ms-swift's names and defaults.
+
+A plan reads the file without ms-swift, which takes half a minute to load; tests/unit/test_plan_settings.py compares
+the defaults with the arguments' own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_bvpo.errors import UserError
+
+ROUTER_WEIGHT = "decoder.layers.0.mlp.router.weight"
+OTHER_WEIGHTS = (
+    "embedding.word_embeddings.weight decoder.layers.0.self_attention.linear_qkv.weight decoder.layers.0.mlp.experts."
+    "linear_fc1.weight0 decoder.layers.0.mlp.linear_fc2.weight output_layer.weight"
+)
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+# What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
+NOT_PLANNED = (
+    ("pipeline_model_parallel_layout", None, "splits the layers in its own way"),
+    ("use_megatron_fsdp", False, "shards the parameters, and BVPO refuses it"),
+    ("modules_to_save", [], "trains whole modules beside the adapters"),
+    ("trainable_parameters", [], "trains some parameters only"),
+    ("freeze_parameters", [], "trains some parameters only"),
+    ("freeze_parameters_ratio", 0.0, "trains some parameters only"),
+    ("target_regex", None, "chooses the adapted modules by name"),
+    ("mtp_num_layers", None, "adds layers, and BVPO refuses it"),
+    ("fp8_format", None, "keeps activations in 8 bits"),
+    ("fp8_param_gather", False, "keeps parameters in 8 bits"),
+    ("fp4_format", None, "keeps activations in 4 bits"),
+)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the plan needs to know of a run. Lengths in tokens, sizes in ranks; names and defaults are ms-swift's."""
+
+    model: str = ""
+    rlhf_type: str = "bvpo"
+    # layout
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    microbatch_group_size_per_vp_stage: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+    decoder_first_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_model_parallel_layout: str | None = None
+    # batch
+    micro_batch_size: int = 1
+    global_batch_size: int = 16
+    max_length: int | None = None
+    packing: bool = False
+    packing_length: int | None = None
+    padding_free: bool = True
+    # tuner
+    tuner_type: str = "full"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    lora_rank: int = 8
+    lora_dropout: float = 0.05
+    ref_adapters: tuple[str, ...] = ()
+    freeze_parameters_regex: str | None = None
+    merge_lora: bool | None = None
+    # precision and optimizer
+    torch_dtype: str | None = None
+    fp16: bool | None = None
+    bf16: bool | None = None
+    optimizer: str = "adam"
+    use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    overlap_param_gather_with_optimizer_step: bool = False
+    accumulate_allreduce_grads_in_fp32: bool = False
+    use_precision_aware_optimizer: bool = False
+    main_grads_dtype: str = "fp32"
+    main_params_dtype: str = "fp32"
+    exp_avg_dtype: str = "fp32"
+    exp_avg_sq_dtype: str = "fp32"
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = 1.0
+    # activations
+    recompute_granularity: str = "selective"
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    apply_rope_fusion: bool = False
+    moe_permute_fusion: bool = False
+    attention_backend: str = "flash"
+    ddp_backend: str = "nccl"
+    # the objective
+    loss_type: str | None = None
+    reference_free: bool = False
+    moe_aux_loss_coeff: tuple[float, ...] = (0.0,)
+    moe_z_loss_coeff: float | None = None
+    bvpo_alpha: str = "auto"
+    bvpo_probe_interval: int = 10
+    bvpo_logp_impl: str = "auto"
+    bvpo_logp_memory: float = 1.0
+    bvpo_ref_cache: str | None = None
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of a parameter and of an activation: 16 bits unless the file asks for float32."""
+        if self.fp16 or self.bf16:
+            return 2
+        return 4 if str(self.torch_dtype) in ("float32", "fp32", "torch.float32") else 2
+
+    @property
+    def grad_bytes(self) -> int:
+        """Bytes of a gradient in Megatron's buffers; ms-swift turns float32 accumulation on with bf16."""
+        if self.dtype_bytes == 4 or self.accumulate_allreduce_grads_in_fp32:
+            return 4
+        return 2 if self.fp16 or self.main_grads_dtype == "bf16" else 4
+
+    @property
+    def vpp(self) -> int:
+        return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def lora(self) -> bool:
+        return self.tuner_type != "full"
+
+    @property
+    def recompute(self) -> str:
+        return str(self.recompute_granularity or "none")
+
+    @property
+    def router_frozen(self) -> bool:
+        """Full tuning with the router's weights left as they are."""
+        return not self.lora and bool(self.freeze_parameters_regex)
+
+    @property
+    def rehearsal(self) -> bool:
+        """A run on CPU ranks: plain PyTorch stands in for Transformer Engine and saves other tensors."""
+        return self.ddp_backend == "gloo"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        alpha = None if self.bvpo_alpha.lower() == "auto" else float(self.bvpo_alpha)
+        if self.rlhf_type != "bvpo" or alpha == 1:
+            return ("trace",)
+        return ("empty",) if alpha == 0 else ("trace", "empty")
+
+    @property
+    def probes(self) -> bool:
+        """Whether some steps measure the gradients' moments."""
+        return self.rlhf_type == "bvpo" and self.bvpo_alpha.lower() == "auto"
+
+    @property
+    def uses_reference(self) -> bool:
+        return not (self.reference_free or self.loss_type == "simpo")
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether each step runs the reference; a filled cache saves the time, but not the memory of a miss."""
+        return self.uses_reference and not self.bvpo_ref_cache
+
+    @property
+    def router_losses(self) -> bool:
+        return any(self.moe_aux_loss_coeff) or bool(self.moe_z_loss_coeff)
+
+
+def read_settings(file: str | Path, overrides: dict[str, Any] | None = None) -> RunSettings:
+    """The settings of a YAML file, as `swift rlhf FILE` would read it; `overrides` win.
+
+    Raises:
+        UserError: no such file, no YAML mapping, a value of the wrong kind, or a setting that the plan does not know.
+    """
+    path = Path(file)
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(
+            e.strerror or str(e), file=str(file), remedy="name a YAML file such as those in configs/"
+        ) from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = None if mark is None else mark.line + 1
+        raise UserError(f"is no YAML: {getattr(e, 'problem', e)}", file=str(file), line=line) from None
+    if not isinstance(values, dict):
+        raise UserError(
+            "holds no keys and values", file=str(file), remedy="write one `key: value` a line, as in configs/"
+        )
+    return settings_from({**values, **(overrides or {})}, file=str(file))
+
+
+def settings_from(values: dict[str, Any], file: str | None = None) -> RunSettings:
+    """Settings from flag values; keys that do not change the plan are left out."""
+    for key, understood, does in NOT_PLANNED:
+        given = values.get(key, understood)
+        if given not in (understood, None, [], "", False, 0):
+            raise UserError(f"is {given!r}, which {does}: not planned", file=file, field=key, remedy="plan without it")
+    known = {}
+    for field in dataclasses.fields(RunSettings):
+        if field.name in values:
+            known[field.name] = _converted(field.name, str(field.type), values[field.name], file)
+    settings = RunSettings(**known)
+    if settings.max_length is None and not settings.packing_length:
+        raise UserError(
+            "is missing: how long a sequence may be decides the memory",
+            file=file,
+            field="max_length",
+            remedy="add max_length: 4096, or what your traces need",
+        )
+    if settings.recompute == "full" and settings.recompute_method not in ("uniform", "block"):
+        raise UserError(
+            f"is {settings.recompute_method!r}; full recomputation needs uniform or block",
+            file=file,
+            field="recompute_method",
+            remedy="add recompute_method: uniform and recompute_num_layers: 1",
+        )
+    frozen = settings.freeze_parameters_regex
+    if frozen and (re.search(frozen, OTHER_WEIGHTS) or not re.search(frozen, ROUTER_WEIGHT)):
+        raise UserError(
+            f"is {frozen!r}; the plan knows a frozen router only",
+            file=file,
+            field="freeze_parameters_regex",
+            remedy=r"plan without it, an upper bound, or freeze '.*\.router\.weight'",
+        )
+    if settings.tuner_type not in ("lora", "full"):
+        raise UserError(f"is {settings.tuner_type!r}; the plan knows lora and full", file=file, field="tuner_type")
+    return settings
+
+
+def _converted(name: str, kind: str, value: Any, file: str | None) -> Any:
+    """`value` as the field's type; YAML writes booleans and numbers both as such and as text."""
+    try:
+        if value is None:
+            return None if "None" in kind else getattr(RunSettings, name)
+        if kind.startswith("tuple"):
+            items = value if isinstance(value, (list, tuple)) else str(value).split()
+            return tuple(float(x) for x in items) if "float" in kind else tuple(str(x) for x in items)
+        if kind.startswith("bool"):
+            text = str(value).lower()
+            if text not in (*TRUE, *FALSE):
+                raise ValueError
+            return text in TRUE
+        if kind.startswith("int"):
+            number = int(value)
+            if number != float(value):
+                raise ValueError
+            return number
+        return float(value) if kind.startswith("float") else str(value)
+    except (TypeError, ValueError):
+        wanted = {"b": "true or false", "i": "a whole number", "f": "a number", "t": "numbers"}[kind[0]]
+        raise UserError(f"is {value!r}; expected {wanted}", file=file, field=name) from None

@@ -1,0 +1,77 @@
+"""Settings under which alpha cannot be measured are refused by name, and BVPO's other refusals with them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.forks import zygotes
+from tests.distributed.test_bad_input import assert_told, flags
+
+pytestmark = pytest.mark.slow
+
+FIXED = "give --bvpo_alpha a number, or leave the flag out"
+# case: (flags, flag that is named, reason, remedy)
+AUTO = {
+    "fp16": ({"fp16": "true"}, "fp16", "the moments of gradients under a moving loss scale are not measured"),
+    # ms-swift sets fp16 itself, later than the first look.
+    "fp16 by its data type": (
+        {"torch_dtype": "float16", "fp16": None, "bf16": None},
+        "fp16",
+        "the moments of gradients under a moving loss scale are not measured",
+    ),
+    "bf16 main gradients": (
+        {"main_grads_dtype": "bf16"},
+        "main_grads_dtype",
+        "differences of bf16 gradients are noise",
+    ),
+    "precision-aware optimizer": (
+        {"use_precision_aware_optimizer": "true"},
+        "use_precision_aware_optimizer",
+        "never tested with probes",
+    ),
+    "CPU offload": ({"optimizer_cpu_offload": "true"}, "optimizer_cpu_offload", "never tested with probes"),
+    "sorted batches": (
+        {"group_by_length": "true", "padding_free": "false"},
+        "group_by_length",
+        "halves of a batch sorted by length are not alike",
+    ),
+}
+ALWAYS = {
+    "Megatron-FSDP": (
+        {"use_megatron_fsdp": "true"},
+        "use_megatron_fsdp",
+        r"Megatron-FSDP hides the finalised gradients that BVPO needs; use the distributed optimizer \(the default\)",
+    ),
+    "Muon": (
+        {"optimizer": "muon"},
+        "optimizer",
+        "Muon's update is not linear in the gradient, .*; use --optimizer adam",
+    ),
+    "capacity factor": (
+        {"moe_expert_capacity_factor": 1.5},
+        "moe_expert_capacity_factor",
+        "dropping tokens by capacity makes one stream's gradient depend on the other; leave the flag out",
+    ),
+}
+
+
+def told(workshop, folder, given: dict, alpha) -> object:
+    return zygotes().run(folder / "out", flags(workshop, bvpo_alpha=alpha, **given))
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_refused_with_auto(case, workshop, tmp_path):
+    given, flag, reason = AUTO[case]
+    assert_told(told(workshop, tmp_path, given, "auto"), f"--{flag}: {flag} is .*: {reason}; {FIXED}")
+
+
+@pytest.mark.parametrize("case", ALWAYS)
+@pytest.mark.parametrize("alpha", ["auto", 0.5])
+def test_refused_always(case, alpha, workshop, tmp_path):
+    given, flag, reason = ALWAYS[case]
+    assert_told(told(workshop, tmp_path, given, alpha), f"--{flag}: {flag} is .*: {reason}")
+
+
+def test_a_fixed_alpha_is_free_of_the_first_kind(workshop, tmp_path):
+    given, _, _ = AUTO["sorted batches"]
+    told(workshop, tmp_path, given | {"save_safetensors": "false"}, 0.5).require_success()

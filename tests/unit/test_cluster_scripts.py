@@ -1,0 +1,223 @@
+"""The shell scripts: clean under shellcheck, clear about what a site must set, and silent about secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*ROOT.glob("launch/*"), *ROOT.glob("containers/*.sh"), *ROOT.glob("tests/cluster/*.sh")])
+SECRET = "hf_" + "S3cretS3cretS3cret"
+# Set by Slurm itself, the shell, or the system.
+NOT_OURS = re.compile(r"^(SLURM_|BASH|PATH$|HOME$|SECONDS$|VIRTUAL_ENV$|PYTHONPATH$|TMPDIR$|USER$|IFS$)")
+
+
+def shellcheck() -> str:
+    found = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert found, "shellcheck comes with the test extra: pip install -e '.[test]'"
+    return found
+
+
+def test_there_are_scripts():
+    names = {path.name for path in SCRIPTS}
+    assert {"env.sh", "train.sh", "slurm.sbatch", "rehearse.sh", "test.sh"} <= names
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shellcheck(script):
+    done = subprocess.run(
+        [shellcheck(), "--external-sources", "--source-path=SCRIPTDIR", str(script)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_shellcheck_would_complain(tmp_path):
+    bad = tmp_path / "bad.sh"
+    bad.write_text("#!/bin/sh\nrm -rf $1/*\n")
+    assert subprocess.run([shellcheck(), str(bad)], capture_output=True).returncode != 0
+
+
+@pytest.mark.parametrize("name", ["train.sh", "slurm.sbatch"])
+def test_every_variable_that_a_site_may_set_is_explained_and_has_a_default(name):
+    """Under `set -u` a variable without a default would end the script with "unbound variable"."""
+    text = (ROOT / "launch" / name).read_text()
+    code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    head = text[: text.index("set -euo pipefail")] + (ROOT / "launch" / "train.sh").read_text().split("set -euo")[0]
+    read = set(re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", code))
+    with_default = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):?[-+]", code))
+    assigned = set(re.findall(r"\b([A-Z][A-Z0-9_]+)=", code))
+    for variable in sorted(v for v in read if not NOT_OURS.match(v)):
+        assert variable in with_default or variable in assigned, f"{variable} has no default"
+    internal = {"BVPO_ATTEMPT", "BVPO_RUN_TOKEN", "BVPO_NODES", "BVPO_STOP_FILE", "BVPO_ROOT", "BVPO_REHEARSAL"}
+    for variable in sorted(with_default - internal):
+        if not NOT_OURS.match(variable):
+            assert variable in head, f"{variable} is not explained at the head of {name}"
+
+
+def run(script: str, *arguments: str, env: dict[str, str] | None = None, cwd: Path = ROOT):
+    made = {"PATH": os.environ["PATH"], "HF_TOKEN": SECRET, "WANDB_API_KEY": SECRET, **(env or {})}
+    done = subprocess.run(
+        [str(ROOT / "launch" / script), *arguments], env=made, cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+    assert SECRET not in done.stdout + done.stderr
+    assert "unbound variable" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+def test_train_says_what_is_missing(tmp_path):
+    python = {"BVPO_PYTHON_BIN": sys.executable}
+    config = tmp_path / "run.yaml"
+    config.write_text("model: m\n")
+    assert run("train.sh") == (2, "train.sh: no run given; usage: launch/train.sh configs/FILE.yaml [--flag value …]")
+    code, told = run("train.sh", str(config), env={"BVPO_PYTHON_BIN": "/no/python"})
+    assert code == 2 and "BVPO_PYTHON_BIN: there is no /no/python" in told
+    code, told = run("train.sh", str(config), env={**python, "BVPO_REHEARSAL": "1"})
+    assert code == 2 and "NPROC_PER_NODE is not set" in told
+    code, told = run("train.sh", str(config), env={**python, "NPROC_PER_NODE": "1", "NNODES": "2"})
+    assert code == 2 and "NODE_RANK: NNODES is 2 and NODE_RANK is not set" in told
+    code, told = run("train.sh", str(tmp_path / "gone.yaml"), env={**python, "NPROC_PER_NODE": "1"})
+    assert code == 2 and "gone.yaml: cannot be read" in told
+    code, told = run("train.sh", str(config), env={**python, "NPROC_PER_NODE": "1", "BVPO_PREFLIGHT": "maybe"})
+    assert code == 2 and "expected 1, 0 or only" in told
+
+
+def test_a_secret_in_yaml_is_refused_before_anything_prints_it(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: m\nhub_token: {SECRET}\n")
+    for preflight in "01":
+        env = {"BVPO_PYTHON_BIN": sys.executable, "NPROC_PER_NODE": "1", "BVPO_PREFLIGHT": preflight}
+        code, told = run("train.sh", str(config), env=env, cwd=tmp_path)
+        assert code == 2 and "hub_token" in told and "HF_TOKEN" in told
+
+
+def test_sbatch_says_what_is_missing(tmp_path):
+    """Slurm's own programs are stood in for by scripts: what is tested comes before the job starts."""
+    for name, answer in (("scontrol", "n0"), ("squeue", "RUNNING"), ("srun", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {answer}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n0", "SLURM_JOB_NUM_NODES": "1"}
+    slurm["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    slurm["BVPO_RUN_DIR"] = str(tmp_path / "run")
+    code, told = run("slurm.sbatch", "x.yaml")
+    assert code == 2 and "submit this with sbatch" in told
+    code, told = run("slurm.sbatch", env=slurm)
+    assert code == 2 and "no run given" in told
+    code, told = run("slurm.sbatch", "x.yaml", env={**slurm, "SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert code == 2 and "set BVPO_ROOT" in told
+    code, told = run("slurm.sbatch", "x.yaml", env=slurm)
+    assert code == 2 and "--gpus-per-node 8" in told
+    code, told = run("slurm.sbatch", "x.yaml", env={**slurm, "BVPO_GPUS": "1", "BVPO_IMAGE": "/no/image.sif"})
+    assert code == 2 and "there is no /no/image.sif" in told
+    code, told = run("slurm.sbatch", "x.yaml", env={**slurm, "BVPO_GPUS": "1"})
+    assert code == 0, told
+
+
+def sbatch_with(
+    tmp_path: Path,
+    srun: str,
+    *,
+    given: tuple[str, ...] = ("x.yaml",),
+    restarts: int = 0,
+    moved: bool = True,
+    state: str = "RUNNING",
+    **more: str,
+) -> str:
+    """Runs slurm.sbatch with stand-ins for Slurm's programs; what it and they print."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir(exist_ok=True)
+    save = f"ln -sfn checkpoint-8 {run_dir}/last-checkpoint; " if moved else ""
+    programs = {
+        "srun": f"{save}{srun}",
+        "squeue": f'case "$*" in *%T*) echo {state};; *) echo 0:06;; esac',
+        "scontrol": 'case "$1" in requeue) echo "REQUEUED $2";; *) echo n0;; esac',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "n0",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "BVPO_GPUS": "1",
+        "BVPO_RUN_DIR": str(run_dir),
+        **more,
+    }
+    done = subprocess.run(
+        [str(ROOT / "launch" / "slurm.sbatch"), *given], env=env, capture_output=True, text=True, timeout=60
+    )
+    return f"{done.stdout}{done.stderr}exit {done.returncode}"
+
+
+def test_when_a_job_goes_back_into_the_queue(tmp_path):
+    assert "REQUEUED 7" in sbatch_with(tmp_path, "exit 75")
+    (tmp_path / "run" / "last-checkpoint").unlink()
+    assert "REQUEUED 7" in sbatch_with(tmp_path, "exit 76")
+    told = sbatch_with(tmp_path, "exit 75", restarts=1)
+    assert "REQUEUED" not in told and "saved nothing new" in told, (
+        "the same checkpoint as before: it would go on forever"
+    )
+    for srun, code in (("exit 3", 3), ("exit 1", 1), ("exit 0", 0)):
+        told = sbatch_with(tmp_path, srun)
+        assert "REQUEUED" not in told and told.endswith(f"exit {code}")
+    (tmp_path / "run" / "last-checkpoint").unlink()
+    assert "REQUEUED" not in sbatch_with(tmp_path, "exit 75", state="COMPLETING"), "scancel means it"
+    (tmp_path / "run" / "last-checkpoint").unlink()
+    assert "REQUEUED" not in sbatch_with(tmp_path, "exit 75", restarts=50)
+
+
+def test_the_run_folder(tmp_path):
+    """As train.sh chooses it (test_how_a_run_goes_on), made absolute."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "train.sh", tmp_path / "launch")
+    config = tmp_path / "small.yaml"
+
+    def folder(*flags: str, **env: str) -> str:
+        env = {"SLURM_SUBMIT_DIR": str(tmp_path), "BVPO_RUN_DIR": "", **env}
+        told = sbatch_with(tmp_path, "exit 0", given=("small.yaml", *flags), moved=False, **env)
+        return told.split("run folder ")[1].split(", last-checkpoint")[0]
+
+    config.write_text("model: m\n")
+    assert folder() == f"{tmp_path}/runs/small"
+    config.write_text("model: m\noutput_dir: 'out/a'   # here\n")
+    assert folder() == f"{tmp_path}/out/a"
+    assert folder("--output_dir", "b") == f"{tmp_path}/b" == folder("--output_dir=b")
+    assert folder(BVPO_RUN_DIR=str(tmp_path / "c")) == f"{tmp_path}/c"
+
+
+def test_in_an_image(tmp_path):
+    """What Apptainer is called with; inside, the image's own scripts come before the checkout's."""
+    image, apptainer = tmp_path / "bvpo.sif", tmp_path / "apptainer"
+    image.touch()
+    apptainer.write_text('#!/bin/bash\nprintf "<%s>" "$@"; echo "python ${BVPO_PYTHON_BIN:-none}"\n')
+    apptainer.chmod(0o755)
+    srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
+    given = {"BVPO_IMAGE": str(image), "BVPO_BINDS": "/data", "BVPO_PYTHON_BIN": "/host/python"}
+    told = sbatch_with(tmp_path, srun, **given)
+    binds = f"<--bind><{ROOT},{ROOT},{tmp_path / 'run'},/data>"
+    assert f"<exec><--nv><--no-home>{binds}<--pwd><{ROOT}><{image}><bash><-c>" in told
+    assert f"<{ROOT}/launch/train.sh><x.yaml>python none" in told, "the host's Python is not in the image"
+    assert "<exec><--no-home>" in sbatch_with(tmp_path, srun, **given, BVPO_REHEARSAL="1")
+
+
+def test_a_signal_asks_for_a_save_and_a_save_that_hangs_is_not_waited_for(tmp_path):
+    stop = tmp_path / "run" / "stop"
+    # The batch shell, as Slurm's B: does; srun is its grandchild.
+    signal = "kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"
+    asked = f"{signal}; while [ ! -e {stop} ]; do sleep 0.1; done; exit 75"
+    told = sbatch_with(tmp_path, asked)
+    assert "SIGUSR1 after" in told and "stopped and saved" in told and "REQUEUED 7" in told
+    (tmp_path / "run" / "last-checkpoint").unlink()
+    told = sbatch_with(tmp_path, f"{signal}; exit 75")  # it ends while the signal is being dealt with
+    assert "stopped and saved" in told and told.endswith("exit 75"), told
+    (tmp_path / "run" / "last-checkpoint").unlink()
+    told = sbatch_with(tmp_path, f"{signal}; exec >/dev/null 2>&1; sleep 40")
+    assert "the save did not end in time" in told and "REQUEUED 7" in told  # 6 s are left, so after 3

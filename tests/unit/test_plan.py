@@ -1,0 +1,448 @@
+"""`bvpo plan`: shapes, rules, buffers, arithmetic, the command. tests/distributed/test_plan_memory.py has tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_bvpo import cli
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.planning import memory
+from megatron_bvpo.planning.activations import Batch, chunks_in_flight, micro_batch_activations
+from megatron_bvpo.planning.buffers import make_buffer
+from megatron_bvpo.planning.costs import micro_batch_flops, step_costs
+from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of, layout_name, stage_layers
+from megatron_bvpo.planning.memory import Lengths, all_stages, fullest, longest_trace, micro_batch, stage_chunks
+from megatron_bvpo.planning.model_shapes import model_shape, shape_from_config
+from megatron_bvpo.planning.settings import settings_from
+from megatron_bvpo.planning.suggest import suggestions
+from megatron_bvpo.planning.tensors import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+MOE, LARGE, DENSE = "Qwen3-30B-A3B-Thinking-2507", "Qwen3-235B-A22B-Thinking-2507", "DeepSeek-R1-0528-Qwen3-8B"
+LORA = dict(tuner_type="lora", lora_rank=16, lora_dropout=0, max_length=4096)
+FULL = dict(tuner_type="full", max_length=4096)
+
+
+def settings(**values):
+    return settings_from({**LORA, **values})
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [  # in billions, as the models' cards round them
+        (LARGE, 235, 22),
+        (MOE, 30.5, 3.3),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78, 1.78),
+        ("DeepSeek-R1-Distill-Qwen-7B", 7.62, 7.62),
+        (DENSE, 8.19, 8.19),
+    ],
+)
+def test_parameters_of_the_named_models(name, total, active):
+    shape = model_shape(name)
+    assert shape.total_parameters / 1e9 == pytest.approx(total, rel=5e-3)
+    whole = shape.active_matrices + 2 * shape.vocab * shape.hidden
+    assert whole / 1e9 == pytest.approx(active, rel=2e-2)
+
+
+def test_qwen2_has_biases_and_qwen3_norms_per_head():
+    old, new = model_shape("DeepSeek-R1-Distill-Qwen-1.5B"), model_shape(DENSE)
+    assert (old.qkv_bias, old.qk_norm) == (True, False) and (new.qkv_bias, new.qk_norm) == (False, True)
+    assert old.total_parameters == 1_777_088_000
+
+
+@pytest.mark.parametrize("name", [MOE, DENSE, "DeepSeek-R1-Distill-Qwen-7B"])
+def test_tensors_of_one_rank_are_all_parameters(name):
+    shape = model_shape(name)
+    chunks = stage_chunks(shape, settings_from(FULL), 0)
+    assert sum(t.elements for chunk in chunks for t in chunk) == shape.total_parameters
+
+
+def test_shipped_shapes_are_those_of_transformers():
+    """The package's own configuration classes read the files: no key of ours is misspelt."""
+    transformers = pytest.importorskip("transformers")
+    kinds = {"qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "qwen3_moe": "Qwen3MoeConfig"}
+    for file in (ROOT / "megatron_bvpo/planning/shapes").glob("*.json"):
+        values = json.loads(file.read_text())
+        config = getattr(transformers, kinds[values["model_type"]])(**values)
+        assert set(values) <= set(config.to_dict()) | {"attention_bias", "num_experts"}, file
+        assert shape_from_config(values, file.stem).head_dim * config.num_attention_heads > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("nobody/no-such-model", "no folder with a config.json"), ("FOLDER", "model_type is 'mamba'")],
+)
+def test_unknown_models_are_refused(model, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(UserError, match=message):
+        model_shape(str(tmp_path) if model == "FOLDER" else model)
+
+
+def test_a_missing_size_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "num_attention_heads": 8}))
+    with pytest.raises(UserError, match="hidden_size is missing"):
+        model_shape(str(tmp_path))
+
+
+# ---- rules
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "field", "works"),
+    [
+        (MOE, dict(tensor_model_parallel_size=3), "tensor_model_parallel_size", "TP"),
+        (MOE, dict(tensor_model_parallel_size=2), "sequence_parallel", "TP2"),
+        (MOE, dict(expert_model_parallel_size=3), "expert_model_parallel_size", "EP"),
+        (MOE, dict(pipeline_model_parallel_size=5), "tensor_model_parallel_size", "PP"),
+        (LARGE, dict(pipeline_model_parallel_size=4), "pipeline_model_parallel_size", "first stage 23"),
+        (DENSE, dict(expert_model_parallel_size=2), "expert_model_parallel_size", "one rank a replica"),
+        (DENSE, dict(global_batch_size=9), "global_batch_size", "CP8"),
+        (DENSE, dict(context_parallel_size=3), "tensor_model_parallel_size", "CP"),
+        (DENSE, dict(max_length=10**6), "max_length", ""),
+        (
+            DENSE,
+            dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=4),
+            "pipeline_model_parallel_size",
+            "PP",
+        ),
+        (
+            DENSE,
+            dict(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=3, global_batch_size=6),
+            "global_batch_size",
+            "PP",
+        ),
+        (
+            LARGE,
+            dict(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=23),
+            "pipeline_model_parallel_size",
+            "PP",
+        ),
+    ],
+)
+def test_a_layout_that_cannot_work_names_its_key_and_neighbours(model, values, field, works):
+    run = settings(**{"global_batch_size": 16, **values})
+    with pytest.raises(UserError) as found:
+        check_with_neighbours(run, model_shape(model), Cluster(1, 8))
+    assert found.value.field == field, str(found.value)
+    assert works in found.value.remedy
+
+
+def test_tensor_parallelism_stays_in_a_node():
+    run = settings(tensor_model_parallel_size=16, sequence_parallel=True)
+    with pytest.raises(UserError, match="spans nodes of 8"):
+        check_with_neighbours(run, model_shape(LARGE), Cluster(2, 8))
+
+
+def test_every_neighbour_works():
+    run = settings(pipeline_model_parallel_size=4, global_batch_size=32)
+    shape, cluster = model_shape(LARGE), Cluster(4, 8)
+    from megatron_bvpo.planning.layout import nearest_layouts
+
+    near = nearest_layouts(run, shape, cluster)
+    assert len(near) == 3 and len({layout_name(s) for s in near}) == 3
+    for other in near:
+        check_with_neighbours(other, shape, cluster)
+        assert sum(stage_layers(other, shape.layers)) == 94
+
+
+@pytest.mark.parametrize(
+    ("values", "layers"),
+    [
+        (dict(pipeline_model_parallel_size=4), [24, 24, 24, 24]),
+        (dict(pipeline_model_parallel_size=4, decoder_first_pipeline_num_layers=23), [23, None]),
+        (
+            dict(
+                pipeline_model_parallel_size=4,
+                decoder_first_pipeline_num_layers=23,
+                decoder_last_pipeline_num_layers=25,
+            ),
+            [23, 24, 24, 25],
+        ),
+        (
+            dict(
+                pipeline_model_parallel_size=2,
+                account_for_embedding_in_pipeline_split=True,
+                account_for_loss_in_pipeline_split=True,
+            ),
+            [48, 48],
+        ),
+    ],
+)
+def test_layers_of_the_stages(values, layers):
+    run = settings(**values)
+    if None in layers:
+        with pytest.raises(UserError, match="73 layers between"):
+            stage_layers(run, 96)
+    else:
+        assert stage_layers(run, 96) == layers
+
+
+def test_virtual_stages_of_an_uneven_pipeline():
+    uneven = dict(decoder_first_pipeline_num_layers=23, decoder_last_pipeline_num_layers=25)
+    run = settings(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, **uneven)
+    with pytest.raises(UserError, match="23 layers of a stage cannot be split into 2 virtual stages"):
+        stage_layers(run, 96)
+
+
+# ---- buffers
+
+
+def test_buffer_of_the_distributed_optimizer():
+    """By hand: parameters start at multiples of 64, the bucket ends at a multiple of lcm(ranks, 128)."""
+    tensors = [Tensor(100, True), Tensor(7, False), Tensor(70, True), Tensor(30, True, expert=True)]
+    buffer = make_buffer(tensors, expert=False, ranks=3, sharded=True, bucket_size=None)
+    (bucket,) = buffer.buckets
+    assert bucket.params == ((0, 70), (128, 228))
+    assert buffer.elements == 384 and buffer.shard_elements == 128
+    assert [buffer.owned_elements(rank) for rank in range(3)] == [70, 100, 0]
+    whole = make_buffer(tensors, expert=False, ranks=3, sharded=False, bucket_size=None)
+    assert whole.elements == 170 and whole.owned_elements(2) == 170
+    assert make_buffer(tensors, expert=True, ranks=3, sharded=True, bucket_size=None).elements == 384
+
+
+def test_buckets_are_closed_when_full_and_around_tied_embeddings():
+    tensors = [Tensor(128, True, shared_embedding=True), *[Tensor(128, True)] * 4]
+    buffer = make_buffer(tensors, expert=False, ranks=2, sharded=True, bucket_size=200)
+    assert [(b.start, b.end) for b in buffer.buckets] == [(0, 256), (256, 512), (512, 640)]
+
+
+def test_shards_of_all_ranks_are_all_parameters():
+    shape = model_shape(MOE)
+    run = settings(expert_model_parallel_size=8, tensor_model_parallel_size=2, sequence_parallel=True)
+    groups = groups_of(run, 16)
+    for buffer in memory.stage_buffers(stage_chunks(shape, run, 0), run, groups, 0):
+        filled = sum(end - start for bucket in buffer.buckets for start, end in bucket.params)
+        assert sum(buffer.owned_elements(rank) for rank in range(buffer.ranks)) == filled > 0
+
+
+def test_kept_shards_are_as_many_as_a_probe_keeps():
+    source = (ROOT / "megatron_bvpo/probing.py").read_text()
+    assert int(re.search(r"^KEPT_SHARDS = (\d+)", source, re.M)[1]) == memory.KEPT_SHARDS
+
+
+# ---- memory
+
+
+def test_what_makes_memory_smaller():
+    shape, cluster = model_shape(MOE), Cluster(1, 8)
+
+    def size(**values):
+        run = settings(**{"expert_model_parallel_size": 8, "global_batch_size": 16, **values})
+        return fullest(shape, run, cluster.ranks, Lengths.of(run))
+
+    base = size()
+    assert size(recompute_granularity="none") > base
+    each = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    assert size(**each) < base
+    assert size(tensor_model_parallel_size=2, sequence_parallel=True) < base
+    assert size(context_parallel_size=2) < base
+    assert size(bvpo_alpha="0.5") < base  # no copies for probes
+    assert size(bvpo_alpha="1") < size(bvpo_alpha="0.5")  # no second stream
+    assert size(lora_rank=64) > base
+    assert size(tuner_type="full") > size(tuner_type="full", optimizer_cpu_offload=True) > base
+
+
+def test_the_longest_trace_fits_and_no_longer_one():
+    shape, cluster = model_shape(MOE), Cluster(1, 8)
+    run = settings(expert_model_parallel_size=8, global_batch_size=16)
+    lengths = Lengths.of(run)
+    longest = longest_trace(shape, run, cluster, lengths)
+
+    def size(n):
+        longer = dataclasses.replace(run, max_length=n)
+        return fullest(shape, longer, 8, Lengths(n, lengths.empty)) / memory.GIB
+
+    assert longest % 64 == 0 and size(longest) <= 80 < size(longest + 64)
+
+
+def test_the_fullest_stage_is_among_those_that_the_search_looks_at():
+    shape, run = (
+        model_shape(LARGE),
+        settings(
+            pipeline_model_parallel_size=8,
+            tensor_model_parallel_size=4,
+            sequence_parallel=True,
+            expert_model_parallel_size=4,
+            decoder_first_pipeline_num_layers=11,
+            decoder_last_pipeline_num_layers=11,
+            global_batch_size=64,
+        ),
+    )
+    lengths = Lengths.of(run)
+    assert fullest(shape, run, 32, lengths) == max(s.total for s in all_stages(shape, run, 32, lengths))
+
+
+def test_micro_batches_in_flight():
+    run = settings(pipeline_model_parallel_size=4)
+    assert [chunks_in_flight(run, pp=4, stage=s, micro_batches=8) for s in range(4)] == [4, 3, 2, 1]
+    assert chunks_in_flight(run, pp=4, stage=0, micro_batches=2) == 2
+    virtual = settings(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    assert [chunks_in_flight(virtual, pp=4, stage=s, micro_batches=8) for s in range(4)] == [11, 9, 7, 5]
+
+
+def test_a_micro_batch_has_both_streams():
+    run = settings(max_length=1000, micro_batch_size=2)
+    assert micro_batch(run, Lengths(1000, 100)) == Batch(2 * 2200, 2 * (2 * 1000**2 + 2 * 100**2))
+    padded = dataclasses.replace(run, padding_free=False)
+    assert micro_batch(padded, Lengths(1000, 100)).tokens == 8000
+    packed = dataclasses.replace(run, packing=True, packing_length=5000)
+    assert micro_batch(packed, Lengths(1000, 100)).tokens == 10000
+    trace_only = dataclasses.replace(run, bvpo_alpha="1")
+    assert micro_batch(trace_only, Lengths(1000, 100)).tokens == 4000
+
+
+def test_flash_attention_keeps_nothing_quadratic():
+    shape, run = model_shape(DENSE), settings(recompute_granularity="none")
+    short = micro_batch_activations(shape, run, Batch(8192, 8 * 1024**2), layers=36)
+    long = micro_batch_activations(shape, run, Batch(8192, 8192**2), layers=36)
+    assert short == long
+
+
+def test_a_recomputed_layer_keeps_its_input():
+    """By hand: 48 layers of 1,000 tokens of 2,048 elements in bf16, and what the head keeps of each token."""
+    shape = model_shape(MOE)
+    run = settings(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    saved, again = memory.saved_activations(shape, run, 1, 0, Batch(1000, 0))
+    head = 1000 * (2048 * 2 + 4 + 2048 * 2 + 25)
+    assert saved == 48 * 1000 * 2048 * 2 + head
+    assert again > 1000 * 2048 * 2
+
+
+def test_a_layer_of_transformer_engine_by_hand():
+    """Dense, LoRA on all linear layers, flash attention, bf16: bytes of one token, tensor by tensor."""
+    shape = model_shape(DENSE)
+    h, q, kv, d, f, r = 4096, 4096, 1024, 128, 12288, 16
+    attention = 2 * h + 4 + 2 * h + 2 * r  # the norm's input, what linear_qkv and its A read, what its B reads
+    attention += 2 * q + 4 * 32 + 2 * kv + 4 * 8  # norms per head
+    attention += 4 * 2 * d  # cosine and sine, for queries and keys
+    attention += 2 * (q + kv + (q + 2 * kv)) + 4 * 32  # queries, keys, linear_qkv's product for the values, one a row
+    attention += 2 * q + 2 * r  # attention's output is linear_proj's input
+    mlp = 2 * h + 4 + 2 * h + 2 * r + 2 * 2 * f + 2 * f + 2 * r
+    found = micro_batch_activations(shape, settings(recompute_granularity="none"), Batch(10, 100), layers=1)
+    assert found.layer == 10 * (attention + mlp)
+
+
+# ---- arithmetic
+
+
+def test_flops_of_full_tuning_are_the_text_books():
+    """6 N D for a forward and a backward pass, 2 N D for the reference; attention and the head's products apart."""
+    shape = model_shape(DENSE)
+    run = settings_from({**FULL, "recompute_granularity": "none", "bvpo_alpha": "1"})
+    tokens = 1000.0
+    n = shape.active_matrices + shape.vocab * shape.hidden
+    found = micro_batch_flops(shape, run, Batch(tokens, 0))
+    assert found == pytest.approx(8 * n * tokens + 2 * shape.vocab * shape.hidden * tokens)
+    cached = dataclasses.replace(run, bvpo_ref_cache="/refs")
+    assert found - micro_batch_flops(shape, cached, Batch(tokens, 0)) == pytest.approx(2 * n * tokens)
+
+
+def test_the_bubble_and_what_crosses_nodes():
+    shape = model_shape(MOE)
+    run = settings(pipeline_model_parallel_size=2, expert_model_parallel_size=8, global_batch_size=32)
+    costs = step_costs(shape, run, Cluster(2, 8), Lengths.of(run))
+    assert costs.micro_batches == 4 and costs.bubble == pytest.approx(1 / 5)
+    crossing = {t.kind: t.between_nodes for t in costs.traffic}
+    assert crossing == {"expert parallel": False, "pipeline": True, "data parallel": False}
+    wide = step_costs(shape, settings(expert_model_parallel_size=16), Cluster(2, 8), Lengths.of(run))
+    assert {t.kind: t.between_nodes for t in wide.traffic}["expert parallel"]
+    assert 0 < costs.seconds[0] < costs.seconds[1]
+
+
+def test_suggestions_fit_and_are_ranked():
+    shape, cluster = model_shape(MOE), Cluster(1, 8)
+    run = settings(global_batch_size=32)
+    table = suggestions(shape, run, cluster, Lengths.of(run))
+    assert len(table) == 10 and all(s.fits for s in table)
+    assert [s.middle_seconds for s in table] == sorted(s.middle_seconds for s in table)
+    for s in table:
+        check_with_neighbours(s.run, shape, cluster)
+        assert s.bytes <= 0.9 * 80 * memory.GIB and s.longest >= 4096
+    none = suggestions(model_shape(LARGE), run, Cluster(1, 4), Lengths.of(run))
+    assert none and not any(s.fits for s in none)
+
+
+# ---- the command
+
+
+def config_file(tmp_path, **values) -> str:
+    file = tmp_path / "run.yaml"
+    lines = {"rlhf_type": "bvpo", "model": f"Qwen/{MOE}", "expert_model_parallel_size": 8, **LORA, **values}
+    file.write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
+    return str(file)
+
+
+def test_the_command_prints_and_says_whether_it_fits(tmp_path, capsys):
+    assert cli.bvpo(["plan", config_file(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\nfits, tightly: " in out and "stage 0" in out and "30.5 B parameters" in out
+    assert cli.bvpo(["plan", config_file(tmp_path), "--gpu-memory", "10"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_the_command_as_json(tmp_path, capsys):
+    argv = ["plan", config_file(tmp_path), "--json", "--suggest", "--nodes", "2", "--set", "global_batch_size=64"]
+    assert cli.bvpo(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is True and found["groups"]["dp"] == 16
+    assert found["stages"][0]["total"] < 80 * memory.GIB
+    assert found["suggestions"][0]["keys"]["tensor_model_parallel_size"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing.yaml"], "nothing.yaml: No such file"),
+        (["CONFIG", "--model", "nobody/none"], "no folder with a config.json"),
+        (["CONFIG", "--gpus", "3"], "run.yaml: expert_model_parallel_size: .*Nearest layouts that work"),
+        (["CONFIG", "--set", "lr=1"], "no KEY=VALUE"),
+        (["CONFIG", "--set", "micro_batch_size=two"], "micro_batch_size: is 'two'; expected a whole number"),
+        (["CONFIG", "--set", "recompute_granularity=full"], "needs uniform or block"),
+        (["CONFIG", "--set", "target_modules=everything"], "'everything' is none of"),
+        (["CONFIG", "--set", "optimizer_cpu_offload=true"], "optimizer_cpu_offload: is True, under which alpha"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(argv, message, tmp_path, capsys):
+    argv = [config_file(tmp_path) if a == "CONFIG" else a for a in argv]
+    assert cli.bvpo(["plan", *argv]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err.replace("\n", " ")), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "model: x\n"])
+def test_files_that_are_no_run(text, tmp_path, capsys):
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    assert cli.bvpo(["plan", str(file)]) == 2
+    assert "bad.yaml" in capsys.readouterr().err
+
+
+def test_the_search_starts_from_a_layout_that_does_not_work(tmp_path, capsys):
+    assert cli.bvpo(["plan", config_file(tmp_path, expert_model_parallel_size=3), "--suggest"]) == 0
+    assert "first suggested layout" not in capsys.readouterr().err
+
+
+def test_a_plan_is_quick_and_loads_nothing_heavy(tmp_path):
+    code = (
+        "import sys; from megatron_bvpo.cli import bvpo; code = bvpo(sys.argv[1:]); "
+        "heavy = {'torch', 'megatron', 'swift', 'transformers', 'mcore_bridge'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", config_file(tmp_path)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 10  # a second on an idle machine
