@@ -8,13 +8,13 @@
 #
 #   BVPO_APPTAINER       the program to use (default: apptainer or singularity, whichever is on PATH)
 #   BVPO_APPTAINER_ROOT  the folder with sid's packages (default: /var/tmp/bvpo-apptainer; 0.4 GB)
-#   BVPO_DEBIAN_MIRROR   default: http://deb.debian.org/debian
+#   BVPO_DEBIAN_MIRROR   default: debootstrap's own
 #   BVPO_APPTAINER_WRAP  a command to put before apptainer, such as setpriv, to run as another user (default: none; in
 #                        sid's root an unshare that makes root of a user namespace, as builds want)
 set -euo pipefail
 
 root="${BVPO_APPTAINER_ROOT:-/var/tmp/bvpo-apptainer}"
-mirror="${BVPO_DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+mirror="${BVPO_DEBIAN_MIRROR:-}"
 
 find_program() {
   if [ -n "${BVPO_APPTAINER:-}" ]; then
@@ -41,7 +41,7 @@ make_root() {
   rm -rf "$root.part"
   mkdir -p "$(dirname "$root")"
   if ! debootstrap --variant=minbase --include=apptainer,squashfs-tools,squashfuse,fuse2fs,uidmap,ca-certificates \
-    sid "$root.part" "$mirror" >"$root.log" 2>&1; then
+    sid "$root.part" ${mirror:+"$mirror"} >"$root.log" 2>&1; then
     tail -n 5 "$root.log" >&2
     echo "apptainer.sh: debootstrap of sid failed; its whole output is in $root.log." >&2
     exit 1

@@ -11,7 +11,7 @@
 #                       cpu: docker://debian:12, a SIF, or a folder (default: Debian 12 by debootstrap, needs root)
 #   BVPO_TORCH_INDEX    cpu: index or folder of wheels with torch's CPU build
 #                       (default: https://download.pytorch.org/whl/cpu)
-#   BVPO_DEBIAN_MIRROR  cpu: default http://deb.debian.org/debian; a dated snapshot repeats a build exactly
+#   BVPO_DEBIAN_MIRROR  cpu: default debootstrap's own; a dated snapshot repeats a build exactly
 #   BVPO_PIP_CONF       a pip.conf for the build alone: an index of one's own. May hold a password: it is bound in,
 #                       not copied, and no part of the image
 #   BVPO_CA_BUNDLE      certificates to trust during the build, on top of the system's (a proxy that opens TLS)
@@ -81,9 +81,9 @@ debian_base() {
       die "debootstrap is missing: install it, or set BVPO_BASE=docker://debian:12"
     fi
   fi
-  echo "Debian 12 from ${BVPO_DEBIAN_MIRROR:-http://deb.debian.org/debian} …"
+  echo "Debian 12 from ${BVPO_DEBIAN_MIRROR:-Debian's mirrors} …"
   debootstrap --variant=minbase --include=ca-certificates bookworm "$work/base" \
-    "${BVPO_DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$work/debootstrap.log" 2>&1 || {
+    ${BVPO_DEBIAN_MIRROR:+"$BVPO_DEBIAN_MIRROR"} >"$work/debootstrap.log" 2>&1 || {
     tail -n 5 "$work/debootstrap.log" >&2
     die "debootstrap failed"
   }
@@ -130,5 +130,5 @@ for file in packages.txt sbom.cdx.json; do
 done
 # Into place at the end: a name that is there is a whole image.
 mv "$work/image.sif" "$out.part"
-mv "$out.part" "$out"
-echo "$out: $(du -h "$out" | cut -f1), $(wc -l <"${out%.sif}.packages.txt") packages, $((SECONDS - started)) s."
+mv -T "$out.part" "$out"
+echo "$out: $(du -sh "$out" | cut -f1), $(wc -l <"${out%.sif}.packages.txt") packages, $((SECONDS - started)) s."

@@ -14,6 +14,14 @@ from megatron_bvpo.errors import UserError
 
 CONFIG = "BVPO_CONFIG"
 
+_LAUNCH = """
+    APPTAINER ATTEMPT BINDS GPUS IMAGE MARGIN_S MAX_RESTARTS MIN_BUSBW_GBS MIN_FREE_GIB NODES NODE_NAME
+    NODE_SILENCE_S PREFLIGHT PREFLIGHT_SECONDS PYTHON_BIN RESUME RUN_DIR RUN_TOKEN SHARED_FOLDERS STOP_FILE
+"""
+_IMAGE = """
+    APEX_COMMIT APPTAINER_ROOT APPTAINER_WRAP BASE BUILD_ARGS BUILD_ON CACHE CA_BUNDLE CUDA_ARCH DEBIAN_MIRROR
+    IN_IMAGE LOCK_DATE MAX_JOBS PIP_CONF PROFILE SETTINGS TORCH_INDEX UV
+"""
 # BVPO_ variables that are not settings. Launch scripts may add to this list, with a word of what they are.
 OTHER_VARIABLES = {
     CONFIG: "a YAML file of settings, for the plugin",
@@ -26,6 +34,9 @@ OTHER_VARIABLES = {
     "BVPO_TORCH": "launch scripts: the torch requirement",
     "BVPO_PIP_ARGS": "launch scripts: more arguments for pip",
     "BVPO_REHEARSAL_DIR": "launch scripts: where the rehearsal keeps its files",
+    # of launch/train.sh, launch/slurm.sbatch and `bvpo preflight`, whose heads say what they are
+    **{f"BVPO_{name}": "the launch kit" for name in _LAUNCH.split()},
+    **{f"BVPO_{name}": "the image (containers/)" for name in _IMAGE.split()},
 }
 
 

@@ -69,7 +69,7 @@ LAYOUTS = {
     "dense-full-dp4-bf16": ("dense", FULL | BF16 | SELECTIVE),
     "tied-full-dp4-two-a-chunk": ("tied", FULL | EACH | dict(recompute_num_layers=2)),
 }
-DEFAULT = 6
+DEFAULT = 5
 COMMON = dict(
     micro_batch_size=2,
     global_batch_size=8,

@@ -219,5 +219,5 @@ def test_a_signal_asks_for_a_save_and_a_save_that_hangs_is_not_waited_for(tmp_pa
     told = sbatch_with(tmp_path, f"{signal}; exit 75")  # it ends while the signal is being dealt with
     assert "stopped and saved" in told and told.endswith("exit 75"), told
     (tmp_path / "run" / "last-checkpoint").unlink()
-    told = sbatch_with(tmp_path, f"{signal}; exec >/dev/null 2>&1; sleep 40")
+    told = sbatch_with(tmp_path, f"{signal}; exec >/dev/null 2>&1; sleep 9")
     assert "the save did not end in time" in told and "REQUEUED 7" in told  # 6 s are left, so after 3
