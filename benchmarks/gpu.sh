@@ -5,7 +5,7 @@
 #   benchmarks/gpu.sh
 #   STEP_FLAGS="--ranks 8 --flags …"  # more arguments for benchmarks/step.py
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"' || exit 2
 failed=0

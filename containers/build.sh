@@ -81,7 +81,7 @@ debian_base() {
       die "debootstrap is missing: install it, or set BVPO_BASE=docker://debian:12"
     fi
   fi
-  echo "Debian 12 from ${BVPO_DEBIAN_MIRROR:-Debian's mirrors} …"
+  echo "Debian 12 from ${BVPO_DEBIAN_MIRROR:-the usual mirror} …"
   debootstrap --variant=minbase --include=ca-certificates bookworm "$work/base" \
     ${BVPO_DEBIAN_MIRROR:+"$BVPO_DEBIAN_MIRROR"} >"$work/debootstrap.log" 2>&1 || {
     tail -n 5 "$work/debootstrap.log" >&2

@@ -7,8 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 _OURS = re.compile(r"megatron-bvpo: error: .*")
-# The last line of a Python traceback, or of a C++ one of torch.
-_RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Refused|Lost)\b.*")
+# The last line of a Python traceback; torch puts the rank in front of it.
+_RAISED = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Refused|Lost)\b.*)")
 _TAIL = 200_000
 
 
@@ -52,6 +52,6 @@ def _error_line(file: Path) -> str:
         if match := _OURS.search(line):
             return match.group(0)[:500]
     for line in reversed(lines):
-        if _RAISED.match(line):
-            return line[:500]
+        if match := _RAISED.match(line):
+            return match.group(1)[:500]
     return ""

@@ -169,7 +169,7 @@ def test_secrets_are_not_printed(hosts, config, tmp_path):
     secret = "hf_" + "S3cretS3cretS3cret"
     logs = [tmp_path / "a.log", tmp_path / "b.log"]
     env = {"HF_TOKEN": secret, "WANDB_API_KEY": secret, "SWANLAB_API_KEY": secret}
-    flags = ("--train_iters", "1")
+    flags = ("--train_iters", "3")
     codes = wait_for(start_both(hosts, tmp_path / "run", config, logs, *flags, port=29640, **env), logs, 150)
     assert codes == [0, 0], logs[0].read_text()[-3000:]
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

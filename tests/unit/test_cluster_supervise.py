@@ -168,7 +168,7 @@ def test_the_first_error_of_the_ranks(tmp_path):
 
     assert first_error(tmp_path) == ""
     log(0, "Traceback …\nRuntimeError: [gloo] Connection closed by peer [10.0.0.2]:123\n", 30)
-    log(1, "Traceback …\ntorch.OutOfMemoryError: CUDA out of memory.\nmore\n", 10)
+    log(1, "Traceback …\n[rank1]: torch.OutOfMemoryError: CUDA out of memory.\nmore\n", 10)
     assert first_error(tmp_path).startswith(
         "torch.OutOfMemoryError: CUDA out of memory. ["
     ) and "/1/stderr.log]" in first_error(tmp_path)
