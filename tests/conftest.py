@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--whole-matrix",
         action="store_true",
-        help="run every cell of the parity matrix (about 25 minutes on two cores) instead of CI's part of it",
+        help="run every cell of the parity matrices (seven minutes and more a file) instead of CI's part of it",
     )
     parser.addoption(
         "--cluster",

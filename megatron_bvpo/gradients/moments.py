@@ -1,13 +1,14 @@
 """D, X and W of the two streams' gradients, from two halves of a batch.
 
 MATH.md §3. With the finalised mean gradients g_sh of stream s ∈ {t, e} over half h ∈ {A, B},
-ḡ_s = Σ_h n_sh·g_sh / n_s and d_h = g_th − g_eh:
+ḡ_s = Σ_h n_sh·g_sh / n_s, δ_s = g_sA − g_sB and c_s = n_sA·n_sB / n_s²:
 
-    D̂ = ‖ḡ_t − ḡ_e‖²    X̂ = c·⟨g_tA − g_tB, d_A − d_B⟩    Ŵ = c·‖d_A − d_B‖²    c = n_A·n_B / n²
+    D̂ = ‖ḡ_t − ḡ_e‖²    V̂_t = c_t·‖δ_t‖²    V̂_e = c_e·‖δ_e‖²    Ĉ = c_t·⟨δ_t, δ_e⟩
+    X̂ = V̂_t − Ĉ          Ŵ = V̂_t + V̂_e − 2Ĉ
 
-All three are unbiased for D = E‖g_t − g_e‖², X = V_t − C and W = V_t + V_e − 2C of the batch-mean gradient.
-V̂_t = c·‖g_tA − g_tB‖² goes with them, for words about the noise; V̂_e = Ŵ + V̂_t − 2X̂ follows.
-The halves are the same pairs for both streams; where a row has lost its empty pair, n_h counts the trace pairs.
+D̂, X̂ and Ŵ are unbiased for D = E‖g_t − g_e‖², X = V_t − C and W = V_t + V_e − 2C of the batch-mean gradient.
+The halves are the same pairs for both streams. A row may have lost its empty pair: then c_e is not c_t, and the
+covariance of two halves' means, κ/n_tA + κ/n_tB for a covariance κ of a pair's two gradients, still asks for c_t.
 
 Why halves and not the data-parallel ranks' own gradients: an expert's gradient on a rank already mixes the
 samples of its whole expert group, sequence-parallel and tied gradients are partial before finalisation, and
@@ -77,16 +78,24 @@ def measure(
                 g = {key: tensors[i][part].double() for key, tensors in gradients.items()}
                 local += _sums(g, counts) / s.copies
     dist.all_reduce(local, group=group)
+    return moments_of(local.tolist(), counts)
+
+
+def moments_of(sums: Sequence[float], counts: HalfCounts) -> Moments:
+    """Moments from the whole model's four sums (`_sums`)."""
+    d, tt, te, ee = sums
     n_a, n_b = counts.trace
     c = n_a * n_b / (n_a + n_b) ** 2
-    d, x, w, v_t = local.tolist()
-    return Moments(D=d, X=c * x, W=c * w, V_t=c * v_t)
+    m_a, m_b = counts.empty
+    c_e = m_a * m_b / (m_a + m_b) ** 2
+    # Where halves hold other shares of the empty pairs, c_e is not c, and W no square: it is not let below 0.
+    return Moments(D=d, X=c * (tt - te), W=max(c * tt + c_e * ee - 2 * c * te, 0.0), V_t=c * tt)
 
 
 def _sums(g: dict[tuple[str, str], Tensor], counts: HalfCounts) -> Tensor:
-    """‖ḡ_t − ḡ_e‖², ⟨g_tA − g_tB, d_A − d_B⟩, ‖d_A − d_B‖² and ‖g_tA − g_tB‖² of one part."""
+    """‖ḡ_t − ḡ_e‖², and with δ_s = g_sA − g_sB: ‖δ_t‖², ⟨δ_t, δ_e⟩ and ‖δ_e‖², of one part."""
     (t_a, t_b), (e_a, e_b) = counts.fractions("trace"), counts.fractions("empty")
     mean = t_a * g["trace", "A"] + t_b * g["trace", "B"] - e_a * g["empty", "A"] - e_b * g["empty", "B"]
     trace = g["trace", "A"] - g["trace", "B"]
-    difference = trace - (g["empty", "A"] - g["empty", "B"])
-    return torch.stack([mean.dot(mean), trace.dot(difference), difference.dot(difference), trace.dot(trace)])
+    empty = g["empty", "A"] - g["empty", "B"]
+    return torch.stack([mean.dot(mean), trace.dot(trace), trace.dot(empty), empty.dot(empty)])

@@ -38,7 +38,7 @@ LAYOUTS = {
     "tp2-pp2-ep2": (4, f"{TP2} {PP2} {EP2}"),
 }
 TUNERS = {"lora": "--tuner_type lora --lora_rank 4 --lora_dropout 0", "full": "--tuner_type full"}
-BATCHES = {"free": "", "padded": "--padding_free false", "packed": "--packing true --packing_length 700"}
+BATCHES = {"free": "", "padded": "--padding_free false", "packed": "--packing true --packing_length 820"}
 # The distributed optimizer off, reduction overlapped with the backward pass, activations recomputed, the
 # router trained too: each on a layout where it matters.
 VARIANTS = {
@@ -67,8 +67,6 @@ def argv(workshop, layout: str, tuner: str, batch: str, more: str = "") -> list[
         f"--lr 1e-3 --adam_eps 1e-4 --micro_batch_size 1 --global_batch_size 4 --train_iters {STEPS} "
         "--logging_steps 1 --max_length 512 --bvpo_alpha 0.3"
     )
-    if batch == "packed":
-        run = run.replace("--global_batch_size 4", "--global_batch_size 2")
     flags = [*run.split(), *CPU_FLAGS, *LAYOUTS[layout][1].split(), *TUNERS[tuner].split(), *BATCHES[batch].split()]
     return flags + more.split()
 
