@@ -32,26 +32,41 @@ fail() {
 [ $# -gt 0 ] || fail "no run given; usage: launch/train.sh configs/FILE.yaml [--flag value …]"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+remedy="run launch/rehearse.sh once, which makes .venv, or set BVPO_PYTHON_BIN (a Python with ms-swift) or BVPO_IMAGE (slurm.sbatch)"
+has_packages() { # looks and imports nothing: torch alone would take seconds
+  "$1" -c 'import sys; from importlib.util import find_spec as f; sys.exit(not all(map(f, ("torch", "swift", "yaml"))))' \
+    2>/dev/null
+}
+
 find_python() {
   local candidate
   for candidate in "${BVPO_PYTHON_BIN:-}" "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$root/.venv/bin/python" python3; do
     [ -n "$candidate" ] || continue
-    if command -v "$candidate" >/dev/null; then
+    if ! command -v "$candidate" >/dev/null; then
+      [ "$candidate" != "${BVPO_PYTHON_BIN:-}" ] || fail "BVPO_PYTHON_BIN: there is no $candidate on this node"
+    elif has_packages "$candidate"; then
       command -v "$candidate"
       return 0
+    elif [ "$candidate" = "${BVPO_PYTHON_BIN:-}" ]; then
+      fail "BVPO_PYTHON_BIN: $candidate has no torch or no ms-swift; $remedy"
     fi
-    [ "$candidate" != "${BVPO_PYTHON_BIN:-}" ] || fail "BVPO_PYTHON_BIN: there is no $candidate on this node"
   done
-  fail "no Python found; set BVPO_PYTHON_BIN to the python of the environment with ms-swift"
+  fail "no Python with torch and ms-swift found on this node; $remedy"
 }
 
 count_gpus() {
   if [ "${BVPO_REHEARSAL:-0}" = 1 ] || ! command -v nvidia-smi >/dev/null; then
     fail "NPROC_PER_NODE is not set and there is no GPU to count; set it to the number of ranks a node"
   fi
-  nvidia-smi --list-gpus | wc -l
+  local listed
+  listed="$(nvidia-smi --list-gpus 2>&1)" ||
+    fail "NPROC_PER_NODE is not set and nvidia-smi fails ($(head -n 1 <<<"$listed")); drain the node, or set NPROC_PER_NODE"
+  grep -c '^GPU ' <<<"$listed" || fail "NPROC_PER_NODE is not set and nvidia-smi lists no GPU; ask the scheduler for GPUs"
 }
 
+[ -z "${BVPO_IN_IMAGE:-}" ] || unset PYTHONPATH PYTHONHOME   # the host's, which an image does not have
+export PYTHONNOUSERSITE=1                                   # $HOME's own packages would hide the environment's
+export PYTHONSAFEPATH=1                                     # and so would a module in the current folder
 python="$(find_python)"
 export NNODES="${NNODES:-${SLURM_NNODES:-1}}"
 export NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-}}"
@@ -64,8 +79,6 @@ fi
 export NPROC_PER_NODE
 export BVPO_ATTEMPT="${BVPO_ATTEMPT:-${SLURM_JOB_ID:+slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}}}"
 export BVPO_RUN_TOKEN="${BVPO_RUN_TOKEN:-${BVPO_ATTEMPT:-}}"
-export PYTHONNOUSERSITE=1                                   # $HOME's own packages would hide the environment's
-export PYTHONSAFEPATH=1                                     # and so would a module in the current folder
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"        # a checkout works without being installed
 
 bvpo() {

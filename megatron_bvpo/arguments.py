@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 # Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
 import swift.megatron.pipelines.train.rlhf  # noqa: F401
-import torch
 from swift.megatron.arguments import MegatronRLHFArguments
 from transformers import AutoConfig
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.layout import check_layout, check_model_fits
+from megatron_bvpo.host.refusals import parse_alpha, refuse_unsupported
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 
 DEFAULT_BETA = {"simpo": 2.0}
@@ -156,24 +156,6 @@ class BvpoArguments(MegatronRLHFArguments):
             )
 
 
-def parse_alpha(value: Any) -> float | None:
-    """`auto` to None, else a number in [0, 1]; raises UserError."""
-    text = str(value).strip().lower()
-    if text == "auto":
-        return None
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not 0 <= alpha <= 1:
-        raise UserError(
-            f"alpha is {value!r}; expected a number in [0, 1], or auto",
-            field="--bvpo_alpha",
-            remedy="0.5 is the paper's value; 1 trains on the traces alone, 0 on the empty traces alone",
-        )
-    return alpha
-
-
 def _number(values: dict[str, Any], name: str, low: float, high: float, *, low_open: bool = False) -> float:
     try:
         number = float(values[name])
@@ -264,80 +246,6 @@ def settle_preference_defaults(args) -> None:
         )
     if args.beta is None:
         args.beta = DEFAULT_BETA.get(args.loss_type, 0.1)
-
-
-def refuse_unsupported(args) -> None:
-    """Settings under which BVPO would be wrong or was never shown to be right."""
-    leave = "leave the flag out"
-    refusals = [
-        (
-            args.use_megatron_fsdp,
-            "use_megatron_fsdp",
-            "Megatron-FSDP hides the finalised gradients that BVPO needs",
-            "use the distributed optimizer (the default)",
-        ),
-        (
-            "muon" in str(args.optimizer),
-            "optimizer",
-            "Muon's update is not linear in the gradient, so it is not an update with the mixed gradient",
-            "use --optimizer adam",
-        ),
-        (
-            args.moe_expert_capacity_factor is not None,
-            "moe_expert_capacity_factor",
-            "dropping tokens by capacity makes one stream's gradient depend on the other",
-            leave,
-        ),
-        (
-            args.async_save,
-            "async_save",
-            "a checkpoint is renamed into place when it is whole, and an asynchronous one is not whole yet",
-            leave,
-        ),
-        (
-            args.calculate_per_token_loss,
-            "calculate_per_token_loss",
-            "BVPO's losses are means over pairs, not over tokens",
-            leave,
-        ),
-        (args.f_divergence_type != "reverse_kl", "f_divergence_type", "BVPO has the reverse KL only", leave),
-        (args.task_type not in (None, "causal_lm"), "task_type", "BVPO trains causal language models", leave),
-        (
-            args.streaming and args.packing,
-            "packing",
-            "ms-swift packs streamed rows by one sequence each, and a preference row has several",
-            "pack without --streaming, or stream without --packing (batches stay padding-free)",
-        ),
-        (
-            args.tuner_type == "full" and (args.fp8_param_gather or args.fp4_param_gather),
-            "fp8_param_gather",
-            "which rank counts a parameter is not known for 8-bit parameters",
-            leave,
-        ),
-        (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
-    ]
-    if parse_alpha(args.bvpo_alpha) is None:
-        refusals += auto_refusals(args)
-    for refused, flag, reason, remedy in refusals:
-        if refused:
-            raise UserError(f"{flag} is {getattr(args, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)
-
-
-def auto_refusals(args) -> list[tuple]:
-    """Settings under which the gradients' moments were never shown to be measured right."""
-    fixed = "give --bvpo_alpha a number, or leave the flag out"
-    return [
-        (args.fp16, "fp16", "the moments of gradients under a moving loss scale are not measured", fixed),
-        (
-            args.main_grads_dtype in ("bf16", torch.bfloat16),
-            "main_grads_dtype",
-            "differences of bf16 gradients are noise",
-            fixed,
-        ),
-        (args.use_precision_aware_optimizer, "use_precision_aware_optimizer", "never tested with probes", fixed),
-        (args.optimizer_cpu_offload, "optimizer_cpu_offload", "never tested with probes", fixed),
-        (args.group_by_length, "group_by_length", "halves of a batch sorted by length are not alike", fixed),
-    ]
 
 
 def check_model_folders(args) -> None:

@@ -131,6 +131,8 @@ def _broken_ranks(links, reports) -> list[Finding]:
                 remedy = (
                     "Run `bvpo doctor` there" if reached == "nothing" else "Drain the node: this GPU cannot be trusted"
                 )
+                if not error:  # it was ended when the time was over, and may only have been slow
+                    remedy = f"Set BVPO_PREFLIGHT_SECONDS=300 to give it more time; if it fails again: {remedy}"
                 found.append(Finding("compute", PROBLEM, f"rank {local} of {reports[node].label}: {what}", remedy))
     return found
 
@@ -243,6 +245,16 @@ def _transport(links, reports) -> list[Finding]:
                     "there, and the locked memory unlimited",
                 )
             )
+    by_nccl = any(n.get("backend") == "nccl" for told in links.values() for ns in told["ranks"].values() for n in ns)
+    if len(links) > 1 and by_nccl and not used and _rates(links, "across"):
+        findings.append(
+            Finding(
+                "InfiniBand",
+                WARNING,
+                "NCCL's log names no network, so it is not known whether InfiniBand is used",
+                "Compare the bandwidth across nodes below with the site's nccl-tests",
+            )
+        )
     if len(links) > 1 and not findings and used:
         fast = _has_infiniband(used)
         findings.append(

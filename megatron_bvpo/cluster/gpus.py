@@ -19,21 +19,35 @@ FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
     "mig.mode.current",
     "driver_version",
-    "clocks_throttle_reasons.hw_slowdown",
-    "clocks_throttle_reasons.hw_thermal_slowdown",
 )
+# Asked for apart, and by both of their names: to a driver that does not know one of its fields, nvidia-smi refuses
+# the whole query.
+SLOWDOWNS = ("hw_slowdown", "hw_thermal_slowdown")
+SLOWDOWN_PREFIXES = ("clocks_event_reasons", "clocks_throttle_reasons")
 # A GPU that nobody uses holds some hundred MiB for its driver.
 FREE_MIB = 2000
 HOT_C = 85
 
 
 def query(executable: str = "nvidia-smi", timeout: float = 30) -> list[dict[str, str]] | str:
-    """One dict of FIELDS a GPU, or what went wrong."""
+    """One dict of FIELDS and SLOWDOWNS a GPU, or what went wrong; a slowdown that is not known is [N/A]."""
     found = _ask(executable, [f"--query-gpu={','.join(FIELDS)}"], timeout)
     if isinstance(found, str):
         return found
     rows = [row for row in found if len(row) == len(FIELDS)]
-    return [dict(zip(FIELDS, row, strict=True)) for row in rows] or "it lists no GPU"
+    slow = _slowdowns(executable, timeout) if rows else {}
+    unknown = dict.fromkeys(SLOWDOWNS, "[N/A]")
+    return [{**dict(zip(FIELDS, row, strict=True)), **slow.get(row[0], unknown)} for row in rows] or "it lists no GPU"
+
+
+def _slowdowns(executable: str, timeout: float) -> dict[str, dict[str, str]]:
+    """By the GPU's index, Active or Not Active for each of SLOWDOWNS; empty where nvidia-smi cannot tell."""
+    for prefix in SLOWDOWN_PREFIXES:
+        names = ",".join(f"{prefix}.{reason}" for reason in SLOWDOWNS)
+        found = _ask(executable, [f"--query-gpu=index,{names}"], timeout)
+        if not isinstance(found, str):
+            return {row[0]: dict(zip(SLOWDOWNS, row[1:], strict=True)) for row in found if len(row) == 3}
+    return {}
 
 
 def processes(executable: str = "nvidia-smi", timeout: float = 30) -> list[dict[str, str]]:
@@ -140,8 +154,8 @@ def _judge_one(row: dict[str, str], apps: list[dict[str, str]]) -> list[Finding]
         )
     if row["mig.mode.current"] == "Enabled":
         findings.append(Finding(name, PROBLEM, "is cut into MIG slices", "NCCL needs whole GPUs: ask for another node"))
-    for reason in ("hw_slowdown", "hw_thermal_slowdown"):
-        if row[f"clocks_throttle_reasons.{reason}"] == "Active":
+    for reason in SLOWDOWNS:
+        if row[reason] == "Active":
             findings.append(
                 Finding(name, WARNING, f"is slowed down ({reason})", "One slow GPU slows all: tell the site")
             )

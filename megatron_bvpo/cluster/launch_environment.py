@@ -23,6 +23,11 @@ def log_folder(folder: Path, job: Job, env=os.environ) -> Path:
     return folder / "logs" / attempt / f"{job.rank:03d}-{job.name}"
 
 
+def flight_recorder_folder(logs: Path) -> Path:
+    """`<run>/logs/<attempt>/flight-recorder`, of all nodes: torch's reader wants all ranks in one folder."""
+    return logs.parent / "flight-recorder"
+
+
 def launch_environment(job: Job, run: RunFile, folder: Path, logs: Path, env=os.environ) -> dict[str, str]:
     """What the run's processes get; what the site has set stays."""
     made = {**run.env, **env}
@@ -54,7 +59,7 @@ def launch_environment(job: Job, run: RunFile, folder: Path, logs: Path, env=os.
         default(name, "20000")
     default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        default(name, str(logs / "flight-recorder-rank-"))
+        default(name, str(flight_recorder_folder(logs) / "rank-"))
     # ---- the usual needs of Megatron and of a read-only image
     default("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     default("OMP_NUM_THREADS", "1")

@@ -62,8 +62,8 @@ def _start(job: Job, local: int, home: Path, seconds: float, rehearsal: bool) ->
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # no dumps of a test
         "TORCH_NCCL_BLOCKING_WAIT": "1",  # a timeout raises in the rank, which then tries its next neighbour
     }
-    env.setdefault("NCCL_DEBUG", "INFO")
-    env.setdefault("NCCL_DEBUG_SUBSYS", "INIT,NET,GRAPH")
+    # Outright: with a site's NCCL_DEBUG=WARN the log would not say which network is used.
+    env["NCCL_DEBUG"], env["NCCL_DEBUG_SUBSYS"] = "INFO", "INIT,NET,GRAPH"
     env["NCCL_DEBUG_FILE"] = str(home / f"nccl.{local}")
     if rehearsal:
         env["BVPO_REHEARSAL"] = "1"

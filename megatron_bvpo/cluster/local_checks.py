@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import megatron_bvpo
-from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding, or_bound
 from megatron_bvpo.cluster.run_file import RunFile
 from megatron_bvpo.host import versions
 
@@ -167,7 +167,7 @@ def data_facts(run: RunFile) -> tuple[dict[str, str], list[Finding]]:
         if not path.is_absolute() and not path.exists() and path.suffix not in (".json", ".jsonl", ".csv", ".txt"):
             findings.append(Finding("data", OK, f"{spec} is no file here; ms-swift looks for it on its hub"))
             continue
-        _add_digest(facts, findings, path, "dataset", "Check the path, and that the folder is mounted on this node")
+        _add_digest(facts, findings, path, "dataset", f"Check the path, and that it is mounted here{or_bound()}")
     for spec in [*run.values("cached_dataset"), *run.values("cached_val_dataset")]:
         path = Path(spec.split("#")[0])
         if not path.is_dir():
@@ -176,7 +176,7 @@ def data_facts(run: RunFile) -> tuple[dict[str, str], list[Finding]]:
                     "data",
                     PROBLEM,
                     f"cached_dataset {path} is no folder",
-                    "Write it again with `swift export --to_cached_dataset`",
+                    f"Check that it is mounted here{or_bound()}, or write it again: swift export --to_cached_dataset",
                 )
             )
         for part in sorted(path.rglob("*.json")):
@@ -184,7 +184,11 @@ def data_facts(run: RunFile) -> tuple[dict[str, str], list[Finding]]:
     model = run.value("model")
     if model and (os.path.isdir(model) or model.startswith(("/", "./", "../"))):
         _add_digest(
-            facts, findings, Path(model) / "config.json", "model", "Check the path, and that it is mounted here"
+            facts,
+            findings,
+            Path(model) / "config.json",
+            "model",
+            f"Check the path, and that it is mounted here{or_bound()}",
         )
         sizes = sorted((p.name, p.stat().st_size) for p in Path(model).glob("*.safetensors"))
         facts[f"{model}: weights"] = f"{len(sizes)} files, {sum(size for _, size in sizes)} bytes"

@@ -10,12 +10,15 @@ from typing import Any
 
 import yaml
 
+from megatron_bvpo.cluster.findings import or_bound
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import argv as flags
 
 # ms-swift prints its command line and all its arguments, and keeps them in args.json.
 _SECRET_FLAG = re.compile(r"(?:^|_)(?:token|secret|password|api_key|key_file|access_key)$")
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+# Of those, the ones that hold the secret itself; TOKENIZERS_PARALLELISM and a file of credentials do not.
+_SECRET_ITSELF = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|(?:ACCESS|SECRET)_?KEY)$", re.IGNORECASE)
 _INSTEAD = {"hub_token": "HF_TOKEN or MODELSCOPE_API_TOKEN", "swanlab_token": "SWANLAB_API_KEY"}
 
 
@@ -75,7 +78,8 @@ def _read_settings(file: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"cannot be read: {e.strerror}", file=file, remedy="check the path on this node") from None
+        remedy = f"check the path, and that it is mounted here{or_bound()}"
+        raise UserError(f"cannot be read: {e.strerror}", file=file, remedy=remedy) from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         mark = getattr(e, "problem_mark", None)
         # Not the text of the error: it quotes the line, and the line may hold a secret.
@@ -102,6 +106,13 @@ def refuse_secrets(run: RunFile, environment: dict[str, str]) -> None:
                 remedy=f"take it out and set {_INSTEAD.get(name, 'it')} in the environment of the job",
             )
     for name, value in run.env.items():
+        if _SECRET_ITSELF.search(name) and value not in ("", "None"):
+            raise UserError(
+                "a secret in the run's file can be read by all who may read the file, and is copied with it",
+                file=run.file,
+                field=f"ENV.{name}",
+                remedy=f"take it out and set {name} in the environment of the job",
+            )
         if _SECRET_NAME.search(name) and environment.get(name, value) != value:
             raise UserError(
                 "set in the environment and, to something else, in ENV; ms-swift would print both",

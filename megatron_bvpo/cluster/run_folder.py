@@ -20,9 +20,11 @@ def run_folder(run: RunFile) -> Path:
 
 
 def resume_flags(run: RunFile, folder: Path) -> list[str]:
-    """Flags that go on from `last-checkpoint`; none where there is none yet, or the run says itself where from."""
-    if run.value("mcore_adapter") or (run.value("mcore_model") and run.value("tuner_type") in (None, "full")):
-        return []
+    """Flags that go on from `last-checkpoint`; none where there is none yet.
+
+    They come last on the command line and so win over where the run says that it begins (a warm start from an
+    `mcore_adapter` or `mcore_model`): that holds until the run has a checkpoint of its own.
+    """
     checkpoint = folder / LAST
     if not os.path.lexists(checkpoint):
         return []

@@ -7,7 +7,7 @@ import time
 import uuid
 from pathlib import Path
 
-from megatron_bvpo.cluster.findings import OK, PROBLEM, Finding
+from megatron_bvpo.cluster.findings import OK, PROBLEM, Finding, or_bound
 
 PREFIX = ".bvpo-preflight-"
 
@@ -42,7 +42,7 @@ class SharedFolders:
                         "shared folder",
                         PROBLEM,
                         f"{folder} cannot be written: {e.strerror}",
-                        "Check that it is mounted here (in a container: bound) and that this user may write it",
+                        f"Check that it is mounted here{or_bound()}, and that this user may write it",
                     )
                 )
         return written

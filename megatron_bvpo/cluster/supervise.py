@@ -10,6 +10,7 @@ falls silent or fails is named on all nodes within a minute and ends the job ins
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -20,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bvpo.cluster.launch_environment import launch_environment, log_folder, swift_command
+from megatron_bvpo.cluster.launch_environment import (
+    flight_recorder_folder,
+    launch_environment,
+    log_folder,
+    swift_command,
+)
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
 from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.roll_call import ENDED, RUNNING, RollCall
@@ -119,6 +125,7 @@ class Supervisor:
         """Returns the exit code of this node."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        adopt_orphans()
         # A group of its own: what the scheduler sends to this process's group must not end the ranks unsaved.
         self.process = subprocess.Popen(self.command, env=self.env, start_new_session=True)
         try:
@@ -126,18 +133,22 @@ class Supervisor:
         except KeyboardInterrupt:
             code = 130
             self._end_run(signal.SIGINT)
+        if code and self._left():  # the launcher has died by itself and left its ranks
+            self._end_run(signal.SIGTERM)
         return self._finish(code)
 
     def _on_signal(self, number: int, frame) -> None:
         print(f"supervise: {signal.Signals(number).name}: asking the run to save and stop.", flush=True)
         self.stop_file.parent.mkdir(parents=True, exist_ok=True)
-        self.stop_file.touch()
+        if not self.stop_file.exists():  # an empty one is a user's, who wants no restart (slurm.sbatch reads it)
+            self.stop_file.write_text(f"{signal.Signals(number).name}\n")
 
     def _wait(self) -> int:
         next_beat = 0.0
         while (code := self.process.poll()) is None:
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + BEAT
+                bury_orphans(self.process.pid)
                 self.trouble = self.watch.beat(RUNNING)
                 if self.trouble:
                     print(
@@ -150,19 +161,32 @@ class Supervisor:
         return code
 
     def _end_run(self, number: int) -> int:
-        """End everything that the run has started on this node; the code that it left with."""
+        """End everything that the run has started on this node; the code that it left with.
+
+        The launcher may end first: its ranks are then this process's children (adopt_orphans), so that the second
+        round finds them too, and so does what they have started in the meantime.
+        """
         for what, seconds in ((number, GRACE), (signal.SIGKILL, 10.0)):
-            pids = descendants(self.process.pid)
-            for pid in [self.process.pid, *pids]:
-                try:
-                    os.kill(pid, what)
-                except ProcessLookupError:
-                    pass
+            self._tell(what)
             deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and (self.process.poll() is None or any(map(_is_alive, pids))):
+            while time.monotonic() < deadline and (self.process.poll() is None or self._left()):
                 time.sleep(0.2)
                 self.watch.beat(RUNNING)
-        return self.process.wait()
+                if what == signal.SIGKILL:
+                    self._tell(what)
+        code = self.process.poll()
+        return -signal.SIGKILL if code is None else code
+
+    def _left(self) -> list[int]:
+        """What still runs of all that this process has started."""
+        return [pid for pid in descendants(os.getpid()) if _is_alive(pid)]
+
+    def _tell(self, number: int) -> None:
+        for pid in self._left():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass
 
     def _finish(self, code: int) -> int:
         message = first_error(self.logs, self._old_logs) if code else ""
@@ -220,6 +244,25 @@ class Supervisor:
             (self.logs.parent / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
+def adopt_orphans() -> None:
+    """Processes below this one whose parent ends become its children, and not init's: prctl(2), Linux only.
+
+    Without it a rank whose torchrun has died could not be found any more.
+    """
+    PR_SET_CHILD_SUBREAPER = 36  # noqa: N806  (the name in linux/prctl.h)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def bury_orphans(launcher: int) -> None:
+    """Let go of adopted children that have ended: they would be kept in the process table as long as the run lasts."""
+    for pid in descendants(os.getpid()):
+        if pid != launcher and not _is_alive(pid):
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # another's child
+                pass
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, from /proc: torchrun gives each rank a session of its own."""
     children: dict[int, list[int]] = {}
@@ -253,12 +296,15 @@ def run_command(args: argparse.Namespace) -> int:
     logs = log_folder(folder, job)
     logs.mkdir(parents=True, exist_ok=True)
     env = launch_environment(job, run, folder, logs)
+    flight_recorder_folder(logs).mkdir(parents=True, exist_ok=True)
     if job.rank == 0:
         Path(env["BVPO_STOP_FILE"] + ".done").unlink(missing_ok=True)
         if "BVPO_STOP_FILE" not in os.environ:  # a batch script that names the file has cleared it before the preflight
             Path(env["BVPO_STOP_FILE"]).unlink(missing_ok=True)
     resume = resume_flags(run, folder) if env["BVPO_RESUME"] == "auto" else []
     if resume and job.rank == 0:
-        print(f"supervise: going on from {resume[-1]}", flush=True)
+        start = run.value("mcore_adapter") or run.value("mcore_model")
+        instead = f", and not from {start}, where the run began (BVPO_RESUME=never begins anew)" if start else ""
+        print(f"supervise: going on from {resume[-1]}{instead}", flush=True)
     command = swift_command(run, folder, resume)
     return Supervisor(job, command, env, logs, float(env["BVPO_NODE_SILENCE_S"])).run()

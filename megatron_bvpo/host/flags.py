@@ -11,17 +11,7 @@ from transformers import HfArgumentParser
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import argv as argv_reading
-
-# Flags of ms-swift's other backend that people bring along, and what the Megatron backend calls them.
-MEGATRON_NAMES = {
-    "per_device_train_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "global_batch_size",
-    "learning_rate": "lr",
-    "max_steps": "train_iters",
-    "lr_scheduler_type": "lr_decay_style",
-    "warmup_ratio": "lr_warmup_fraction",
-    "deepspeed": "use_distributed_optimizer",
-}
+from megatron_bvpo.host.flag_names import MEGATRON_NAMES
 
 
 class _Parser(HfArgumentParser):

@@ -20,8 +20,34 @@ def _some(values: list[int]) -> str:
     return ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
 
 
+SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "micro_batch_size",
+)
+# None: not given.
+OPTIONAL_SIZES = (
+    "virtual_pipeline_model_parallel_size",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+)
+
+
+def _check_sizes(args: Any) -> None:
+    """Sizes below 1 would end in a division by zero, or in an assertion of Megatron's on every rank."""
+    for flag in (*SIZES, *OPTIONAL_SIZES):
+        size = getattr(args, flag)
+        if size is None and flag in OPTIONAL_SIZES:
+            continue
+        _require(size >= 1, f"is {size}; expected 1 or more", flag, "leave the flag out for its default")
+
+
 def check_layout(args: Any, world_size: int) -> None:
     """Rules between the layout and the number of ranks; `args` has ms-swift's field names."""
+    _check_sizes(args)
     tp, pp, cp = (
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -53,6 +79,12 @@ def check_layout(args: Any, world_size: int) -> None:
     )
     vpp = args.virtual_pipeline_model_parallel_size
     if vpp and vpp > 1:
+        _require(
+            pp > 1,
+            f"virtual pipelining with {vpp} chunks a rank needs a pipeline, and PP is {pp}",
+            "virtual_pipeline_model_parallel_size",
+            "leave the flag out, or raise PP to 2 or more",
+        )
         n = args.global_batch_size // per_step
         _require(
             n >= pp and n % pp == 0,

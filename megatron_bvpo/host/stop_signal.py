@@ -83,6 +83,7 @@ class StopCallback(MegatronCallback):
         if self.stopping:
             logger.info(f"Asked to stop ({self.request.reason or 'on another rank'}): saving after this step.")
             state.should_save = state.should_log = True
+            state.should_eval = False  # it would run before the save, and the time is short
 
     def on_save(self, output_dir):
         if not self.stopping:

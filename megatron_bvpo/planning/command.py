@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.flag_names import unknown_keys
+from megatron_bvpo.planning.checks import check_run
 from megatron_bvpo.planning.costs import step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of
 from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace
 from megatron_bvpo.planning.model_shapes import model_shape
 from megatron_bvpo.planning.report import Plan, as_json, as_text
-from megatron_bvpo.planning.settings import RunSettings, read_settings
+from megatron_bvpo.planning.settings import RunSettings, read_settings, read_values
 from megatron_bvpo.planning.suggest import suggestions
 
 
@@ -29,13 +33,18 @@ def add_command(commands) -> None:
     parser.add_argument("config", help="a YAML file for `swift rlhf`, such as those in configs/")
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
     parser.add_argument("--gpus", type=_positive, default=8, help="GPUs of each (default 8)")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of a GPU (default 80)")
+    parser.add_argument(
+        "--gpu-memory", type=_at_least(0, True), default=80.0, metavar="GIB", help="memory of a GPU (default 80)"
+    )
     parser.add_argument("--model", help="instead of the file's: a folder with config.json, or a known model's name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key of the file")
     parser.add_argument("--trace-length", type=_positive, help="longest trace in tokens (default: max_length)")
     parser.add_argument("--empty-length", type=_positive, help="longest empty-trace sequence (default: 1024)")
     parser.add_argument(
-        "--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank over the mean (default 1)"
+        "--imbalance",
+        type=_at_least(1),
+        default=1.0,
+        help="tokens of the busiest expert rank over the mean (default 1)",
     )
     parser.add_argument("--suggest", action="store_true", help="search the layouts, best first")
     parser.add_argument("--json", action="store_true", help="print numbers for scripts")
@@ -43,6 +52,8 @@ def add_command(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    for line in unknown_keys(read_values(args.config)):
+        print(f"megatron-bvpo: warning: {args.config}: {line}", file=sys.stderr)
     cluster = Cluster(args.nodes, args.gpus, args.gpu_memory)
     plan = make_plan(
         args.config,
@@ -57,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     )
     table = None
     if args.suggest:
-        settings, shape, lengths = plan if isinstance(plan, tuple) else (plan.run, plan.shape, plan.lengths)
-        table = suggestions(shape, settings, cluster, lengths)
-        if isinstance(plan, tuple):
-            plan = _plan_of_first(args.config, table, cluster, shape, lengths, args.imbalance)
+        works = isinstance(plan, Plan)
+        settings, shape, lengths = (plan.run, plan.shape, plan.lengths) if works else plan[:3]
+        table = suggestions(shape, settings, cluster, lengths, imbalance=args.imbalance)
+        if not works:
+            plan = _plan_of_first(args.config, table, cluster, shape, lengths, args.imbalance, plan[3])
     print(json.dumps(as_json(plan, table), indent=2) if args.json else as_text(plan, table))
     return 0 if plan.fits else 1
 
@@ -79,7 +91,7 @@ def make_plan(
     """The plan of a YAML file.
 
     Returns:
-        A Plan. With `lenient`, for a layout that does not work, (settings, shape, lengths) instead of an error.
+        A Plan. With `lenient`, for a layout that does not work, (settings, shape, lengths, reason) instead of an error.
 
     Raises:
         UserError: the file, the model or the layout cannot work.
@@ -89,34 +101,15 @@ def make_plan(
     if not name:
         raise UserError("is missing", file=config, field="model", remedy="add model: NAME, or give --model")
     shape = model_shape(name, beside=Path(config).parent)
-    _check_alpha(settings, config)
+    check_run(settings, config)
     lengths = Lengths.of(settings, trace=trace, empty=empty)
     try:
         check_with_neighbours(settings, shape, cluster)
     except UserError as e:
-        if lenient:
-            return settings, shape, lengths
+        if lenient and e.field != "max_length":  # another layout does not mend a length
+            return settings, shape, lengths, f"{config} as it is cannot work: {e.field}: {e.message}"
         raise UserError(e.message, file=config, field=e.field, remedy=e.remedy) from None
     return _plan(config, cluster, settings, shape, lengths, imbalance)
-
-
-def _check_alpha(settings: RunSettings, config: str) -> None:
-    """The run itself would refuse these (arguments.auto_refusals), after its nodes were handed out."""
-    if not settings.probes:
-        return
-    for key, set_ in (
-        ("fp16", settings.fp16),
-        ("main_grads_dtype", settings.main_grads_dtype == "bf16"),
-        ("use_precision_aware_optimizer", settings.use_precision_aware_optimizer),
-        ("optimizer_cpu_offload", settings.optimizer_cpu_offload),
-    ):
-        if set_:
-            raise UserError(
-                f"is {getattr(settings, key)!r}, under which alpha is not estimated",
-                file=config,
-                field=key,
-                remedy="give bvpo_alpha a number, such as the paper's 0.5, or leave the key out",
-            )
 
 
 def _plan(config, cluster: Cluster, settings: RunSettings, shape, lengths: Lengths, imbalance: float) -> Plan:
@@ -135,7 +128,9 @@ def _plan(config, cluster: Cluster, settings: RunSettings, shape, lengths: Lengt
     )
 
 
-def _plan_of_first(config: str, table: list, cluster: Cluster, shape, lengths: Lengths, imbalance: float) -> Plan:
+def _plan_of_first(
+    config: str, table: list, cluster: Cluster, shape, lengths: Lengths, imbalance: float, reason: str
+) -> Plan:
     if not table:
         raise UserError(
             f"no layout of {cluster.ranks} ranks passes the rules with this batch",
@@ -143,14 +138,34 @@ def _plan_of_first(config: str, table: list, cluster: Cluster, shape, lengths: L
             field="global_batch_size",
             remedy=f"use a multiple of micro_batch_size × {cluster.ranks}",
         )
-    return _plan(f"{config} with the first suggested layout", cluster, table[0].run, shape, lengths, imbalance)
+    found = _plan(config, cluster, table[0].run, shape, lengths, imbalance)
+    note = f"{reason}. This is the plan with the first suggested layout."
+    return dataclasses.replace(found, note=note)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return number
+
+
+def _at_least(low: float, open_: bool = False):
+    """A parser of finite numbers of `low` or more (`open_`: more than it)."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or number < low or (open_ and number == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {'above' if open_ else 'of at least'} {low:g}")
+        return number
+
+    return parse
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:

@@ -131,6 +131,10 @@ def check(settings: RunSettings, shape: ModelShape, ranks: int, gpus: int) -> No
     ):
         if (key.startswith("expert") == bool(shape.experts)) and width % n:
             raise UserError(f"MLP width {width} cannot be split over {n}", field=key, remedy="use a divisor of it")
+
+
+def check_length(settings: RunSettings, shape: ModelShape) -> None:
+    """A length that the model cannot have is no layout's fault."""
     if settings.max_length and shape.max_positions and settings.max_length > shape.max_positions:
         raise UserError(
             f"{settings.max_length} tokens are more than the model's {shape.max_positions} positions",
@@ -140,7 +144,8 @@ def check(settings: RunSettings, shape: ModelShape, ranks: int, gpus: int) -> No
 
 
 def check_with_neighbours(settings: RunSettings, shape: ModelShape, cluster: Cluster) -> None:
-    """`check`; the error's remedy also names the nearest layouts that work."""
+    """`check_length` and `check`; a refused layout's error also names the nearest layouts that work."""
+    check_length(settings, shape)
     try:
         check(settings, shape, cluster.ranks, cluster.gpus)
     except UserError as e:

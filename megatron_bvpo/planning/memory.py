@@ -48,8 +48,8 @@ def micro_batch(run: RunSettings, lengths: Lengths) -> Batch:
     sequences = {"trace": lengths.trace, "empty": lengths.empty}
     each = [sequences[s] for s in run.streams for _ in range(2)]
     if run.packing:
-        # A pack is filled to packing_length, whatever the pairs in it.
-        tokens = run.micro_batch_size * (run.packing_length or run.max_length or 0)
+        # ms-swift packs by the sum of a row's sequences; a row that is longer than a pack is a pack of its own.
+        tokens = run.micro_batch_size * max(run.packing_length or run.max_length or 0, sum(each))
         return Batch(tokens, tokens * max(each))
     if not run.padding_free:
         each = [max(each)] * len(each)
@@ -153,7 +153,10 @@ def optimizer_bytes_per_element(run: RunSettings, *, host: bool = False) -> floa
             states = sizes[run.exp_avg_dtype] + sizes[run.exp_avg_sq_dtype]
     main = 4 if run.dtype_bytes == 2 else 0
     on_host = run.optimizer_offload_fraction if run.optimizer_cpu_offload else 0.0
-    return (main + states) * (on_host if host else 1 - on_host)
+    if not host:
+        return (main + states) * (1 - on_host)
+    # HybridDeviceOptimizer: all in float32 whatever the dtypes, and a pinned copy of the gradient.
+    return (4 + (4 if run.optimizer == "sgd" else 8) + 4) * on_host
 
 
 def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *, dp_rank: int = 0, edp_rank: int = 0):
@@ -295,10 +298,15 @@ def longest_trace(
     def fits(n: int) -> bool:
         longer = replace(run, max_length=n, packing_length=n if run.packing else None)
         tried = Lengths(n, min(lengths.empty, n))
+        if run.packing:  # sequences that a pack of n tokens holds
+            most = max(n // (2 * len(run.streams)), 1)
+            tried = Lengths(min(lengths.trace, most), min(lengths.empty, most))
         return fullest(shape, longer, cluster.ranks, tried, imbalance) <= cluster.memory * GIB
 
     step = 64
-    low, high = 0, max((shape.max_positions or 2**17) // step, 1)
+    # Positions count from 0 in each sequence of a pack, so a pack may have more tokens than the model positions.
+    longest = (shape.max_positions or 2**17) * (8 if run.packing else 1)
+    low, high = 0, max(longest // step, 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * step) else (low, middle - 1)

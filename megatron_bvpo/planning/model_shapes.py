@@ -75,7 +75,8 @@ class ModelShape:
 
 def shape_from_config(config: dict[str, Any], name: str, file: str | None = None) -> ModelShape:
     """The shape in a config.json's content; raises UserError for models whose layers are built otherwise."""
-    config = {**config, **(config.get("text_config") or {})}
+    inner = config.get("text_config")
+    config = {**config, **(inner if isinstance(inner, dict) else {})}
     kind = str(config.get("model_type"))
     if kind not in (*DENSE_TYPES, *MOE_TYPES):
         raise UserError(
@@ -92,31 +93,41 @@ def shape_from_config(config: dict[str, Any], name: str, file: str | None = None
             field="mlp_only_layers",
             remedy="such models are not planned",
         )
-    try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
-        return ModelShape(
-            name=name,
-            kind=kind,
-            layers=int(config["num_hidden_layers"]),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=int(config["vocab_size"]),
-            ffn=int(config["moe_intermediate_size" if moe else "intermediate_size"]),
-            experts=int(config.get("num_experts") or config.get("num_local_experts") or 0) if moe else 0,
-            experts_per_token=int(config["num_experts_per_tok"]) if moe else 0,
-            # Qwen2 has no key for it, and always has the bias.
-            qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
-            qk_norm=kind in ("qwen3", "qwen3_moe"),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            max_positions=int(config.get("max_position_embeddings") or 0),
-        )
-    except KeyError as e:
-        raise UserError(
-            f"{e.args[0]} is missing", file=file, field=e.args[0], remedy="name the model's own folder"
-        ) from None
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise UserError(f"{key} is missing", file=file, field=key, remedy="name the model's own folder")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{key} is {value!r}; expected a whole number of 1 or more",
+                file=file,
+                field=key,
+                remedy="download the model's config.json again",
+            )
+        return value
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    return ModelShape(
+        name=name,
+        kind=kind,
+        layers=size("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=size("num_key_value_heads", heads),
+        head_dim=size("head_dim", max(hidden // heads, 1)),
+        vocab=size("vocab_size"),
+        ffn=size("moe_intermediate_size" if moe else "intermediate_size"),
+        experts=size("num_experts", size("num_local_experts", 0) or None) if moe else 0,
+        experts_per_token=size("num_experts_per_tok") if moe else 0,
+        # Qwen2 has no key for it, and always has the bias.
+        qkv_bias=bool(config.get("attention_bias", kind == "qwen2")),
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        max_positions=size("max_position_embeddings", 0),
+    )
 
 
 def shipped_names() -> dict[str, Path]:

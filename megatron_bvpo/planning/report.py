@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_bvpo.planning.costs import EFFICIENCY, LINK_EFFICIENCY, Costs
 from megatron_bvpo.planning.layout import Cluster, Groups, layout_name
-from megatron_bvpo.planning.memory import FRAGMENTATION, GIB, Lengths, StageMemory
+from megatron_bvpo.planning.memory import FRAGMENTATION, GIB, Lengths, StageMemory, micro_batch
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import HEADROOM, Suggestion
@@ -31,7 +31,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `bvpo plan` found for one run."""
+    """Everything that `bvpo plan` found for one run; `note`: why it is not the file's own layout."""
 
     config: str
     shape: ModelShape
@@ -44,6 +44,7 @@ class Plan:
     costs: Costs
     longest: int
     host: float
+    note: str = ""
 
     @property
     def fullest(self) -> StageMemory:
@@ -70,6 +71,7 @@ def as_json(plan: Plan, table: list[Suggestion] | None = None) -> dict[str, Any]
     """The plan as plain numbers: bytes, tokens, FLOPs, seconds."""
     found = {
         "config": plan.config,
+        "note": plan.note,
         "fits": plan.fits,
         "verdict": plan.verdict,
         "model": {**dataclasses.asdict(plan.shape), "parameters": plan.shape.total_parameters},
@@ -99,24 +101,39 @@ def as_json(plan: Plan, table: list[Suggestion] | None = None) -> dict[str, Any]
 
 
 def layout_keys(run: RunSettings) -> dict[str, Any]:
-    """The YAML keys of a suggestion."""
-    keys = {
+    """Every YAML key that decides a suggestion's layout; None: the key must not be in the file.
+
+    All of them, so that the file's own values of the others cannot make another layout of it.
+    """
+    return {
         "tensor_model_parallel_size": run.tensor_model_parallel_size,
         "sequence_parallel": run.sequence_parallel,
         "pipeline_model_parallel_size": run.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": run.vpp,
+        "microbatch_group_size_per_vp_stage": run.microbatch_group_size_per_vp_stage,
         "decoder_first_pipeline_num_layers": run.decoder_first_pipeline_num_layers,
         "decoder_last_pipeline_num_layers": run.decoder_last_pipeline_num_layers,
+        "account_for_embedding_in_pipeline_split": run.account_for_embedding_in_pipeline_split,
+        "account_for_loss_in_pipeline_split": run.account_for_loss_in_pipeline_split,
         "context_parallel_size": run.context_parallel_size,
         "expert_model_parallel_size": run.expert_model_parallel_size,
+        "expert_tensor_parallel_size": run.expert_tensor_parallel_size,
         "recompute_granularity": run.recompute,
         "recompute_method": run.recompute_method,
         "recompute_num_layers": run.recompute_num_layers,
     }
-    return {k: v for k, v in keys.items() if v is not None}
+
+
+def key_lines(keys: dict[str, Any]) -> list[str]:
+    """`layout_keys` as YAML. ms-swift hands a null over as the text None, which its parser refuses: no such line."""
+    lines = [f"{key}: {str(value).lower()}" for key, value in keys.items() if value is not None]
+    absent = [key for key, value in keys.items() if value is None]
+    return [*lines, *(f"# without {key}" for key in absent)]
 
 
 def as_text(plan: Plan, table: list[Suggestion] | None = None) -> str:
-    lines = [*_head(plan), "", *_memory(plan), "", *_step(plan), "", plan.verdict]
+    note = [plan.note, ""] if plan.note else []
+    lines = [*note, *_head(plan), "", *_memory(plan), "", *_step(plan), "", plan.verdict]
     if table is not None:
         lines += ["", *_suggestions(plan, table)]
     return "\n".join(lines)
@@ -134,7 +151,13 @@ def _head(plan: Plan) -> list[str]:
         recompute += f" ({' '.join(run.recompute_modules)})"
     lengths = f"traces of {plan.lengths.trace} tokens, empty traces of {plan.lengths.empty}"
     if run.packing:
-        lengths = f"packs of {run.packing_length or run.max_length} tokens"
+        tokens, asked = (
+            micro_batch(run, plan.lengths).tokens / run.micro_batch_size,
+            run.packing_length or run.max_length,
+        )
+        lengths = f"packs of {asked} tokens"
+        if tokens > asked:
+            lengths = f"one row of {tokens:.0f} tokens, which no pack of {asked} holds"
     return [
         f"{shape.name}: {_billions(shape.total_parameters)} parameters, {_billions(active)} a token; {tuner}",
         f"{cluster.nodes} × {cluster.gpus} GPUs of {cluster.memory:g} GiB as {layout_name(run)}; {data}",
@@ -198,7 +221,7 @@ def _suggestions(plan: Plan, table: list[Suggestion]) -> list[str]:
         )
     if not table[0].fits:
         lines.append("None of them fits; the smallest are shown. More nodes, or a shorter max_length, are needed.")
-    return lines
+    return [*lines, "", f"Keys of {layout_name(table[0].run)}:", *key_lines(layout_keys(table[0].run))]
 
 
 def _billions(n: float) -> str:

@@ -7,7 +7,6 @@ the defaults with the arguments' own.
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,8 @@ from typing import Any
 import yaml
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.planning.checks import check_values
 
-ROUTER_WEIGHT = "decoder.layers.0.mlp.router.weight"
-OTHER_WEIGHTS = (
-    "embedding.word_embeddings.weight decoder.layers.0.self_attention.linear_qkv.weight decoder.layers.0.mlp.experts."
-    "linear_fc1.weight0 decoder.layers.0.mlp.linear_fc2.weight output_layer.weight"
-)
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
 NOT_PLANNED = (
@@ -104,11 +99,26 @@ class RunSettings:
     reference_free: bool = False
     moe_aux_loss_coeff: tuple[float, ...] = (0.0,)
     moe_z_loss_coeff: float | None = None
+    f_divergence_type: str = "reverse_kl"
     bvpo_alpha: str = "auto"
+    bvpo_alpha_prior: float = 0.5
+    bvpo_kappa: float = 0.03
+    bvpo_moment_decay: float = 0.9
     bvpo_probe_interval: int = 10
     bvpo_logp_impl: str = "auto"
     bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
+    # read only to say what the run refuses (host/refusals.py)
+    use_megatron_fsdp: bool = False
+    moe_expert_capacity_factor: float | None = None
+    async_save: bool = False
+    calculate_per_token_loss: bool = False
+    task_type: str | None = None
+    streaming: bool = False
+    group_by_length: bool = False
+    fp8_param_gather: bool = False
+    fp4_param_gather: bool = False
+    mtp_num_layers: int | None = None
 
     @property
     def dtype_bytes(self) -> int:
@@ -178,24 +188,28 @@ def read_settings(file: str | Path, overrides: dict[str, Any] | None = None) -> 
     Raises:
         UserError: no such file, no YAML mapping, a value of the wrong kind, or a setting that the plan does not know.
     """
-    path = Path(file)
+    return settings_from({**read_values(file), **(overrides or {})}, file=str(file))
+
+
+def read_values(file: str | Path) -> dict[str, Any]:
+    """Keys and values of a YAML file, dashes in keys as underscores; raises UserError."""
     try:
-        text = path.read_text()
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(
             e.strerror or str(e), file=str(file), remedy="name a YAML file such as those in configs/"
         ) from None
-    try:
-        values = yaml.safe_load(text)
+    except UnicodeDecodeError:
+        raise UserError("is no text", file=str(file), remedy="name a YAML file such as those in configs/") from None
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = None if mark is None else mark.line + 1
-        raise UserError(f"is no YAML: {getattr(e, 'problem', e)}", file=str(file), line=line) from None
+        raise UserError(f"is no YAML: {getattr(e, 'problem', None) or e}", file=str(file), line=line) from None
     if not isinstance(values, dict):
         raise UserError(
             "holds no keys and values", file=str(file), remedy="write one `key: value` a line, as in configs/"
         )
-    return settings_from({**values, **(overrides or {})}, file=str(file))
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def settings_from(values: dict[str, Any], file: str | None = None) -> RunSettings:
@@ -216,23 +230,9 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
             field="max_length",
             remedy="add max_length: 4096, or what your traces need",
         )
-    if settings.recompute == "full" and settings.recompute_method not in ("uniform", "block"):
-        raise UserError(
-            f"is {settings.recompute_method!r}; full recomputation needs uniform or block",
-            file=file,
-            field="recompute_method",
-            remedy="add recompute_method: uniform and recompute_num_layers: 1",
-        )
-    frozen = settings.freeze_parameters_regex
-    if frozen and (re.search(frozen, OTHER_WEIGHTS) or not re.search(frozen, ROUTER_WEIGHT)):
-        raise UserError(
-            f"is {frozen!r}; the plan knows a frozen router only",
-            file=file,
-            field="freeze_parameters_regex",
-            remedy=r"plan without it, an upper bound, or freeze '.*\.router\.weight'",
-        )
-    if settings.tuner_type not in ("lora", "full"):
-        raise UserError(f"is {settings.tuner_type!r}; the plan knows lora and full", file=file, field="tuner_type")
+    check_values(settings, file)
+    if settings.packing:  # ms-swift's own rule
+        settings = dataclasses.replace(settings, padding_free=True)
     return settings
 
 
@@ -249,12 +249,14 @@ def _converted(name: str, kind: str, value: Any, file: str | None) -> Any:
             if text not in (*TRUE, *FALSE):
                 raise ValueError
             return text in TRUE
+        if isinstance(value, bool) and kind.startswith(("int", "float")):
+            raise ValueError
         if kind.startswith("int"):
             number = int(value)
             if number != float(value):
                 raise ValueError
             return number
         return float(value) if kind.startswith("float") else str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = {"b": "true or false", "i": "a whole number", "f": "a number", "t": "numbers"}[kind[0]]
         raise UserError(f"is {value!r}; expected {wanted}", file=file, field=name) from None

@@ -42,14 +42,23 @@ class Suggestion:
 
 
 def suggestions(
-    shape: ModelShape, run: RunSettings, cluster: Cluster, lengths: Lengths, count: int = 10
+    shape: ModelShape,
+    run: RunSettings,
+    cluster: Cluster,
+    lengths: Lengths,
+    count: int = 10,
+    imbalance: float = 1.0,
 ) -> list[Suggestion]:
-    """The best layouts: those that fit, by the middle of their range of seconds, then the smallest of the others."""
+    """The best layouts: those that fit, by the middle of their range of seconds, then the smallest of the others.
+
+    Args:
+        imbalance: tokens of the busiest expert rank over the mean.
+    """
     found = []
     for layout in candidate_layouts(run, shape, cluster):
         for mode in RECOMPUTE:
             tried = dataclasses.replace(layout, **mode)
-            size = fullest(shape, tried, cluster.ranks, lengths)
+            size = fullest(shape, tried, cluster.ranks, lengths, imbalance)
             fits = size <= (1 - HEADROOM) * cluster.memory * GIB
             found.append(Suggestion(tried, size, fits, step_costs(shape, tried, cluster, lengths)))
             if fits:
@@ -57,4 +66,4 @@ def suggestions(
     fitting = sorted((s for s in found if s.fits), key=lambda s: s.middle_seconds)
     rest = sorted((s for s in found if not s.fits), key=lambda s: s.bytes)
     best = (fitting or rest)[:count]
-    return [dataclasses.replace(s, longest=longest_trace(shape, s.run, cluster, lengths)) for s in best]
+    return [dataclasses.replace(s, longest=longest_trace(shape, s.run, cluster, lengths, imbalance)) for s in best]

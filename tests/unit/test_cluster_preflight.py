@@ -73,7 +73,7 @@ def test_the_interface_of_an_address():
 
 
 def gpu(index: int = 0, **other) -> dict[str, str]:
-    row = dict.fromkeys(gpus.FIELDS, "[N/A]")
+    row = dict.fromkeys((*gpus.FIELDS, *gpus.SLOWDOWNS), "[N/A]")
     row |= {"index": str(index), "name": "NVIDIA H100 80GB HBM3", "uuid": f"GPU-{index}", "memory.total": "81559"}
     row |= {"memory.used": "4", "temperature.gpu": "33", "driver_version": "570.1", "mig.mode.current": "Disabled"}
     return {**row, **other}
@@ -92,7 +92,7 @@ def test_healthy_gpus():
         ({"ecc.errors.uncorrected.volatile.total": "2"}, [], PROBLEM, "2 uncorrected"),
         ({"mig.mode.current": "Enabled"}, [], PROBLEM, "MIG"),
         ({"temperature.gpu": "91"}, [], WARNING, "91 °C"),
-        ({"clocks_throttle_reasons.hw_slowdown": "Active"}, [], WARNING, "slowed down"),
+        ({"hw_slowdown": "Active"}, [], WARNING, "slowed down"),
     ],
 )
 def test_a_gpu_that_is_not_right(row, apps, level, words):
@@ -106,9 +106,16 @@ def test_a_gpu_that_has_fallen_off_the_bus():
 
 def test_nvidia_smi_is_run_and_read(tmp_path):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho '" + ", ".join(gpu()[name] for name in gpus.FIELDS) + "'\n")
+    row = ", ".join(gpu()[name] for name in gpus.FIELDS)
+
+    def answers(slowdowns: str) -> None:
+        smi.write_text(f'#!/bin/sh\ncase "$*" in *_reasons*) {slowdowns};; *) echo "{row}";; esac\n')
+
+    answers("echo 'Field is not a valid field to query.'; exit 2")
     smi.chmod(0o755)
-    assert gpus.query(str(smi)) == [gpu()]
+    assert gpus.query(str(smi)) == [gpu()], "a field that the driver does not know is no fault of the node's"
+    answers('case "$*" in *event*) exit 2;; *) echo "0, Active, Not Active";; esac')  # an older driver
+    assert gpus.query(str(smi)) == [gpu(hw_slowdown="Active", hw_thermal_slowdown="Not Active")]
     smi.write_text("#!/bin/sh\necho 'Unable to determine the device handle: GPU is lost' >&2; exit 15\n")
     assert gpus.query(str(smi)) == "Unable to determine the device handle: GPU is lost"
     smi.write_text("#!/bin/sh\nsleep 9\n")

@@ -64,11 +64,16 @@ def test_a_secret_in_yaml_is_refused_and_other_names_are_not(tmp_path):
     with pytest.raises(UserError, match="hub_token") as caught:
         refuse_secrets(read_run([str(file)]), {})
     assert "hf_x" not in str(caught.value)
-    file.write_text("ENV:\n  WANDB_API_KEY: s3cret\n")
-    refuse_secrets(read_run([str(file)]), {"WANDB_API_KEY": "s3cret"})
-    with pytest.raises(UserError, match="WANDB_API_KEY") as caught:  # ms-swift warns with both values
-        refuse_secrets(read_run([str(file)]), {"WANDB_API_KEY": "0ther"})
-    assert "s3cret" not in str(caught.value) and "0ther" not in str(caught.value)
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        file.write_text(f"ENV:\n  {name}: s3cret\n")
+        with pytest.raises(UserError, match=f"ENV.{name}") as caught:
+            refuse_secrets(read_run([str(file)]), {name: "s3cret"})
+        assert "s3cret" not in str(caught.value)
+    file.write_text("ENV:\n  GOOGLE_APPLICATION_CREDENTIALS: /a.json\n  TOKENIZERS_PARALLELISM: 'false'\n")
+    refuse_secrets(read_run([str(file)]), {})
+    with pytest.raises(UserError, match="CREDENTIALS") as caught:  # ms-swift warns with both values
+        refuse_secrets(read_run([str(file)]), {"GOOGLE_APPLICATION_CREDENTIALS": "/0ther"})
+    assert "a.json" not in str(caught.value) and "0ther" not in str(caught.value)
     refuse_secrets(
         read_run(["--max_new_tokens", "3", "--calculate_per_token_loss", "false", "--new_special_tokens", "a"]), {}
     )
@@ -103,6 +108,21 @@ def test_how_a_run_goes_on(tmp_path, monkeypatch):
     assert run_folder(run) == tmp_path / "other"
 
 
+def test_a_warm_start_goes_on_from_its_own_checkpoint(tmp_path):
+    warm = tmp_path / "warm.yaml"
+    warm.write_text("model: m\ntuner_type: lora\nmcore_adapter: /sft/adapter\n")
+    run, folder = read_run([str(warm)]), tmp_path / "r"
+    assert resume_flags(run, folder) == [], "there is none yet: it begins at the SFT adapter"
+    made = checkpoint(folder, 4)
+    flags = resume_flags(run, folder)
+    assert flags == ["--finetune", "false", "--mcore_adapter", str(made)]
+    command = swift_command(run, folder, flags)
+    assert command.index(str(warm)) < command.index("--mcore_adapter"), "ms-swift puts the file's flags in its place"
+    made = checkpoint(folder, 8, "full")
+    full = read_run(["--tuner_type", "full", "--mcore_model", "/sft/model"])
+    assert resume_flags(full, folder) == ["--finetune", "false", "--mcore_model", str(made)]
+
+
 def test_what_the_run_is_given(tmp_path):
     run, folder = read_run(["--model", "m"]), tmp_path / "run"
     logs = log_folder(folder, job(1, 2), {"BVPO_ATTEMPT": "slurm-7-0"})
@@ -110,7 +130,8 @@ def test_what_the_run_is_given(tmp_path):
     env = launch_environment(job(1, 2), run, folder, logs, {"OMP_NUM_THREADS": "4", "HOME": "/h"})
     assert env["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1" and int(env["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0
     assert env["TORCH_FR_BUFFER_SIZE"] == env["TORCH_NCCL_TRACE_BUFFER_SIZE"]
-    assert env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"].startswith(str(logs)) and env["PET_LOG_DIR"] == str(logs)
+    assert env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] == f"{logs.parent}/flight-recorder/rank-", "one folder for all nodes"
+    assert env["TORCH_FR_DUMP_TEMP_FILE"] == env["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] and env["PET_LOG_DIR"] == str(logs)
     assert (env["PET_REDIRECTS"], env["PET_TEE"]) == ("3", "1:3"), (
         "the last node shows its last rank: it has the losses"
     )
@@ -222,6 +243,7 @@ def test_a_signal_becomes_the_file_and_a_stop_has_its_own_code(tmp_path, number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == STOPPED, err
     assert "stopped on request, saved, can go on" in out
+    assert (tmp_path / "stop").read_text().strip() == signal.Signals(number).name, "tells it from a user's touch"
 
 
 def test_the_code_of_a_run_that_fails_is_kept(tmp_path):

@@ -23,6 +23,9 @@ LAYOUTS = {
     "tp4-ep8-no-dist-opt": {"ranks": 32, "tp": 4, "ep": 8, "shards": False},
     "tp2-ep4-two-optimizers": {"ranks": 32, "tp": 2, "ep": 4, "instances": 2},
     "tp4-ep8-lora": {"ranks": 32, "tp": 4, "ep": 8, "lora": True},
+    # the layouts of configs/qwen3_235b_a22b_thinking_lora_{4,8}nodes.yaml
+    "tp4-pp2-ep8-lora": {"ranks": 32, "tp": 4, "pp": 2, "ep": 8, "lora": True},
+    "tp4-pp2-cp2-ep8-lora": {"ranks": 64, "tp": 4, "pp": 2, "cp": 2, "ep": 8, "lora": True},
     "tp2-pp4-ep8-lora": {"ranks": 64, "tp": 2, "pp": 4, "ep": 8, "lora": True},
     "tp2-pp2-cp2-ep4-lora-no-dist-opt": {
         "ranks": 32,

@@ -30,6 +30,9 @@ DEFAULTS = {
 SHORT = {"tp": "tensor_model", "pp": "pipeline_model", "cp": "context", "ep": "expert_model", "etp": "expert_tensor"}
 
 
+COUNTED = (*SHORT, "micro_batch_size", "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers")
+
+
 def arguments(**given) -> types.SimpleNamespace:
     long = {f"{SHORT[k]}_parallel_size" if k in SHORT else k: v for k, v in given.items()}
     return types.SimpleNamespace(**DEFAULTS | long)
@@ -50,6 +53,7 @@ def model(**given) -> types.SimpleNamespace:
         ({"ep": 4, "tp": 4}, 8),
         ({"pp": 2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 4}, 4),
         ({"micro_batch_size": 4, "global_batch_size": 8}, 2),
+        ({"virtual_pipeline_model_parallel_size": 1}, 2),  # ms-swift's word for none
     ],
 )
 def test_layouts_that_fit(given, ranks):
@@ -69,6 +73,9 @@ def test_layouts_that_fit(given, ranks):
             4,
             "6 micro-batches a step cannot fill 4 .*; use a multiple of 4",
         ),
+        ({"virtual_pipeline_model_parallel_size": 2}, 4, "virtual pipelining with 2 chunks .* PP is 1; leave the flag"),
+        *[({size: 0}, 1, f"--.*{SHORT.get(size, size)}.*: is 0; expected 1 or more") for size in COUNTED],
+        ({"tp": -2}, 1, "tensor_model_parallel_size: is -2"),
     ],
 )
 def test_layouts_that_do_not(given, ranks, told):

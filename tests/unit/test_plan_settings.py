@@ -13,19 +13,17 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.flag_names import flag_names
+from megatron_bvpo.host.refusals import refusals
+from megatron_bvpo.planning.checks import CHOICES, check_run
 from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings, read_settings, settings_from
 
 SWIFT = importlib.util.find_spec("swift")
 ROOT = Path(__file__).resolve().parents[2]
-# ms-swift fills these in later: its own value is None or a factory, and means what stands here.
+# Other values than ms-swift's own, which mean the same.
 SETTLED = {
-    "target_modules",
-    "recompute_modules",
-    "ref_adapters",
-    "moe_aux_loss_coeff",
+    "moe_aux_loss_coeff",  # one number there, a list of them in a file
     "model",
-    "rlhf_type",
-    "bvpo_alpha",
 }
 
 
@@ -38,6 +36,7 @@ def source_defaults() -> dict[str, object]:
         folder / "arguments/base_args/data_args.py",
         folder / "arguments/base_args/template_args.py",
         folder / "megatron/arguments/megatron_args.py",
+        folder / "megatron/arguments/rlhf_args.py",
         ROOT / "megatron_bvpo/arguments.py",
     ]
     found: dict[str, object] = {}
@@ -51,10 +50,39 @@ def source_defaults() -> dict[str, object]:
 
 
 def _literal(node):
+    """The default as a value, a list as a tuple; an unknown expression equals nothing else."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":
+        given = {k.arg: k.value for k in node.keywords}
+        if "default" in given:
+            node = given["default"]
+        elif ast.unparse(given.get("default_factory")) == "list":
+            return ()
+        elif isinstance(given.get("default_factory"), ast.Lambda):
+            node = given["default_factory"].body
     try:
-        return ast.literal_eval(node)
+        value = ast.literal_eval(node)
     except (ValueError, TypeError):
-        return None  # field(default_factory=…)
+        return Unknown(node)
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Unknown:
+    """A default that the test cannot read."""
+
+    def __init__(self, node):
+        self.node = node
+
+    def __repr__(self):
+        return "no default" if self.node is None else ast.unparse(self.node)
+
+
+def test_defaults_that_cannot_be_read_equal_nothing():
+    def read(text):
+        return _literal(ast.parse(text).body[0].value)
+
+    assert read("field(default_factory=lambda: ['a'])") == ("a",) and read("field(default_factory=list)") == ()
+    assert read("field(default=3)") == 3 and read("None") is None
+    assert read("compute()") is not None and _literal(None) is not None
 
 
 @pytest.mark.skipif(SWIFT is None, reason="ms-swift is not installed")
@@ -87,6 +115,138 @@ def test_what_the_plan_does_not_know_is_refused(key, value):
     with pytest.raises(UserError, match="not planned") as found:
         settings_from({"max_length": 100, key: value})
     assert found.value.field == key
+
+
+# Beside each refused setting of the run, a value of it and what else the refusal needs.
+REFUSED = {
+    "optimizer": "muon",
+    "moe_expert_capacity_factor": 1.0,
+    "async_save": True,
+    "calculate_per_token_loss": True,
+    "f_divergence_type": "js_divergence",
+    "task_type": "seq_cls",
+    "packing": {"packing": True, "streaming": True},
+    "fp16": True,
+    "main_grads_dtype": "bf16",
+    "use_precision_aware_optimizer": True,
+    "optimizer_cpu_offload": {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True},
+    "group_by_length": True,
+    "use_megatron_fsdp": True,
+    "mtp_num_layers": 1,
+    "fp8_param_gather": True,
+}
+
+
+def test_the_list_of_refusals_is_the_runs():
+    assert {flag for _, flag, _, _ in refusals(settings_from({"max_length": 1}))} == set(REFUSED)
+
+
+@pytest.mark.parametrize("flag", REFUSED)
+def test_what_the_run_refuses_is_refused(flag):
+    values = REFUSED[flag] if isinstance(REFUSED[flag], dict) else {flag: REFUSED[flag]}
+    with pytest.raises(UserError) as found:
+        check_run(settings_from({"max_length": 1, **values}), "run.yaml")
+    asked = "use_precision_aware_optimizer" if flag == "optimizer_cpu_offload" else flag  # it comes first
+    assert found.value.field == asked and found.value.file == (
+        None if "not planned" in str(found.value) else "run.yaml"
+    )
+    assert "--" not in str(found.value)
+
+
+def test_a_fixed_alpha_and_other_methods_are_refused_less():
+    check_run(settings_from({"max_length": 1, "bvpo_alpha": 0.5, "group_by_length": True}))
+    check_run(settings_from({"max_length": 1, "rlhf_type": "dpo", "async_save": True}))
+    with pytest.raises(UserError, match="sorted by length"):
+        check_run(settings_from({"max_length": 1, "group_by_length": True}))
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "message"),
+    [
+        ({"attention_backend": "unfused"}, "attention_backend", "pads every sequence"),
+        ({"attention_backend": "local"}, "attention_backend", "square of the length"),
+        ({"recompute_granularity": "some"}, "recompute_granularity", "is 'some'; expected one of selective, full"),
+        ({"recompute_granularity": "full", "recompute_method": "all"}, "recompute_method", "uniform, block"),
+        ({"recompute_granularity": "full", "recompute_method": "block"}, "recompute_num_layers", "is missing"),
+        ({"recompute_method": "block"}, "recompute_method", "takes none with selective"),
+        ({"recompute_num_layers": 0}, "recompute_num_layers", "is 0; expected 1 or more"),
+        ({"recompute_modules": "core_attn layer"}, "recompute_modules", "has 'layer'"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": False}, "overlap_param_gather", "no shards"),
+        ({"optimizer_cpu_offload": True}, "optimizer_cpu_offload", "not planned"),
+        ({"bvpo_alpha": 1.5}, "bvpo_alpha", "number in .0, 1., or auto"),
+        ({"bvpo_alpha": "abc"}, "bvpo_alpha", "is 'abc'"),
+        ({"bvpo_kappa": 0}, "bvpo_kappa", r"number in \(0, 1\]"),
+        ({"bvpo_logp_memory": ".nan"}, "bvpo_logp_memory", "expected a number"),
+        ({"bvpo_logp_memory": float("nan")}, "bvpo_logp_memory", "expected a number"),
+        ({"lora_rank": 0}, "lora_rank", "is 0"),
+        ({"max_length": 0}, "max_length", "is 0; expected 1 or more"),
+        ({"max_length": True}, "max_length", "is True; expected a whole number"),
+        ({"max_length": float("inf")}, "max_length", "is inf; expected a whole number"),
+        ({"lora_dropout": False}, "lora_dropout", "is False; expected a number"),
+        ({"decoder_first_pipeline_num_layers": 0}, "decoder_first_pipeline_num_layers", "is 0"),
+        ({"bvpo_probe_interval": 0}, "bvpo_probe_interval", "is 0"),
+        ({"exp_avg_dtype": "int4"}, "exp_avg_dtype", "is 'int4'"),
+    ],
+)
+def test_values_that_cannot_work(values, field, message):
+    with pytest.raises(UserError, match=message) as found:
+        settings_from({"max_length": 100, **values}, "run.yaml")
+    assert (found.value.field, found.value.file) == (field, "run.yaml")
+
+
+@pytest.mark.parametrize("backend", ["flash", "flash_3", "fused", "auto"])
+def test_attention_without_a_matrix_is_planned(backend):
+    assert settings_from({"max_length": 1, "attention_backend": backend})
+
+
+def test_packing_has_no_padding():
+    """ms-swift turns padding_free on, whatever the file says."""
+    assert settings_from({"max_length": 1, "packing": True, "padding_free": False}).padding_free
+
+
+def test_dashes_in_keys_are_read_as_the_parser_reads_them(tmp_path):
+    (tmp_path / "run.yaml").write_text("max-length: 100\n")
+    assert read_settings(tmp_path / "run.yaml").max_length == 100
+
+
+# ---- lists that repeat ms-swift's
+
+
+def argument_classes() -> list[ast.ClassDef]:
+    """BvpoArguments and every class under it, from their source; those whose fields win come first."""
+    folder = Path(SWIFT.submodule_search_locations[0])
+    files = [*folder.glob("megatron/arguments/*.py"), *folder.glob("arguments/base_args/*.py")]
+    files += [folder / "ray_utils/arguments.py", ROOT / "megatron_bvpo/arguments.py"]
+    nodes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    by_name = {node.name: node for node in nodes}
+    found, names = {}, ["BvpoArguments"]
+    while names:
+        node = by_name[names.pop()]
+        found[node.name] = node
+        names += [ast.unparse(base) for base in reversed(node.bases) if ast.unparse(base) not in found]
+    return list(found.values())
+
+
+def fields_of(node: ast.ClassDef) -> dict[str, ast.AnnAssign]:
+    return {i.target.id: i for i in node.body if isinstance(i, ast.AnnAssign)}
+
+
+@pytest.mark.skipif(SWIFT is None, reason="ms-swift is not installed")
+def test_the_list_of_names_is_complete():
+    names = {name for node in argument_classes() for name in fields_of(node)}
+    assert flag_names() == sorted(names)
+
+
+@pytest.mark.skipif(SWIFT is None, reason="ms-swift is not installed")
+def test_choices_are_the_parsers():
+    literals = {}
+    for node in argument_classes():
+        for name, item in fields_of(node).items():
+            literals.setdefault(name, item.annotation)
+    for name, allowed in CHOICES.items():
+        text = ast.unparse(literals[name])
+        listed = ast.literal_eval(text[text.index("Literal[") + 7 :])
+        assert [x for x in listed if x is not None] == list(allowed), name
 
 
 def test_harmless_values_of_such_keys_pass():

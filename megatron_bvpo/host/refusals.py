@@ -1,0 +1,113 @@
+"""Settings that a BVPO run refuses, for the run itself and for `bvpo plan`.
+
+Nothing here loads torch or ms-swift: a plan answers on a login node in under a second.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_bvpo.errors import UserError
+
+
+def parse_alpha(value: Any) -> float | None:
+    """`auto` to None, else a number in [0, 1]; raises UserError."""
+    text = str(value).strip().lower()
+    if text == "auto":
+        return None
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = math.nan
+    if not 0 <= alpha <= 1:
+        raise UserError(
+            f"alpha is {value!r}; expected a number in [0, 1], or auto",
+            field="--bvpo_alpha",
+            remedy="0.5 is the paper's value; 1 trains on the traces alone, 0 on the empty traces alone",
+        )
+    return alpha
+
+
+def refusals(args: Any) -> list[tuple]:
+    """(refused, flag, reason, remedy) of every setting under which BVPO would be wrong or was never shown right.
+
+    Args:
+        args: an object with ms-swift's argument names as attributes.
+    """
+    leave = "leave the flag out"
+    found = [
+        (
+            args.use_megatron_fsdp,
+            "use_megatron_fsdp",
+            "Megatron-FSDP hides the finalised gradients that BVPO needs",
+            "use the distributed optimizer (the default)",
+        ),
+        (
+            "muon" in str(args.optimizer),
+            "optimizer",
+            "Muon's update is not linear in the gradient, so it is not an update with the mixed gradient",
+            "use --optimizer adam",
+        ),
+        (
+            args.moe_expert_capacity_factor is not None,
+            "moe_expert_capacity_factor",
+            "dropping tokens by capacity makes one stream's gradient depend on the other",
+            leave,
+        ),
+        (
+            args.async_save,
+            "async_save",
+            "a checkpoint is renamed into place when it is whole, and an asynchronous one is not whole yet",
+            leave,
+        ),
+        (
+            args.calculate_per_token_loss,
+            "calculate_per_token_loss",
+            "BVPO's losses are means over pairs, not over tokens",
+            leave,
+        ),
+        (args.f_divergence_type != "reverse_kl", "f_divergence_type", "BVPO has the reverse KL only", leave),
+        (args.task_type not in (None, "causal_lm"), "task_type", "BVPO trains causal language models", leave),
+        (
+            args.streaming and args.packing,
+            "packing",
+            "ms-swift packs streamed rows by one sequence each, and a preference row has several",
+            "pack without --streaming, or stream without --packing (batches stay padding-free)",
+        ),
+        (
+            args.tuner_type == "full" and (args.fp8_param_gather or args.fp4_param_gather),
+            "fp8_param_gather",
+            "which rank counts a parameter is not known for 8-bit parameters",
+            leave,
+        ),
+        (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
+    ]
+    if parse_alpha(args.bvpo_alpha) is None:
+        found += auto_refusals(args)
+    return found
+
+
+def auto_refusals(args: Any) -> list[tuple]:
+    """Settings under which the gradients' moments were never shown to be measured right."""
+    fixed = "give --bvpo_alpha a number, or leave the flag out"
+    return [
+        (args.fp16, "fp16", "the moments of gradients under a moving loss scale are not measured", fixed),
+        (
+            # ms-swift turns the name into torch's type later.
+            str(args.main_grads_dtype) in ("bf16", "torch.bfloat16"),
+            "main_grads_dtype",
+            "differences of bf16 gradients are noise",
+            fixed,
+        ),
+        (args.use_precision_aware_optimizer, "use_precision_aware_optimizer", "never tested with probes", fixed),
+        (args.optimizer_cpu_offload, "optimizer_cpu_offload", "never tested with probes", fixed),
+        (args.group_by_length, "group_by_length", "halves of a batch sorted by length are not alike", fixed),
+    ]
+
+
+def refuse_unsupported(args: Any) -> None:
+    """Raise UserError for the first of `refusals`."""
+    for refused, flag, reason, remedy in refusals(args):
+        if refused:
+            raise UserError(f"{flag} is {getattr(args, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)

@@ -1,0 +1,78 @@
+"""How a run ends on a node: no process is left behind, and a stop does not wait for an evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import sys
+import types
+from pathlib import Path
+
+from megatron_bvpo.cluster import supervise
+from megatron_bvpo.cluster.supervise import _is_alive
+from tests.unit.test_cluster_supervise import start, until_up
+
+# A launcher that starts two ranks in sessions of their own, which write down who they are and listen to nothing.
+LAUNCHER = """
+import pathlib, signal, subprocess, sys, time
+rank = (
+    "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
+    "pathlib.Path({folder!r}, f'rank{{os.getpid()}}').touch(); time.sleep(60)"
+)
+for _ in range(2):
+    subprocess.Popen([sys.executable, "-c", rank], start_new_session=True)
+while len(list(pathlib.Path({folder!r}).glob("rank*"))) < 2:
+    time.sleep(0.05)
+print("up", flush=True)
+{then}
+"""
+
+
+def ranks_alive(folder: Path) -> list[int]:
+    pids = [int(file.name.removeprefix("rank")) for file in folder.glob("rank*")]
+    assert len(pids) == 2
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists() and _is_alive(pid)]
+
+
+def test_ranks_outlive_neither_their_launcher_nor_the_run(tmp_path):
+    """Ranks that ignore SIGTERM, below a launcher that obeys it: then nothing leads from the launcher to them."""
+    process = start(tmp_path, LAUNCHER.format(folder=str(tmp_path), then="time.sleep(60)"))
+    until_up(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and not ranks_alive(tmp_path)
+
+
+def test_a_launcher_that_dies_by_itself_leaves_no_ranks(tmp_path):
+    process = start(tmp_path, LAUNCHER.format(folder=str(tmp_path), then="raise SystemExit(9)"))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 9, err
+    assert not ranks_alive(tmp_path)
+
+
+def test_a_stop_leaves_an_evaluation_out(monkeypatch):
+    """ms-swift evaluates before it saves. Its modules are stood in for: they take seconds to import."""
+    for name in ("swift", "swift.megatron", "swift.megatron.callbacks", "swift.megatron.callbacks.base", "swift.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    class Callback:
+        def __init__(self, trainer):
+            self.trainer, self.state, self.args = trainer, trainer.state, trainer.args
+
+    sys.modules["swift.megatron.callbacks.base"].MegatronCallback = Callback
+    sys.modules["swift.utils"].get_current_device = lambda: "cpu"
+    sys.modules["swift.utils"].get_logger = lambda: logging.getLogger("stand-in")
+    file = Path(supervise.__file__).parents[1] / "host" / "stop_signal.py"
+    spec = importlib.util.spec_from_file_location("stop_signal_alone", file)
+    stop_signal = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stop_signal)
+    state = types.SimpleNamespace(iteration=3, should_save=False, should_log=False, should_eval=True)
+    groups = types.SimpleNamespace(any_rank=lambda flag, device: flag)
+    trainer = types.SimpleNamespace(state=state, args=types.SimpleNamespace(train_iters=9), groups=groups)
+    callback = stop_signal.StopCallback(trainer)
+    callback.on_step_end()
+    assert state.should_eval and not state.should_save
+    callback.request.reason = "SIGUSR1"
+    callback.on_step_end()
+    assert state.should_save and not state.should_eval
