@@ -46,6 +46,8 @@ class GroupedLinear(TransformerEngineBaseModule):
         delay_wgrad_compute: bool = False,
         save_original_input: bool = False,
         name: str | None = None,
+        single_grouped_weight: bool = False,
+        single_grouped_bias: bool = False,
     ):
         super().__init__(name)
         refuse_unsupported(
@@ -54,6 +56,8 @@ class GroupedLinear(TransformerEngineBaseModule):
             delay_wgrad_compute=delay_wgrad_compute,
             ub_overlap_rs=ub_overlap_rs,
             ub_overlap_ag=ub_overlap_ag,
+            single_grouped_weight=single_grouped_weight,
+            single_grouped_bias=single_grouped_bias,
         )
         self._set_up_parallelism(tp_group, tp_size, sequence_parallel, parallel_mode)
         if self.tp_size > 1 and bias:
