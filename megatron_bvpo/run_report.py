@@ -18,7 +18,9 @@ from megatron_bvpo.errors import UserError
 STREAMS = (("trace", ""), ("empty", "empty/"))
 _METRICS = re.compile(r"\{'(?:eval_)?loss'.*\}")
 _TOLD = re.compile(
-    r"(data: |The empty trace|is whole: |\[(?:empty_)?(?:chosen|rejected)\] |Step \d+ skipped|error)", re.I
+    r"(data: |The empty trace|is whole: |α (?:settled|stayed)|\[(?:empty_)?(?:chosen|rejected)\] "
+    r"|Step \d+ skipped|error)",
+    re.I,
 )
 
 
