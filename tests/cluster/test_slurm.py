@@ -16,7 +16,7 @@ from tests.cluster.small_run import losses, make_small_run
 from tests.distributed.cells import ROOT
 
 pytestmark = pytest.mark.slow
-STEPS = 50
+STEPS = 110  # so that the run is well on its way, and not done, when the signal comes after some fifty seconds
 
 
 @pytest.fixture(scope="module")
