@@ -37,7 +37,7 @@ class ReferenceCacheMixin:
 
     def _open_reference_cache(self) -> None:
         self._references: dict[bytes, Values] | None = None
-        self._new_references: list[tuple[list[bytes], torch.Tensor]] = []
+        self._new_references: list[tuple[PairLayout, torch.Tensor]] = []  # with sequence log-probs [Q]
         self._unflushed = 0  # micro-batches computed since the last flush, the same on all ranks
         self._reference_hits = (0, 0)  # micro-batches of this step: known, all
         if self.bvpo.ref_cache is None:
