@@ -4,6 +4,8 @@ The command line prints it as `megatron-bvpo: error: …` without a stack trace 
 Everything else that is raised is a fault of ours and keeps its trace.
 """
 
+import os
+
 EXIT_CODE = 2
 
 
@@ -55,3 +57,9 @@ class UserError(ValueError):
 
 def _rebuild(message, file, line, field, remedy) -> UserError:
     return UserError(message, file=file, line=line, field=field, remedy=remedy)
+
+
+def or_bound(env=os.environ) -> str:
+    """What to add to "check that it is mounted": inside an image a folder must be bound, too."""
+    inside = any(env.get(name) for name in ("BVPO_IN_IMAGE", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
+    return " and bound into the image: BVPO_BINDS=/its/folder when submitting slurm.sbatch" if inside else ""

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
-
-
-def or_bound(env=os.environ) -> str:
-    """What to add to "check that it is mounted": inside an image a folder must be bound, too."""
-    inside = any(env.get(name) for name in ("BVPO_IN_IMAGE", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
-    return " and bound into the image: BVPO_BINDS=/its/folder when submitting slurm.sbatch" if inside else ""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import tempfile
 from pathlib import Path
 
 import megatron_bvpo
-from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding, or_bound
-from megatron_bvpo.cluster.run_file import RunFile
+from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bvpo.errors import or_bound
 from megatron_bvpo.host import versions
+from megatron_bvpo.host.run_file import RunFile
 
 GIB = 1024**3
 # Besides the packages of host/versions.py; those that a node lacks are compared as missing.

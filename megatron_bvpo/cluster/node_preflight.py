@@ -28,11 +28,11 @@ from megatron_bvpo.cluster.links import run_links
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
 from megatron_bvpo.cluster.nodes import Job, interface_towards, job_from_environment
 from megatron_bvpo.cluster.plan_check import check_plan
-from megatron_bvpo.cluster.run_file import RunFile, read_run, refuse_secrets
 from megatron_bvpo.cluster.run_folder import run_folder
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.argv import rehearsal_requested
+from megatron_bvpo.host.run_file import RunFile, read_run, refuse_secrets
 
 PURPOSE = "preflight"
 EXIT_PROBLEM = 3

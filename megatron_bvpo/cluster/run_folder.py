@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from megatron_bvpo.cluster.run_file import RunFile
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.run_file import RunFile
 
 LAST = "last-checkpoint"
 STATE_FILE = "bvpo_state.json"  # of host/checkpoint.py, which needs torch to be imported

@@ -7,7 +7,8 @@ import time
 import uuid
 from pathlib import Path
 
-from megatron_bvpo.cluster.findings import OK, PROBLEM, Finding, or_bound
+from megatron_bvpo.cluster.findings import OK, PROBLEM, Finding
+from megatron_bvpo.errors import or_bound
 
 PREFIX = ".bvpo-preflight-"
 

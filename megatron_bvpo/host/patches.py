@@ -27,6 +27,7 @@ def apply_patches() -> None:
     """Apply all patches; a second call changes nothing."""
     _keep_empty_columns()
     _bypass_router_lora()
+    _trust_offloaded_optimizers()
 
 
 def _keep_empty_columns() -> None:
@@ -67,3 +68,14 @@ def _bypass_router_lora() -> None:
     _patch_router_gating.bvpo = True
     _patch_router_gating.__wrapped__ = original
     LoraParallelLinear._patch_router_gating = _patch_router_gating
+
+
+def _trust_offloaded_optimizers() -> None:
+    """An offloaded optimizer's checkpoint names the classes of its optimizers, and torch.load refuses unknown ones.
+
+    With `--optimizer_cpu_offload` no checkpoint could be resumed (torch 2.6 and later: `weights_only` is the default).
+    """
+    import torch
+    from megatron.core import optimizer
+
+    torch.serialization.add_safe_globals([_target(optimizer, name) for name in ("Adam", "SGD", "CPUAdam", "CPUSGD")])

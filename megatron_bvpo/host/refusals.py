@@ -29,6 +29,10 @@ def parse_alpha(value: Any) -> float | None:
     return alpha
 
 
+def _is_float32(args: Any) -> bool:
+    return str(args.torch_dtype) in ("float32", "fp32", "torch.float32") and not (args.bf16 or args.fp16)
+
+
 def refusals(args: Any) -> list[tuple]:
     """(refused, flag, reason, remedy) of every setting under which BVPO would be wrong or was never shown right.
 
@@ -82,6 +86,19 @@ def refusals(args: Any) -> list[tuple]:
             leave,
         ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
+        (
+            args.optimizer_cpu_offload and _is_float32(args),
+            "optimizer_cpu_offload",
+            "megatron-core cannot move the optimizer of a float32 model to the host",
+            "train in bf16 (the default)",
+        ),
+        (
+            # megatron-core 0.16 reads Adam's step from the new optimizer, so a resumed run takes other steps.
+            args.optimizer_cpu_offload and not args.no_save_optim and not args.dist_ckpt_optim_fully_reshardable,
+            "optimizer_cpu_offload",
+            "its checkpoints forget Adam's step, so a resumed run would go on differently",
+            "add --dist_ckpt_optim_fully_reshardable true",
+        ),
     ]
     if parse_alpha(args.bvpo_alpha) is None:
         found += auto_refusals(args)

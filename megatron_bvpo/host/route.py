@@ -14,10 +14,13 @@ imported where it is used.
 """
 
 import os
+import re
 import sys
+from pathlib import Path
 
 from megatron_bvpo.errors import EXIT_CODE, UserError
 from megatron_bvpo.host import argv as flags
+from megatron_bvpo.host.run_file import read_run, refuse_secrets
 
 OURS = "megatron_bvpo.cli"
 
@@ -42,6 +45,33 @@ def choose(argv: list[str], is_megatron: bool, rehearsal: bool) -> tuple[str | N
     return None, rest
 
 
+def check_before_unrolling(argv: list[str]) -> None:
+    """Raise UserError for a BVPO run whose file cannot be read or holds a secret. Other runs are not looked at.
+
+    ms-swift prints the flags that it makes of the file, and warns of a variable that is set twice with both values.
+
+    Args:
+        argv: the arguments after `rlhf`, a YAML or JSON file perhaps still first among them.
+    """
+    try:
+        run = read_run(argv)
+    except UserError:
+        if flags.rlhf_type(argv) == "bvpo" or _speaks_of_bvpo(argv):
+            raise
+        return
+    if run.value("rlhf_type") == "bvpo":
+        refuse_secrets(run, dict(os.environ))
+
+
+def _speaks_of_bvpo(argv: list[str]) -> bool:
+    """Whether the run's file, which is no YAML, is about BVPO all the same."""
+    try:
+        text = Path(argv[0]).read_bytes()
+    except (IndexError, OSError):
+        return False
+    return re.search(rb"""^["' ]*rlhf_type["' ]*:["' ]*bvpo\b""", text, re.MULTILINE) is not None
+
+
 def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False) -> None:
     """Stand in for ms-swift's `cli_main` when the subcommand is `rlhf`.
 
@@ -52,9 +82,10 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
     """
     argv = sys.argv[2:]
     scanned = None
-    # ms-swift's own unrolling. It would come to it next, and then finds nothing left to unroll.
-    swift_main.parse_yaml_args(argv)
     try:
+        check_before_unrolling(argv)
+        # ms-swift's own unrolling. It would come to it next, and then finds nothing left to unroll.
+        swift_main.parse_yaml_args(argv)
         route, rest = choose(argv, is_megatron, flags.rehearsal_requested())
         sys.argv[2:] = rest
         if route is None or (route == "megatron" and is_megatron):
@@ -85,7 +116,6 @@ def _launch(launch, scanned: list[str] | None) -> None:
     `scanned` is what the look through the data files found, for the log of rank 0.
     """
     import tempfile
-    from pathlib import Path
 
     from megatron_bvpo.host import report
 

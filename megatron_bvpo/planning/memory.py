@@ -67,6 +67,7 @@ class StageMemory:
         reference_model: a frozen copy of the model (full tuning).
         gradients: Megatron's buffers.
         optimizer: float32 parameters, where the parameters are 16-bit, and Adam's two moments.
+        host_optimizer: what optimizer_cpu_offload has moved to the node's own memory; not in the total.
         kept_shards: what a probe step keeps beside them.
         activations: saved by all micro-batches in flight.
         working: the largest of recomputation with its gradients, log-prob tiles, and the reference pass.
@@ -82,6 +83,7 @@ class StageMemory:
     reference_model: float
     gradients: float
     optimizer: float
+    host_optimizer: float
     kept_shards: float
     activations: float
     working: float
@@ -93,7 +95,7 @@ class StageMemory:
     @property
     def total(self) -> float:
         parts = asdict(self)
-        counted_elsewhere = ("stage", "layers", "adapters", "log_probs", "reference_pass")
+        counted_elsewhere = ("stage", "layers", "adapters", "host_optimizer", "log_probs", "reference_pass")
         return sum(v for k, v in parts.items() if k not in counted_elsewhere)
 
 
@@ -162,6 +164,8 @@ def optimizer_bytes_per_element(run: RunSettings, *, host: bool = False) -> floa
 def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *, dp_rank: int = 0, edp_rank: int = 0):
     """Parameters, adapters, reference model, gradients, optimizer and kept shards, in bytes, as a dict.
 
+    `host_optimizer` alone is in the node's own memory.
+
     Args:
         dp_rank, edp_rank: this rank's place in the groups that reduce dense and expert gradients.
     """
@@ -185,6 +189,7 @@ def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *
         "reference_model": (frozen + trained) * run.dtype_bytes if has_reference else 0,
         "gradients": sum(b.elements for b in buffers) * run.grad_bytes,
         "optimizer": owned * optimizer_bytes_per_element(run),
+        "host_optimizer": owned * optimizer_bytes_per_element(run, host=True),
         "kept_shards": kept,
     }
 
@@ -273,10 +278,9 @@ def host_bytes(shape: ModelShape, run: RunSettings, ranks: int) -> float:
     """Bytes of a node's own memory for each of its GPUs: an offloaded optimizer, or base weights kept while merging."""
     found = 0.0
     for stage in range(run.pipeline_model_parallel_size):
-        chunks = stage_chunks(shape, run, stage)
-        buffers = stage_buffers(chunks, run, groups_of(run, ranks), stage)
-        on_host = sum(b.owned_elements() for b in buffers) * optimizer_bytes_per_element(run, host=True)
+        on_host = _static_memory(shape, run, ranks, stage)["host_optimizer"]
         if run.lora and run.merge_lora is not False:
+            chunks = stage_chunks(shape, run, stage)
             on_host += sum(t.elements for c in chunks for t in c if not t.trained) * run.dtype_bytes
         found = max(found, on_host)
     return found

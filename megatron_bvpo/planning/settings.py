@@ -112,6 +112,8 @@ class RunSettings:
     use_megatron_fsdp: bool = False
     moe_expert_capacity_factor: float | None = None
     async_save: bool = False
+    no_save_optim: bool = False
+    dist_ckpt_optim_fully_reshardable: bool = False
     calculate_per_token_loss: bool = False
     task_type: str | None = None
     streaming: bool = False

@@ -8,6 +8,7 @@ by name. Modules that are already imported are patched at once. On a GPU every p
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
 import sys
@@ -17,6 +18,7 @@ _MOE_UTILS = "megatron.core.transformer.moe.moe_utils"
 _TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 _RANDOM = "megatron.core.tensor_parallel.random"
 _DISTRIBUTED_OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+_HYBRID_OPTIMIZER = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer"
 
 
 def patch_megatron() -> None:
@@ -68,11 +70,45 @@ def _load_without_gradients(module: ModuleType) -> None:
         owner._set_main_param_and_optimizer_states = torch.no_grad()(original)  # sets __wrapped__
 
 
+def _tell_host_from_device(module: ModuleType) -> None:
+    """`--optimizer_cpu_offload` copies to the host what `is_cuda`, which in a rehearsal is nothing. While it sorts
+    the parameters, whatever did not come out of `Tensor.cpu` counts as on the device."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    owner = _target(module, "HybridDeviceOptimizer")
+    original = _target(owner, "_get_sub_optimizer_param_groups")
+    if hasattr(original, "__wrapped__") or torch.cuda.is_available():
+        return
+    copies = {torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.float, torch.Tensor.pin_memory}
+
+    class HostAndDevice(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.on_host = {}  # by id, with the tensor, so that no other one gets its id
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function == torch.Tensor.is_cuda.__get__:  # a new wrapper at every look
+                return id(args[0]) not in self.on_host
+            result = function(*args, **(kwargs or {}))
+            if function is torch.Tensor.cpu or (function in copies and id(args[0]) in self.on_host):
+                self.on_host[id(result)] = result
+            return result
+
+    @functools.wraps(original)
+    def sort(self, offload_fraction):
+        with HostAndDevice():
+            return original(self, offload_fraction)
+
+    owner._get_sub_optimizer_param_groups = sort
+
+
 _PATCHES = {
     _MOE_UTILS: _convert_on_cpu,
     _TOKEN_DISPATCHER: _convert_on_cpu,
     _RANDOM: _run_lazy_calls_at_once,
     _DISTRIBUTED_OPTIMIZER: _load_without_gradients,
+    _HYBRID_OPTIMIZER: _tell_host_from_device,
 }
 
 

@@ -239,6 +239,48 @@ def test_bvpo_refuses_the_other_backend_and_ray():
         choose(["--use_ray", "--rlhf_type", "bvpo"], True, False)
 
 
+SECRET = "hf_never_to_be_printed"
+
+
+@pytest.mark.parametrize(
+    ("keys", "env", "named"),
+    [
+        ({"hub_token": SECRET}, {}, "hub_token: a secret in a flag or YAML file"),
+        ({"ENV": {"WANDB_API_KEY": SECRET}}, {}, "ENV.WANDB_API_KEY: a secret in the run's file"),
+        # ms-swift warns of a variable that is set twice, with both values, while it reads the file.
+        ({"ENV": {"MY_CREDENTIALS": "a file"}}, {"MY_CREDENTIALS": SECRET}, "ENV.MY_CREDENTIALS: set in the environ"),
+    ],
+)
+def test_a_secret_in_the_file_is_refused_before_anything_prints_it(call, tmp_path, keys, env, named):
+    path = write_yaml(tmp_path, rlhf_type="bvpo", megatron=True, model="m", **keys)
+    result = call("swift", "rlhf", path, NPROC_PER_NODE="2", **REHEARSE, **env)
+    assert result.returncode == 2 and "run sh" not in result.stdout
+    assert last_line(result).startswith(f"megatron-bvpo: error: {path}: {named}")
+    assert SECRET not in result.stdout + result.stderr
+
+
+def test_files_of_other_types_are_left_to_ms_swift(launches, tmp_path):
+    path = write_yaml(tmp_path, rlhf_type="dpo", model="m", hub_token=SECRET)
+    cases = [(["swift", "rlhf", path], {})]
+    assert launches(cases) == launches(cases, "without")
+
+
+def test_a_file_that_cannot_be_read_is_told_where_it_is_about_bvpo(tmp_path):
+    from megatron_bvpo.errors import UserError
+    from megatron_bvpo.host.route import check_before_unrolling as check
+
+    broken = tmp_path / "run.yaml"
+    broken.write_text("rlhf_type: bvpo\nhub_token: @" + SECRET)
+    with pytest.raises(UserError, match=r"run\.yaml:2: is no valid YAML") as caught:
+        check([str(broken)])
+    assert SECRET not in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        check([str(tmp_path / "gone.yaml"), "--rlhf_type", "bvpo"])
+    broken.write_text("rlhf_type: dpo\nhub_token: @" + SECRET)
+    for argv in ([str(broken)], [str(tmp_path / "gone.yaml")], [], ["stray"]):
+        check(argv)  # ms-swift's own words
+
+
 def test_settings_of_the_plugin_are_refused_beside_the_route(call):
     result = call("swift", "rlhf", "--rlhf_type", "bvpo", BVPO_ALPHA="0.3", **REHEARSE)
     assert result.returncode == 2 and "run sh" not in result.stdout

@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.optimizer import HybridDeviceOptimizer
 
 from megatron_bvpo.gradients import shards
 
@@ -25,11 +26,15 @@ def record_memory(base, folder):
 
         def _one_pass(self, chunks):
             batches = chunks[0]
-            self.weighed = {"tokens": [b["input_ids"].numel() for b in batches], "lengths": _lengths(batches[0])}
+            self.weighed = {
+                "kept_shards": 0,
+                "tokens": [b["input_ids"].numel() for b in batches],
+                "lengths": _lengths(batches[0]),
+            }
             saved = SavedTensors(_storages(self._stored()))
             with saved:
                 done = super()._one_pass(chunks)
-            self.weighed |= {"activations": saved.peak, "left": saved.live}
+            self.weighed |= {"activations": saved.peak, "left": saved.live, "kept_shards": 0}
             return done
 
         def _stored(self):
@@ -82,16 +87,21 @@ def record_memory(base, folder):
             return dist.get_group_rank(buffers[0].data_parallel_group, dist.get_rank()) if buffers else 0
 
         def _weigh_optimizer(self):
-            """Adam's states, and float32 parameters where they are no views of the model's own."""
+            """Adam's states, and float32 parameters where they are no views of the model's own; on a GPU, they would
+            be in its memory, and those of `--optimizer_cpu_offload`, with copies of the gradients, in the node's."""
             own = _storages(p for m in self.unwrapped_models for p in m.parameters())
-            found = {}
-            for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-                tensors = [t for state in optimizer.optimizer.state.values() for t in state.values()]
-                tensors += [p for group in optimizer.optimizer.param_groups for p in group["params"]]
-                for tensor in tensors:
-                    if torch.is_tensor(tensor) and tensor.dim():
-                        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            self.weighed["optimizer"] = sum(n for address, n in found.items() if address not in own)
+            device, host = [], []
+            for chained in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                optimizer = chained.optimizer
+                device += [p for group in optimizer.param_groups for p in group["params"]]
+                states = [t for state in optimizer.state.values() for t in state.values()]
+                if isinstance(optimizer, HybridDeviceOptimizer):
+                    host += [*states, *optimizer.cpu_copys_map_gpu_param, *optimizer.cpu_copy_map_grad.values()]
+                else:
+                    device += states
+            for name, tensors in (("optimizer", device), ("host_optimizer", host)):
+                tensors = [t for t in tensors if torch.is_tensor(t) and t.dim()]
+                self.weighed[name] = _bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
 
     return Recorder
 

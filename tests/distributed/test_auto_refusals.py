@@ -10,6 +10,8 @@ from tests.distributed.test_bad_input import assert_told, flags
 pytestmark = pytest.mark.slow
 
 FIXED = "give --bvpo_alpha a number, or leave the flag out"
+BF16 = {"torch_dtype": "bfloat16", "bf16": "true"}
+OFFLOAD = {"optimizer_cpu_offload": "true", **BF16}
 # case: (flags, flag that is named, reason, remedy)
 AUTO = {
     "fp16": ({"fp16": "true"}, "fp16", "the moments of gradients under a moving loss scale are not measured"),
@@ -29,7 +31,11 @@ AUTO = {
         "use_precision_aware_optimizer",
         "never tested with probes",
     ),
-    "CPU offload": ({"optimizer_cpu_offload": "true"}, "optimizer_cpu_offload", "never tested with probes"),
+    "CPU offload": (
+        OFFLOAD | {"dist_ckpt_optim_fully_reshardable": "true"},
+        "optimizer_cpu_offload",
+        "never tested with probes",
+    ),
     "sorted batches": (
         {"group_by_length": "true", "padding_free": "false"},
         "group_by_length",
@@ -51,6 +57,16 @@ ALWAYS = {
         {"moe_expert_capacity_factor": 1.5},
         "moe_expert_capacity_factor",
         "dropping tokens by capacity makes one stream's gradient depend on the other; leave the flag out",
+    ),
+    "CPU offload that cannot be resumed": (
+        OFFLOAD,
+        "optimizer_cpu_offload",
+        "its checkpoints forget Adam's step, .*; add --dist_ckpt_optim_fully_reshardable true",
+    ),
+    "CPU offload in float32": (
+        {"optimizer_cpu_offload": "true"},
+        "optimizer_cpu_offload",
+        r"megatron-core cannot move the optimizer of a float32 model to the host; train in bf16 \(the default\)",
     ),
 }
 

@@ -30,8 +30,6 @@ HOOK, HOOK_ARGS = (
 # Settings of a GPU that a CPU run replaces (CPU_FLAGS), and what a test gives itself.
 OURS = {"rlhf_type", "megatron", "model", "dataset", "output_dir", "num_train_epochs", "save_steps", "eval_steps"}
 OURS |= {"lr", "lr_warmup_fraction", "lr_decay_style", "train_iters"}
-# Adam on the host needs streams of a GPU to copy on.
-GPU_ONLY = {"optimizer_cpu_offload", "use_precision_aware_optimizer", "optimizer_offload_fraction"}
 TYPES = {"qwen3_moe": ("qwen3_moe", "qwen3_thinking"), "qwen3": ("qwen3", "qwen3_thinking"), "qwen2": ("qwen2", "qwen")}
 
 
@@ -63,13 +61,15 @@ def argv_of(name: str, model: Path, rows: Path) -> list[str]:
     model_type, template = TYPES[kind]
     argv = []
     for key, value in values.items():
-        if key not in OURS | GPU_ONLY:
+        if key not in OURS:
             argv += [f"--{key}", *(str(value).split() if key == "target_modules" else [str(value)])]
+    bf16 = "--torch_dtype bfloat16 --bf16 true".split() if values.get("optimizer_cpu_offload") else []
     recompute = [f for key in ("granularity", "method", "num_layers") for f in recompute_flags(values, key)]
     return [
         *argv,
         *CPU_FLAGS,
         *recompute,  # last, because CPU_FLAGS turn it off
+        *bf16,  # as well; an optimizer on the host takes no float32 model
         *f"--model {model} --model_type {model_type} --template {template} --dataset {rows}".split(),
         # A file's learning rate moves a loss of ln 2 by less than logging.jsonl shows.
         *"--lr 0.01 --lr_decay_style constant --train_iters 2".split(),

@@ -17,9 +17,9 @@ from megatron_bvpo.cluster.node_preflight import ROUNDS, Desk, _within
 from megatron_bvpo.cluster.node_report import verdict_lines
 from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.plan_check import judge_plan
-from megatron_bvpo.cluster.run_file import read_run
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.run_file import read_run
 from tests.unit.cluster_ports import free_pair
 
 

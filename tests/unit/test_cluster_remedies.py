@@ -9,9 +9,9 @@ import pytest
 from megatron_bvpo.cluster import compare, local_checks
 from megatron_bvpo.cluster import links as cluster_links
 from megatron_bvpo.cluster.findings import WARNING
-from megatron_bvpo.cluster.run_file import read_run
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.run_file import read_run
 from tests.unit.test_cluster_preflight import good, job, links, problems, report
 
 
@@ -41,7 +41,8 @@ def test_a_rank_that_was_only_slow_may_have_more_time():
 
 def test_in_an_image_the_remedy_names_the_binds(tmp_path, monkeypatch):
     run = read_run(["--dataset", str(tmp_path / "gone.jsonl"), "--model", str(tmp_path / "gone")])
-    monkeypatch.delenv("BVPO_IN_IMAGE", raising=False)
+    for name in ("BVPO_IN_IMAGE", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"):
+        monkeypatch.delenv(name, raising=False)
     assert "BVPO_BINDS" not in "".join(problems(local_checks.data_facts(run)[1]))
     monkeypatch.setenv("BVPO_IN_IMAGE", "1")
     assert all("BVPO_BINDS" in text for text in problems(local_checks.data_facts(run)[1]))

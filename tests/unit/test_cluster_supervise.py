@@ -16,11 +16,11 @@ import pytest
 from megatron_bvpo.cluster.launch_environment import launch_environment, log_folder, swift_command
 from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.cluster.roll_call import ENDED, RUNNING, RollCall
-from megatron_bvpo.cluster.run_file import read_run, refuse_secrets
 from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error
 from megatron_bvpo.cluster.supervise import NODE_LOST, STOPPED, Supervisor, descendants
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.run_file import read_run, refuse_secrets
 from tests.unit.cluster_ports import free_pair
 
 

@@ -1,4 +1,4 @@
-"""What the launcher must know of a run: its flags from YAML and command line, and where its files are."""
+"""A run as its user gave it, before ms-swift reads it: flags from YAML and command line, and no secret in them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_bvpo.cluster.findings import or_bound
-from megatron_bvpo.errors import UserError
+from megatron_bvpo.errors import UserError, or_bound
 from megatron_bvpo.host import argv as flags
 
 # ms-swift prints its command line and all its arguments, and keeps them in args.json.
@@ -64,6 +63,8 @@ def read_run(argv: list[str]) -> RunFile:
         return RunFile(tuple(argv), tuple(argv), {}, None)
     settings = _read_settings(file)
     env = settings.pop("ENV", None) or {}
+    if not isinstance(env, dict):
+        raise UserError("is no mapping", file=file, field="ENV", remedy="write one `NAME: value` a line, indented")
     unrolled: list[str] = []
     for key, value in settings.items():
         unrolled.append(f"--{key}")
