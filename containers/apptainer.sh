@@ -17,7 +17,8 @@ root="${BVPO_APPTAINER_ROOT:-/var/tmp/bvpo-apptainer}"
 mirror="${BVPO_DEBIAN_MIRROR:-}"
 
 find_program() {
-  if [ -n "${BVPO_APPTAINER:-}" ]; then
+  # slurm.sbatch may have been told to use this very script.
+  if [ -n "${BVPO_APPTAINER:-}" ] && [ "$(realpath "$BVPO_APPTAINER")" != "$(realpath "${BASH_SOURCE[0]}")" ]; then
     command -v "$BVPO_APPTAINER" || {
       echo "apptainer.sh: BVPO_APPTAINER=$BVPO_APPTAINER is no program." >&2
       exit 2

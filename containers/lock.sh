@@ -46,10 +46,14 @@ fi
 compile() {
   local name="$1"
   shift
-  {
-    echo "# Made by containers/lock.sh from lock-$name.in and pyproject.toml, as of $date. Do not edit."
-    "$uv" pip compile --quiet --no-config --no-header --generate-hashes --exclude-newer "${date}T00:00:00Z" "$@"
-  } >"$work/lock-$name.txt"
+  echo "# Made by containers/lock.sh from lock-$name.in and pyproject.toml, as of $date. Do not edit." \
+    >"$work/lock-$name.txt"
+  # Nothing is written where uv fails; `set -e` does not hold in a function that is followed by ||.
+  if ! "$uv" pip compile --quiet --no-config --no-header --generate-hashes --exclude-newer "${date}T00:00:00Z" "$@" \
+    >>"$work/lock-$name.txt"; then
+    echo "lock-$name.txt: uv could not work it out (above); it stays as it is." >&2
+    return 1
+  fi
   if [ -z "$check" ]; then
     cp "$work/lock-$name.txt" "lock-$name.txt"
     echo "lock-$name.txt: $(grep -c '==' "lock-$name.txt") packages"

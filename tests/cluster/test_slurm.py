@@ -1,4 +1,7 @@
-"""launch/slurm.sbatch on a real Slurm of two nodes: to the end, over a time limit, with a node that is not right."""
+"""launch/slurm.sbatch on a real Slurm of two nodes: to the end, over a time limit, with a node that is not right.
+
+BVPO_TEST_IMAGE=FILE.sif runs one of the jobs in that image, too, by containers/apptainer.sh.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +79,32 @@ def test_the_time_limit_saves_requeues_and_the_losses_are_the_same(slurm, config
     assert int(record["Restarts"]) >= 1, "the job was over before its time limit: it shows nothing"
     assert "SIGUSR1 after" in told and "Stopped on request after step" in told
     assert "stopped and saved; the job goes back into the queue" in told and "going on from" in told
+    assert losses(tmp_path / "run") == losses(whole / "run")
+
+
+def test_in_an_image_over_a_time_limit(slurm, config, whole, tmp_path):
+    """The job's own scripts run on the host; preflight, supervisor and training run in the image on both nodes."""
+    image = os.environ.get("BVPO_TEST_IMAGE")
+    if not image:
+        pytest.skip("BVPO_TEST_IMAGE is not set")
+    job, log = submit(
+        slurm,
+        config,
+        tmp_path,
+        "--time=3",
+        "--signal=B:USR1@80",
+        BVPO_IMAGE=image,
+        BVPO_APPTAINER=str(ROOT / "containers" / "apptainer.sh"),
+        BVPO_BINDS=f"{config.parent},{tmp_path}",
+        BVPO_PYTHON_BIN="/nowhere/python",  # the host's, which the image must not look for
+    )
+    record = slurm.wait(job, 500, log)
+    told = log.read_text()
+    assert record["JobState"] == "COMPLETED", told[-4000:]
+    print(*[line for line in told.splitlines() if "slurm.sbatch:" in line], sep="\n")
+    assert int(record["Restarts"]) >= 1 and "preflight: passed" in told
+    commands = [p.read_text() for p in (tmp_path / "run" / "logs").rglob("std*.log")]
+    assert any("/opt/bvpo/" in text for text in commands), "the ranks did not run in the image"
     assert losses(tmp_path / "run") == losses(whole / "run")
 
 

@@ -55,6 +55,20 @@ def lock_entries(lock: Path) -> dict[str, list[str]]:
     return entries
 
 
+def test_apptainer_sh_that_is_told_to_use_itself_looks_further(tmp_path):
+    """slurm.sbatch exports BVPO_APPTAINER; named there, the script would start itself for ever."""
+    program = tmp_path / "apptainer"
+    program.write_text('#!/bin/sh\necho "found: $*"\n')
+    program.chmod(0o755)
+    itself = CONTAINERS / "apptainer.sh"
+    for name in (str(itself), "apptainer.sh"):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BVPO_APPTAINER": name}
+        done = subprocess.run(
+            ["bash", str(itself), "exec", "IMAGE"], env=env, cwd=CONTAINERS, capture_output=True, text=True, timeout=20
+        )
+        assert (done.returncode, done.stdout) == (0, "found: exec IMAGE\n"), done.stderr
+
+
 def pins(profile: str) -> dict[str, str]:
     return labels.locked(CONTAINERS / f"lock-{profile}.txt")
 
