@@ -18,14 +18,18 @@ mirror="${BVPO_DEBIAN_MIRROR:-}"
 
 find_program() {
   # slurm.sbatch may have been told to use this very script.
-  if [ -n "${BVPO_APPTAINER:-}" ] && [ "$(realpath "$BVPO_APPTAINER")" != "$(realpath "${BASH_SOURCE[0]}")" ]; then
-    command -v "$BVPO_APPTAINER" || {
+  local found
+  if [ -n "${BVPO_APPTAINER:-}" ]; then
+    found="$(command -v "$BVPO_APPTAINER")" || {
       echo "apptainer.sh: BVPO_APPTAINER=$BVPO_APPTAINER is no program." >&2
       exit 2
     }
-  else
-    command -v apptainer || command -v singularity || true
+    if [ "$(realpath "$found")" != "$(realpath "${BASH_SOURCE[0]}")" ]; then
+      echo "$found"
+      return
+    fi
   fi
+  command -v apptainer || command -v singularity || true
 }
 
 make_root() {

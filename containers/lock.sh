@@ -55,7 +55,7 @@ compile() {
     return 1
   fi
   if [ -z "$check" ]; then
-    cp "$work/lock-$name.txt" "lock-$name.txt"
+    cp "$work/lock-$name.txt" "lock-$name.txt" || return 1
     echo "lock-$name.txt: $(grep -c '==' "lock-$name.txt") packages"
   elif ! diff -u "lock-$name.txt" "$work/lock-$name.txt"; then
     echo "lock-$name.txt is not what containers/lock.sh would write." >&2

@@ -30,12 +30,16 @@ def run_rank(argv: list[str]) -> None:
     from megatron_bvpo.errors import UserError
     from megatron_bvpo.host import argv as flags
     from megatron_bvpo.host import preflight, report
+    from megatron_bvpo.host.run_file import RunFile
+    from megatron_bvpo.host.secret_flags import refuse_secrets
 
     _, argv = flags.take_megatron(argv)
     sys.argv[1:] = argv
     ours = flags.rlhf_type(argv) == "bvpo"
     try:
         if ours:
+            # Once more, for ranks that torchrun started without our launcher.
+            refuse_secrets(RunFile(tuple(argv), tuple(argv), {}, None), dict(os.environ))
             preflight.check(argv)
         if flags.rehearsal_requested() or (ours and preflight.help_without_engine(argv)):
             from megatron_bvpo.rehearsal import install

@@ -32,7 +32,8 @@ from megatron_bvpo.cluster.run_folder import run_folder
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.argv import rehearsal_requested
-from megatron_bvpo.host.run_file import RunFile, read_run, refuse_secrets
+from megatron_bvpo.host.run_file import RunFile, read_run
+from megatron_bvpo.host.secret_flags import refuse_secrets
 
 PURPOSE = "preflight"
 EXIT_PROBLEM = 3

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from megatron_bvpo.errors import EXIT_CODE, UserError
 from megatron_bvpo.host import argv as flags
-from megatron_bvpo.host.run_file import read_run, refuse_secrets
+from megatron_bvpo.host.run_file import read_run
+from megatron_bvpo.host.secret_flags import refuse_secrets
 
 OURS = "megatron_bvpo.cli"
 
@@ -46,9 +47,9 @@ def choose(argv: list[str], is_megatron: bool, rehearsal: bool) -> tuple[str | N
 
 
 def check_before_unrolling(argv: list[str]) -> None:
-    """Raise UserError for a BVPO run whose file cannot be read or holds a secret. Other runs are not looked at.
+    """Raise UserError for a BVPO run whose file cannot be read or holds a secret.
 
-    ms-swift prints the flags that it makes of the file, and warns of a variable that is set twice with both values.
+    Of other runs only the type is looked at; what is wrong with their files, ms-swift says.
 
     Args:
         argv: the arguments after `rlhf`, a YAML or JSON file perhaps still first among them.
@@ -69,7 +70,7 @@ def _speaks_of_bvpo(argv: list[str]) -> bool:
         text = Path(argv[0]).read_bytes()
     except (IndexError, OSError):
         return False
-    return re.search(rb"""^["' ]*rlhf_type["' ]*:["' ]*bvpo\b""", text, re.MULTILINE) is not None
+    return re.search(rb"""^[\s"'{,]*rlhf_type["'\s]*:["'\s]*bvpo\b""", text, re.MULTILINE) is not None
 
 
 def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False) -> None:

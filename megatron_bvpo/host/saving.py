@@ -197,6 +197,15 @@ class CheckpointMixin:
         there, here = saved["layout"], self._layout_name()
         if self.args.no_load_optim:
             return
+        if self.args.optimizer_cpu_offload and not saved["optimizer_reshardable"]:
+            # What counts is how it was saved, not this run's flags.
+            raise UserError(
+                "the optimizer state was saved without --dist_ckpt_optim_fully_reshardable true, and an optimizer on "
+                "the host would forget Adam's step",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                field="--optimizer_cpu_offload",
+                remedy="give up the optimizer state with --no_load_optim true",
+            )
         experts = bool(saved["model"].get("num_experts"))
         if _has_expert_optimizer(there, experts) != _has_expert_optimizer(here, experts):
             raise UserError(

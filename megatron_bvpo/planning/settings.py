@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.run_file import read_keys
 from megatron_bvpo.planning.checks import check_values
 
 TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
@@ -195,22 +194,7 @@ def read_settings(file: str | Path, overrides: dict[str, Any] | None = None) -> 
 
 def read_values(file: str | Path) -> dict[str, Any]:
     """Keys and values of a YAML file, dashes in keys as underscores; raises UserError."""
-    try:
-        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(
-            e.strerror or str(e), file=str(file), remedy="name a YAML file such as those in configs/"
-        ) from None
-    except UnicodeDecodeError:
-        raise UserError("is no text", file=str(file), remedy="name a YAML file such as those in configs/") from None
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = None if mark is None else mark.line + 1
-        raise UserError(f"is no YAML: {getattr(e, 'problem', None) or e}", file=str(file), line=line) from None
-    if not isinstance(values, dict):
-        raise UserError(
-            "holds no keys and values", file=str(file), remedy="write one `key: value` a line, as in configs/"
-        )
+    values = read_keys(str(file))
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 

@@ -279,6 +279,11 @@ def test_a_file_that_cannot_be_read_is_told_where_it_is_about_bvpo(tmp_path):
     broken.write_text("rlhf_type: dpo\nhub_token: @" + SECRET)
     for argv in ([str(broken)], [str(tmp_path / "gone.yaml")], [], ["stray"]):
         check(argv)  # ms-swift's own words
+    check(["-h", "--rlhf_type", "bvpo"])
+    broken = tmp_path / "run.json"
+    broken.write_text('{\n\t"rlhf_type": "bvpo",\n\t"hub_token": ' + SECRET)
+    with pytest.raises(UserError, match=r"run\.json:3: is no valid JSON"):
+        check([str(broken)])
 
 
 def test_settings_of_the_plugin_are_refused_beside_the_route(call):

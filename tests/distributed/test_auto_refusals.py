@@ -11,7 +11,8 @@ pytestmark = pytest.mark.slow
 
 FIXED = "give --bvpo_alpha a number, or leave the flag out"
 BF16 = {"torch_dtype": "bfloat16", "bf16": "true"}
-OFFLOAD = {"optimizer_cpu_offload": "true", **BF16}
+OFFLOAD = {"optimizer_cpu_offload": "true", "use_precision_aware_optimizer": "true", **BF16}
+WHOLE = {"dist_ckpt_optim_fully_reshardable": "true"}
 # case: (flags, flag that is named, reason, remedy)
 AUTO = {
     "fp16": ({"fp16": "true"}, "fp16", "the moments of gradients under a moving loss scale are not measured"),
@@ -32,8 +33,8 @@ AUTO = {
         "never tested with probes",
     ),
     "CPU offload": (
-        OFFLOAD | {"dist_ckpt_optim_fully_reshardable": "true"},
-        "optimizer_cpu_offload",
+        OFFLOAD | WHOLE,
+        "use_precision_aware_optimizer",
         "never tested with probes",
     ),
     "sorted batches": (
@@ -66,7 +67,22 @@ ALWAYS = {
     "CPU offload in float32": (
         {"optimizer_cpu_offload": "true"},
         "optimizer_cpu_offload",
-        r"megatron-core cannot move the optimizer of a float32 model to the host; train in bf16 \(the default\)",
+        "megatron-core takes a bf16 model only with the optimizer on the host; train in bf16",
+    ),
+    "CPU offload in fp16": (
+        OFFLOAD | WHOLE | {"torch_dtype": "float16", "fp16": "true", "bf16": None},
+        "optimizer_cpu_offload",
+        "megatron-core takes a bf16 model only .*; train in bf16",
+    ),
+    "CPU offload beside float32 parameters on the GPU": (
+        OFFLOAD | WHOLE | {"use_precision_aware_optimizer": "false"},
+        "optimizer_cpu_offload",
+        ".* no checkpoint could be resumed; add --use_precision_aware_optimizer true",
+    ),
+    "CPU offload in part": (
+        OFFLOAD | WHOLE | {"optimizer_offload_fraction": 0.5},
+        "optimizer_offload_fraction",
+        "the part on the GPU would count no steps after a resume; leave the flag out, so that all is on the host",
     ),
 }
 

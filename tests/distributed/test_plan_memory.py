@@ -48,6 +48,7 @@ LAYOUTS = {
     "dense-full-tp2-recomputed": ("dense", FULL | TP2 | EACH),
     "tied-full-pp2": ("tied", FULL | PP2 | NONE),
     "moe-full-tp2-ep2-bf16": ("moe", FULL | TP2 | EP2 | BF16 | EACH),
+    "moe-full-tp2-ep2-optimizer-on-host": ("moe", FULL | TP2 | EP2 | BF16 | EACH | HOST),
     "moe-lora-pp2-vpp2-block": ("moe", LORA | PP2 | dict(virtual_pipeline_model_parallel_size=2) | BLOCK),
     "moe-full-tp2-pp2-ep2-selective": ("moe", FULL | TP2 | PP2 | EP2 | SELECTIVE),
     "moe-lora-ep4-recomputed": ("moe", LORA | dict(expert_model_parallel_size=4) | EACH),
@@ -69,10 +70,9 @@ LAYOUTS = {
     "dense-lora-cp2-tp2": ("dense", LORA | CP2 | TP2 | NONE),
     "dense-lora-attention-only": ("dense", LORA | NONE | dict(target_modules="linear_qkv linear_proj")),
     "dense-full-dp4-bf16": ("dense", FULL | BF16 | SELECTIVE),
-    "moe-full-tp2-ep2-optimizer-on-host": ("moe", FULL | TP2 | EP2 | BF16 | EACH | HOST),
     "tied-full-dp4-two-a-chunk": ("tied", FULL | EACH | dict(recompute_num_layers=2)),
 }
-DEFAULT = 5
+DEFAULT = 6
 COMMON = dict(
     micro_batch_size=2,
     global_batch_size=8,

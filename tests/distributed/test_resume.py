@@ -24,14 +24,16 @@ RECORDER = "tests.distributed.exact_recorder:record_exactly"
 STEPS = 7
 LORA = "--tuner_type lora --lora_rank 4 --lora_dropout 0.05"
 BF16 = "--bf16 true --torch_dtype bfloat16"
+EP2 = "--expert_model_parallel_size 2"  # and data-parallel 2: the experts have an optimizer of their own
 OFFLOADED = "--optimizer_cpu_offload true --use_precision_aware_optimizer true --optimizer_offload_fraction 1"
+OFFLOADED += " --dist_ckpt_optim_fully_reshardable true"
 TP2 = "--tensor_model_parallel_size 2 --sequence_parallel true --expert_model_parallel_size 2"
 KINDS = {
     "lora-float32-dp2": (2, LORA),
     "full-bf16-tp2": (2, f"--tuner_type full {BF16} {TP2}"),
     "lora-bf16-one-rank": (1, f"{LORA} {BF16}"),
     "full-float32-one-rank": (1, "--tuner_type full"),
-    "full-bf16-offloaded": (1, f"--tuner_type full {BF16} {OFFLOADED} --dist_ckpt_optim_fully_reshardable true"),
+    "full-bf16-offloaded": (2, f"--tuner_type full {BF16} {EP2} {OFFLOADED}"),
 }
 
 
@@ -166,6 +168,17 @@ def test_an_optimizer_on_the_host_takes_the_same_steps(whole_runs):
     fell = losses["full-bf16-tp2"][0] - losses["full-bf16-tp2"][-1]
     assert fell > 0.2
     assert losses["full-bf16-offloaded"] == pytest.approx(losses["full-bf16-tp2"], abs=0.02 * fell)
+
+
+def test_an_optimizer_on_the_host_reads_no_state_that_forgets_its_step(workshop, home, whole_runs):
+    """What counts is how the checkpoint was saved, not the flags of the run that reads it."""
+    kind, saved = "full-bf16-tp2", home / "full-bf16-tp2-whole" / "checkpoint-4"
+    more = f"--finetune false {resume_flag(kind)} {saved} {OFFLOADED}"
+    run = zygotes().run(home / "on-the-host", argv(workshop, kind, more), ranks=2)
+    assert run.codes == [2, 2]
+    told = run.stderr[0].strip().splitlines()[-1]
+    assert told.startswith(f"megatron-bvpo: error: {saved}/bvpo_state.json: --optimizer_cpu_offload: the optimizer")
+    assert told.endswith("give up the optimizer state with --no_load_optim true")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,7 +20,9 @@ from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error
 from megatron_bvpo.cluster.supervise import NODE_LOST, STOPPED, Supervisor, descendants
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import read_run, refuse_secrets
+from megatron_bvpo.host.flag_names import flag_names
+from megatron_bvpo.host.run_file import read_run
+from megatron_bvpo.host.secret_flags import refuse_secrets
 from tests.unit.cluster_ports import free_pair
 
 
@@ -51,7 +53,21 @@ def test_a_yaml_file_that_is_not_one(tmp_path):
         read_run(["run.toml"])
 
 
-@pytest.mark.parametrize("given", [["--hub_token", "hf_x"], ["--hub-token=hf_x"], ["--swanlab_token", "hf_x"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--hub_token", "hf_x"],
+        ["--hub-token=hf_x"],
+        ["--swanlab_token", "hf_x"],
+        ["--hub_tok", "hf_x"],  # argparse takes abbreviations
+        ["----hub_token ", "hf_x"],  # what a YAML key with dashes or a space becomes
+        ["--hub_token", "hf_x", "--hub_token", ""],  # the first one is printed, too
+        ["--hub_token", "--hf_x"],
+        ["--model_kwargs", '{"api_key": "hf_x"}'],
+        ["--env", '{"HF_TOKEN": "hf_x"}'],
+        ["--dataset", "https://me:hf_x@example.org/rows.jsonl"],
+    ],
+)
 def test_a_secret_in_a_flag_is_refused_without_its_value(given):
     with pytest.raises(UserError) as caught:
         refuse_secrets(read_run(given), {})
@@ -69,14 +85,49 @@ def test_a_secret_in_yaml_is_refused_and_other_names_are_not(tmp_path):
         with pytest.raises(UserError, match=f"ENV.{name}") as caught:
             refuse_secrets(read_run([str(file)]), {name: "s3cret"})
         assert "s3cret" not in str(caught.value)
-    file.write_text("ENV:\n  GOOGLE_APPLICATION_CREDENTIALS: /a.json\n  TOKENIZERS_PARALLELISM: 'false'\n")
-    refuse_secrets(read_run([str(file)]), {})
+    file.write_text("ENV:\n  GOOGLE_APPLICATION_CREDENTIALS: /a.json\n  TOKENIZERS_PARALLELISM: false\n  1: 2\n")
+    refuse_secrets(read_run([str(file)]), {"TOKENIZERS_PARALLELISM": "false"})
     with pytest.raises(UserError, match="CREDENTIALS") as caught:  # ms-swift warns with both values
         refuse_secrets(read_run([str(file)]), {"GOOGLE_APPLICATION_CREDENTIALS": "/0ther"})
     assert "a.json" not in str(caught.value) and "0ther" not in str(caught.value)
-    refuse_secrets(
-        read_run(["--max_new_tokens", "3", "--calculate_per_token_loss", "false", "--new_special_tokens", "a"]), {}
-    )
+    harmless = ["--max_new_tokens", "3", "--calculate_per_token_loss", "false", "--new_special_tokens", "a"]
+    harmless += ["--model_kwargs", '{"eos_token": "<|im_end|>", "max_tokens": 3}', "--hub_token", "None"]
+    harmless += ["--dataset", "https://example.org:443/rows.jsonl"]
+    refuse_secrets(read_run(harmless), {})
+
+
+def test_no_flag_of_ours_or_ms_swifts_is_taken_for_a_secret_but_one():
+    found = []
+    for name in flag_names():
+        try:
+            refuse_secrets(read_run([f"--{name}", "x"]), {})
+        except UserError:
+            found.append(name)
+    assert found == ["hub_token"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.yaml", "hub_token: @hf_x"),
+        ("run.yaml", "hub_token: !hf_x"),
+        ("run.yaml", "hub_token: !hf_x!a"),
+        ("run.yaml", "hub_token: *hf_x"),
+        ("run.yaml", 'hub_token: "\\hf_x"'),
+        ("run.json", '{"hub_token": "hf_x" "a": 1}'),
+    ],
+)
+def test_what_is_said_of_a_broken_file_quotes_nothing_of_it(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="is no valid") as caught:
+        read_run([str(tmp_path / name)])
+    assert "hf_x" not in str(caught.value) and caught.value.line == 1
+
+
+def test_json_may_be_indented_with_tabs(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"hub_token": "hf_x"}, indent="\t"))
+    with pytest.raises(UserError, match="hub_token"):
+        refuse_secrets(read_run([str(tmp_path / "run.json")]), {})
 
 
 # ---- the run's folder

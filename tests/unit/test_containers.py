@@ -61,10 +61,10 @@ def test_apptainer_sh_that_is_told_to_use_itself_looks_further(tmp_path):
     program.write_text('#!/bin/sh\necho "found: $*"\n')
     program.chmod(0o755)
     itself = CONTAINERS / "apptainer.sh"
-    for name in (str(itself), "apptainer.sh"):
-        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BVPO_APPTAINER": name}
+    for name, folder in ((str(itself), tmp_path), ("./apptainer.sh", CONTAINERS), ("apptainer.sh", tmp_path)):
+        env = {"PATH": f"{tmp_path}:{CONTAINERS}:{os.environ['PATH']}", "BVPO_APPTAINER": name}
         done = subprocess.run(
-            ["bash", str(itself), "exec", "IMAGE"], env=env, cwd=CONTAINERS, capture_output=True, text=True, timeout=20
+            ["bash", str(itself), "exec", "IMAGE"], env=env, cwd=folder, capture_output=True, text=True, timeout=20
         )
         assert (done.returncode, done.stdout) == (0, "found: exec IMAGE\n"), done.stderr
 

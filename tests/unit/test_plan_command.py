@@ -48,7 +48,7 @@ def test_the_command_as_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nothing.yaml"], "nothing.yaml: No such file"),
+        (["nothing.yaml"], "nothing.yaml: cannot be read: No such file"),
         (["CONFIG", "--model", "nobody/none"], "no folder with a config.json"),
         (["CONFIG", "--gpus", "3"], "run.yaml: expert_model_parallel_size: .*Nearest layouts that work"),
         (["CONFIG", "--set", "lr=1"], "no KEY=VALUE"),
