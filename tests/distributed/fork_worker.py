@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TextIO
 
 READY = "ready"
 
@@ -46,11 +47,17 @@ def prepare_to_fork() -> None:
     assert not unsafe and threading.active_count() == 1, f"forking with threads is not safe: {unsafe}"
 
 
-def main() -> None:
+def ready_for_jobs() -> TextIO:
+    """Where answers go, which is the stdout of old; READY is already on it."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print is no answer
     prepare_to_fork()
     print(READY, file=answers, flush=True)
+    return answers
+
+
+def main() -> None:
+    answers = ready_for_jobs()
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()

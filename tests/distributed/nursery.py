@@ -10,14 +10,11 @@ import json
 import os
 import sys
 
-from tests.distributed.fork_worker import READY, prepare_to_fork
+from tests.distributed.fork_worker import ready_for_jobs
 
 
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever the libraries print is no answer
-    prepare_to_fork()
-    print(READY, file=answers, flush=True)
+    answers = ready_for_jobs()
     for line in sys.stdin:
         command = json.loads(line)
         if "start" in command:

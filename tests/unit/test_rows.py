@@ -16,19 +16,7 @@ from megatron_bvpo.data.rows import (
     require_rows,
 )
 from megatron_bvpo.errors import UserError
-
-CHOSEN = "<think>\nTwo and two.\n</think>\n\nIt is 4."
-REJECTED = "<think>\nA guess.\n</think>\n\nIt is 5."
-OWN = {"empty_response": "4", "empty_rejected_response": "5"}
-RULES = RowRules()
-
-
-def talk(response=CHOSEN, prompt="What is 2+2?"):
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def row(chosen=CHOSEN, rejected=REJECTED, **more):
-    return {"messages": talk(chosen), "rejected_response": rejected, **more}
+from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, RULES, row, talk
 
 
 def without(name, **more):
