@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real image of the CPU profile: builds it twice with containers/build.sh, compares the package lists, and runs
 # its %test, the rehearsal and the tests inside of it, read-only, without a network, without a home, and as a user
-# without rights. Needs root, 40 GB below TMPDIR, and about 75 minutes on two cores.
+# without rights. Needs root, 40 GB below TMPDIR, and about 45 minutes on two cores.
 #
 #   tests/cluster/image.sh                  everything
 #   tests/cluster/image.sh IMAGE.sif        without the builds
