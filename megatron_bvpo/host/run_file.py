@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_bvpo.errors import UserError, or_bound
 from megatron_bvpo.host import argv as flags
 
@@ -70,6 +68,8 @@ def read_run(argv: list[str]) -> RunFile:
 
 def read_keys(file: str) -> dict[str, Any]:
     """Keys and values of a YAML or JSON file; raises UserError, which quotes nothing of the file."""
+    import yaml  # flags alone do not need it
+
     try:
         text = Path(file).read_text(encoding="utf-8")
         # As ms-swift reads them: tabs may indent JSON, and YAML has none.
