@@ -61,13 +61,13 @@ def refuse_secrets(run: RunFile, environment: dict[str, str]) -> None:
 
 def _secret_flags(run: RunFile) -> Iterator[str]:
     """Names of the flags that hold a secret, as far as names and values tell."""
-    name = ""
+    name, known = "", flag_names()
     for i, token in enumerate(run.flags):
         value = token
         if token.startswith("--"):
             name, equals, value = token.partition("=")
             name = name.strip().lstrip("-").replace("-", "_")
-            if _is_secret_flag(name):
+            if _is_secret_flag(name, known):
                 # Whatever comes next counts as its value, another flag too: a secret may begin with dashes.
                 given = value if equals else "".join(run.flags[i + 1 : i + 2])
                 if given not in _NOTHING:
@@ -76,9 +76,9 @@ def _secret_flags(run: RunFile) -> Iterator[str]:
             yield name
 
 
-def _is_secret_flag(name: str) -> bool:
+def _is_secret_flag(name: str, known: list[str]) -> bool:
     """By its name, or as the abbreviation of such a name, which ms-swift's parser takes."""
     if _SECRET_FLAG.search(name):
         return True
-    meant = [known for known in flag_names() if known.startswith(name)]
-    return bool(meant) and all(_SECRET_FLAG.search(known) for known in meant)
+    meant = [flag for flag in known if flag.startswith(name)]
+    return bool(meant) and all(_SECRET_FLAG.search(flag) for flag in meant)
