@@ -1,7 +1,7 @@
 """The hook in ms-swift's command line; `megatron_bvpo_route.pth` imports it at every Python start.
 
 `swift` and `megatron` look their subcommands up in `swift.cli.main`, which knows no entry points. When
-that module is imported, its `cli_main` gets a wrapper that hands `rlhf` to `megatron_bvpo.host.route`.
+that module is imported, its `cli_main` gets a wrapper that hands `rlhf` to `megatron_bvpo.launching.route`.
 No file of ms-swift is touched, so installing, upgrading or removing either package keeps the other whole.
 
 This file runs in every Python process of the environment: it imports nothing but `sys`.
@@ -43,7 +43,7 @@ def wrap_cli_main(module) -> None:
     def cli_main(*args, **kwargs):
         if len(sys.argv) > 1 and sys.argv[1] == "rlhf":
             try:
-                from megatron_bvpo.host.route import run_rlhf
+                from megatron_bvpo.launching.route import run_rlhf
             except ModuleNotFoundError as error:
                 if not (error.name or "").startswith("megatron_bvpo"):
                     raise

@@ -27,7 +27,7 @@ import megatron_bvpo.rehearsal as rehearsal
 rehearsal.install()
 import swift.megatron.pipelines.train.rlhf  # noqa: F401
 import mcore_bridge, megatron.core, peft, torch, transformers, triton, trl  # noqa: F401, E401
-import megatron_bvpo.pipeline  # noqa: F401
+import megatron_bvpo.training.pipeline  # noqa: F401
 
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, GPUs {torch.cuda.device_count()}")
 PYTHON

@@ -28,10 +28,10 @@ if __name__ == "__mp_main__" and os.environ.get("BVPO_REHEARSAL") == "1":
 def run_rank(argv: list[str]) -> None:
     """Run one rank with unrolled flags. Ends the process on a user error."""
     from megatron_bvpo.errors import UserError
-    from megatron_bvpo.host import argv as flags
-    from megatron_bvpo.host import preflight, report
-    from megatron_bvpo.host.run_file import RunFile
-    from megatron_bvpo.host.secret_flags import refuse_secrets
+    from megatron_bvpo.launching import argv as flags
+    from megatron_bvpo.launching import error_output, start_checks
+    from megatron_bvpo.launching.run_file import RunFile
+    from megatron_bvpo.launching.secret_flags import refuse_secrets
 
     _, argv = flags.take_megatron(argv)
     sys.argv[1:] = argv
@@ -40,8 +40,8 @@ def run_rank(argv: list[str]) -> None:
         if ours:
             # Once more, for ranks that torchrun started without our launcher.
             refuse_secrets(RunFile(tuple(argv), tuple(argv), {}, None), dict(os.environ))
-            preflight.check(argv)
-        if flags.rehearsal_requested() or (ours and preflight.help_without_engine(argv)):
+            start_checks.check(argv)
+        if flags.rehearsal_requested() or (ours and start_checks.help_without_engine(argv)):
             from megatron_bvpo.rehearsal import install
 
             install()
@@ -50,20 +50,20 @@ def run_rank(argv: list[str]) -> None:
         else:
             _run_stock()
     except UserError as error:
-        report.leave(error)
+        error_output.leave(error)
 
 
 def _run_bvpo(argv: list[str]) -> None:
-    from megatron_bvpo.host import argv as flags
+    from megatron_bvpo.launching import argv as flags
 
     if flags.wants_help(argv) and os.environ.get("LOCAL_RANK", "0") != "0":
         return  # one rank per node prints it
     # As ms-swift's own Megatron commands set it, before CUDA starts.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # The pipeline comes first: ms-swift's Megatron modules import in one order only.
-    from megatron_bvpo.pipeline import bvpo_main
-    from megatron_bvpo.arguments import BvpoArguments  # isort: skip
-    from megatron_bvpo.host.flags import check_flags
+    from megatron_bvpo.training.pipeline import bvpo_main
+    from megatron_bvpo.training.arguments import BvpoArguments  # isort: skip
+    from megatron_bvpo.launching.flags import check_flags
 
     check_flags(BvpoArguments, argv)
     bvpo_main()
@@ -81,7 +81,7 @@ def launch(argv: list[str]) -> None:
     import swift.cli.main as swift_main
     from swift.cli._megatron.main import ROUTE_MAPPING
 
-    from megatron_bvpo.host.route import run_rlhf
+    from megatron_bvpo.launching.route import run_rlhf
 
     sys.argv[1:] = argv
     original = getattr(swift_main.cli_main, "__wrapped__", swift_main.cli_main)
@@ -93,11 +93,11 @@ def bvpo(argv: list[str] | None = None) -> int:
     import argparse
 
     import megatron_bvpo
-    from megatron_bvpo import run_report
     from megatron_bvpo.cluster import node_preflight, supervise
     from megatron_bvpo.errors import EXIT_CODE, UserError
-    from megatron_bvpo.host import doctor, report
+    from megatron_bvpo.launching import doctor, error_output
     from megatron_bvpo.planning import command as plan
+    from megatron_bvpo.reporting import run_report
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -122,7 +122,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
-        report.write(error)
+        error_output.write(error)
         return EXIT_CODE
 
 

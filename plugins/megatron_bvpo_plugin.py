@@ -40,8 +40,8 @@ def find_package() -> None:
 def activate() -> None:
     """Make the running `megatron rlhf --rlhf_type dpo` train BVPO. Raises UserError where it cannot."""
     from megatron_bvpo.errors import UserError
-    from megatron_bvpo.host import argv as flags
-    from megatron_bvpo.host import plugin_settings
+    from megatron_bvpo.launching import argv as flags
+    from megatron_bvpo.launching import plugin_settings
 
     rlhf_type = flags.rlhf_type(sys.argv[1:])
     if rlhf_type == "bvpo":
@@ -56,12 +56,12 @@ def activate() -> None:
             f"{'with' if 'swift.megatron' in sys.modules else 'without'} the Megatron backend.",
             remedy="Run: megatron rlhf --rlhf_type dpo --external_plugins …",
         )
-    from megatron_bvpo.host import versions
+    from megatron_bvpo.launching import versions
 
     versions.require_supported()
     settings = plugin_settings.read_settings(os.environ)
 
-    from megatron_bvpo.pipeline import activate_plugin
+    from megatron_bvpo.training.pipeline import activate_plugin
 
     activate_plugin(settings)
 

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, str]
+# {(regime, optimizer, rate): {arm: [seeds]}}, from report.regrets.
+Regrets = dict[tuple[str, str, str], dict[str, np.ndarray]]
 
 
 def _column(rows: list[Row], key: str) -> np.ndarray:
@@ -52,11 +54,8 @@ def gap(rows: list[Row], out: Path) -> None:
     _save(figure, out)
 
 
-def regret_by_kappa(rows: list[Row], out: Path) -> None:
+def regret_by_kappa(final: Regrets, out: Path) -> None:
     """Mean regret over regimes of each kappa and of the fixed alphas, one line per optimizer and rate."""
-    from truth_bench.report import regrets
-
-    final = regrets(rows, "final_loss")
     kappas = [0.01, 0.03, 0.1, 0.3, 1.0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     groups = sorted({s[1:] for s in final}, key=lambda g: (g[0] == "adam", float(g[1])))

@@ -44,7 +44,7 @@ def write_report(out: Path) -> str:
     if (out / "training.csv").exists():
         rows = read(out / "training.csv")
         parts += training_part(rows)
-        plots.regret_by_kappa(rows, out / "regret.png")
+        plots.regret_by_kappa(regrets(rows, "final_loss"), out / "regret.png")
         plots.training_curves(read(out / "curves.csv"), out / "training.png")
     text = "\n\n".join(parts) + "\n"
     (out / "report.md").write_text(text)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from megatron_bvpo.cluster.nodes import Job, network_defaults
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import RunFile
+from megatron_bvpo.launching.run_file import RunFile
 
 # Seconds until a collective that does not end is an error. ms-swift's own default is 208 days; ours in
-# arguments.py is two hours, because ranks wait while rank 0 tokenises. Half an hour is right for a cluster: with
-# dataset_num_proc or a cached data set the tokenising takes minutes, and a node that is gone is noticed by the
+# training/arguments.py is two hours, because ranks wait while rank 0 tokenises. Half an hour is right for a cluster:
+# with dataset_num_proc or a cached data set the tokenising takes minutes, and a node that is gone is noticed by the
 # roll call long before.
 TIMEOUT_S = "1800"
 

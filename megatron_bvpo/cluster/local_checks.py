@@ -13,11 +13,11 @@ from pathlib import Path
 import megatron_bvpo
 from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
 from megatron_bvpo.errors import or_bound
-from megatron_bvpo.host import versions
-from megatron_bvpo.host.run_file import RunFile
+from megatron_bvpo.launching import versions
+from megatron_bvpo.launching.run_file import RunFile
 
 GIB = 1024**3
-# Besides the packages of host/versions.py; those that a node lacks are compared as missing.
+# Besides the packages of launching/versions.py; those that a node lacks are compared as missing.
 MORE_PACKAGES = (
     "transformer-engine",
     "flash-attn",

@@ -7,7 +7,7 @@ All nodes run the same command. They meet on node 0 and tell each other what the
 3. `links`: a process a GPU computes, and sends within its node, to its neighbours, and across all nodes.
 
 Every round ends when all have told or when its time is over, and node 0's clock says when: so all nodes see the
-same answers and come to the same verdict, and a node that is missing is named. (megatron_bvpo/host/preflight.py
+same answers and come to the same verdict, and a node that is missing is named. (megatron_bvpo/launching/start_checks.py
 is another thing: what each rank checks of its flags when it starts.)
 """
 
@@ -31,9 +31,9 @@ from megatron_bvpo.cluster.plan_check import check_plan
 from megatron_bvpo.cluster.run_folder import run_folder
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.argv import rehearsal_requested
-from megatron_bvpo.host.run_file import RunFile, read_run
-from megatron_bvpo.host.secret_flags import refuse_secrets
+from megatron_bvpo.launching.argv import rehearsal_requested
+from megatron_bvpo.launching.run_file import RunFile, read_run
+from megatron_bvpo.launching.secret_flags import refuse_secrets
 
 PURPOSE = "preflight"
 EXIT_PROBLEM = 3

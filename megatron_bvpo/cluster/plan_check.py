@@ -9,7 +9,7 @@ import sys
 from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
 from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.errors import EXIT_CODE
-from megatron_bvpo.host.run_file import RunFile
+from megatron_bvpo.launching.run_file import RunFile
 
 _BVPO = "import sys; from megatron_bvpo.cli import bvpo; sys.exit(bvpo(sys.argv[1:]))"
 DOES_NOT_FIT = 1

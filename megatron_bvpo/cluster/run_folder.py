@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import RunFile
+from megatron_bvpo.launching.run_file import RunFile
 
 LAST = "last-checkpoint"
 STATE_FILE = "bvpo_state.json"  # of host/checkpoint.py, which needs torch to be imported

@@ -32,8 +32,8 @@ from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.roll_call import ENDED, RUNNING, RollCall
 from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error, is_victim
-from megatron_bvpo.host.run_file import read_run
-from megatron_bvpo.host.secret_flags import refuse_secrets
+from megatron_bvpo.launching.run_file import read_run
+from megatron_bvpo.launching.secret_flags import refuse_secrets
 
 PURPOSE = "run"
 # Exit codes beside the run's own. 75 is EX_TEMPFAIL of sysexits.h: start the same command again.

@@ -1,1 +1,1 @@
-"""The seams to ms-swift, mcore-bridge and megatron-core: supported versions and the few patches."""
+"""The seams inside a rank, to ms-swift, mcore-bridge and megatron-core: patches, saving, checkpoints, the head."""

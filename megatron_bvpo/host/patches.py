@@ -1,6 +1,6 @@
 """The only patches of other libraries, each with its reason. A target that is gone raises at start.
 
-What could be done by subclassing or by setting attributes is not here: see trainer.py and
+What could be done by subclassing or by setting attributes is not here: see training/trainer.py and
 host/parallel_attributes.py.
 """
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 import megatron_bvpo
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host import versions
+from megatron_bvpo.launching import versions
 
 # How a reference's log-probs are computed. Layouts are not here: they change the rounding only.
 SETTINGS = (

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.refusals import parse_alpha, refusals
+from megatron_bvpo.launching.refusals import parse_alpha, refusals
 
 if TYPE_CHECKING:
     from megatron_bvpo.planning.settings import RunSettings

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.flag_names import unknown_keys
+from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.planning.checks import check_run
 from megatron_bvpo.planning.costs import step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of
 from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace
 from megatron_bvpo.planning.model_shapes import model_shape
+from megatron_bvpo.planning.reading import read_settings, read_values
 from megatron_bvpo.planning.report import Plan, as_json, as_text
-from megatron_bvpo.planning.settings import RunSettings, read_settings, read_values
+from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import suggestions
 
 

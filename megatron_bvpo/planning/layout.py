@@ -1,7 +1,7 @@
 """How ranks, layers and experts are split, and whether that works.
 
-The rules are those of host/layout.py, which every run checks before it makes a process group; here a refusal also
-names the nearest layouts that work.
+The rules are those of launching/layout_rules.py, which every run checks before it makes a process group; here a
+refusal also names the nearest layouts that work.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.layout import check_layout, check_model_fits, divisors
+from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits, divisors
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 

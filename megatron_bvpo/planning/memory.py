@@ -18,7 +18,7 @@ from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.tensors import Split, Tensor, chunk_tensors, lora_modules
 
 GIB = 2**30
-# Copies of this rank's gradient shard that a probe step keeps (megatron_bvpo/probing.py).
+# Copies of this rank's gradient shard that a probe step keeps (megatron_bvpo/training/probing.py).
 KEPT_SHARDS = 3
 KEPT_FOR_ROUTER_LOSSES = 1
 # Allowances. A CUDA context with its libraries, and NCCL's channels for each communicator.

@@ -1,4 +1,4 @@
-"""The keys of a run's YAML file that decide its memory and time, with ms-swift's names and defaults.
+"""`RunSettings`: the keys of a run's YAML file that decide its memory and time, with ms-swift's names and defaults.
 
 A plan reads the file without ms-swift, which takes half a minute to load; tests/unit/test_plan_settings.py compares
 the defaults with the arguments' own.
@@ -6,16 +6,8 @@ the defaults with the arguments' own.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import read_keys
-from megatron_bvpo.planning.checks import check_values
-
-TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 # What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
 NOT_PLANNED = (
     ("pipeline_model_parallel_layout", None, "splits the layers in its own way"),
@@ -107,7 +99,7 @@ class RunSettings:
     bvpo_logp_impl: str = "auto"
     bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
-    # read only to say what the run refuses (host/refusals.py)
+    # read only to say what the run refuses (launching/refusals.py)
     use_megatron_fsdp: bool = False
     moe_expert_capacity_factor: float | None = None
     async_save: bool = False
@@ -181,68 +173,3 @@ class RunSettings:
     @property
     def router_losses(self) -> bool:
         return any(self.moe_aux_loss_coeff) or bool(self.moe_z_loss_coeff)
-
-
-def read_settings(file: str | Path, overrides: dict[str, Any] | None = None) -> RunSettings:
-    """The settings of a YAML file, as `swift rlhf FILE` would read it; `overrides` win.
-
-    Raises:
-        UserError: no such file, no YAML mapping, a value of the wrong kind, or a setting that the plan does not know.
-    """
-    return settings_from({**read_values(file), **(overrides or {})}, file=str(file))
-
-
-def read_values(file: str | Path) -> dict[str, Any]:
-    """Keys and values of a YAML file, dashes in keys as underscores; raises UserError."""
-    values = read_keys(str(file))
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def settings_from(values: dict[str, Any], file: str | None = None) -> RunSettings:
-    """Settings from flag values; keys that do not change the plan are left out."""
-    for key, understood, does in NOT_PLANNED:
-        given = values.get(key, understood)
-        if given not in (understood, None, [], "", False, 0):
-            raise UserError(f"is {given!r}, which {does}: not planned", file=file, field=key, remedy="plan without it")
-    known = {}
-    for field in dataclasses.fields(RunSettings):
-        if field.name in values:
-            known[field.name] = _converted(field.name, str(field.type), values[field.name], file)
-    settings = RunSettings(**known)
-    if settings.max_length is None and not settings.packing_length:
-        raise UserError(
-            "is missing: how long a sequence may be decides the memory",
-            file=file,
-            field="max_length",
-            remedy="add max_length: 4096, or what your traces need",
-        )
-    check_values(settings, file)
-    if settings.packing:  # ms-swift's own rule
-        settings = dataclasses.replace(settings, padding_free=True)
-    return settings
-
-
-def _converted(name: str, kind: str, value: Any, file: str | None) -> Any:
-    """`value` as the field's type; YAML writes booleans and numbers both as such and as text."""
-    try:
-        if value is None:
-            return None if "None" in kind else getattr(RunSettings, name)
-        if kind.startswith("tuple"):
-            items = value if isinstance(value, (list, tuple)) else str(value).split()
-            return tuple(float(x) for x in items) if "float" in kind else tuple(str(x) for x in items)
-        if kind.startswith("bool"):
-            text = str(value).lower()
-            if text not in (*TRUE, *FALSE):
-                raise ValueError
-            return text in TRUE
-        if isinstance(value, bool) and kind.startswith(("int", "float")):
-            raise ValueError
-        if kind.startswith("int"):
-            number = int(value)
-            if number != float(value):
-                raise ValueError
-            return number
-        return float(value) if kind.startswith("float") else str(value)
-    except (TypeError, ValueError, OverflowError):
-        wanted = {"b": "true or false", "i": "a whole number", "f": "a number", "t": "numbers"}[kind[0]]
-        raise UserError(f"is {value!r}; expected {wanted}", file=file, field=name) from None

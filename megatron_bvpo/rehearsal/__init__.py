@@ -19,7 +19,7 @@ import os
 import sys
 from pathlib import Path
 
-from .megatron_patches import patch_megatron
+from megatron_bvpo.rehearsal.megatron_patches import patch_megatron
 
 __all__ = ["install", "wanted"]
 
@@ -54,7 +54,7 @@ def install(device: bool | None = None, transformer_engine: bool | None = None) 
         # Cheap, and starts no CUDA context; the stand-ins themselves leave is_available() False.
         device = not torch.cuda.is_available()
     if device:
-        from . import device as device_stand_ins
+        from megatron_bvpo.rehearsal import device as device_stand_ins
 
         device_stand_ins.install()
     patch_megatron()

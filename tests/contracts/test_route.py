@@ -45,8 +45,8 @@ def module(name, **content):
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(content)
 
-module("megatron_bvpo.pipeline", bvpo_main=bvpo_main)
-module("megatron_bvpo.arguments", BvpoArguments=BvpoArguments)
+module("megatron_bvpo.training.pipeline", bvpo_main=bvpo_main)
+module("megatron_bvpo.training.arguments", BvpoArguments=BvpoArguments)
 module("megatron_bvpo.rehearsal", install=lambda: print("stand-ins", flush=True))
 if "RECORD" in os.environ:
     done = types.SimpleNamespace(returncode=0)
@@ -231,7 +231,7 @@ def test_without_a_gpu_one_line_says_how_to_rehearse(call):
 
 def test_bvpo_refuses_the_other_backend_and_ray():
     from megatron_bvpo.errors import UserError
-    from megatron_bvpo.host.route import choose
+    from megatron_bvpo.launching.route import choose
 
     with pytest.raises(UserError, match="BVPO runs on the Megatron backend only"):
         choose(["--rlhf_type", "bvpo", "--megatron", "False"], False, False)
@@ -267,7 +267,7 @@ def test_files_of_other_types_are_left_to_ms_swift(launches, tmp_path):
 
 def test_a_file_that_cannot_be_read_is_told_where_it_is_about_bvpo(tmp_path):
     from megatron_bvpo.errors import UserError
-    from megatron_bvpo.host.route import check_before_unrolling as check
+    from megatron_bvpo.launching.route import check_before_unrolling as check
 
     broken = tmp_path / "run.yaml"
     broken.write_text("rlhf_type: bvpo\nhub_token: @" + SECRET)
@@ -302,7 +302,7 @@ def test_a_wrong_flag_on_every_rank_is_told_once_and_torchrun_stays_silent(call)
 
 def test_mistakes_in_flags_name_the_flag_and_the_nearest():
     from megatron_bvpo.errors import UserError
-    from megatron_bvpo.host.flags import check_flags
+    from megatron_bvpo.launching.flags import check_flags
 
     @dataclasses.dataclass
     class Arguments:
@@ -356,7 +356,7 @@ PLUGIN = ROOT / "plugins" / "megatron_bvpo_plugin.py"
 IMPORT_PLUGIN = (
     "import runpy, sys, types; plugin, sys.argv[1:] = sys.argv[1], sys.argv[2:]\n"
     "if '--fake_megatron' in sys.argv: sys.modules['swift.megatron'] = types.ModuleType('swift.megatron')\n"
-    "pipeline = sys.modules['megatron_bvpo.pipeline']\n"
+    "pipeline = sys.modules['megatron_bvpo.training.pipeline']\n"
     "pipeline.activate_plugin = lambda settings: print('settings', settings)\n"
     "runpy.run_path(plugin)"
 )

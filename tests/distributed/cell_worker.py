@@ -69,7 +69,7 @@ def without_plots() -> None:
     import swift.megatron.pipelines.train.rlhf  # noqa: F401  (first: the other order breaks its parser)
     import swift.megatron.pipelines.train.sft as sft
 
-    from megatron_bvpo.pipeline import BvpoPipeline
+    from megatron_bvpo.training.pipeline import BvpoPipeline
 
     sft.plot_images = lambda *args: None
     BvpoPipeline._plot_run = staticmethod(lambda output_dir: None)
@@ -80,8 +80,8 @@ def run_cell(cell: dict, folder: Path) -> None:
     import swift.megatron.pipelines.train.rlhf as stock
 
     if cell["type"] == "bvpo":
-        import megatron_bvpo.trainer as ours
-        from megatron_bvpo.pipeline import bvpo_main
+        import megatron_bvpo.training.trainer as ours
+        from megatron_bvpo.training.pipeline import bvpo_main
 
         module, name, main = ours, "BvpoTrainer", bvpo_main
     else:

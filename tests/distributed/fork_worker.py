@@ -22,10 +22,10 @@ def load_the_stack() -> None:
     import swift.megatron.pipelines.train.rlhf  # noqa: F401  before the other modules of swift.megatron
 
     for module in (
-        "megatron_bvpo.pipeline",
-        "megatron_bvpo.trainer",
+        "megatron_bvpo.training.pipeline",
+        "megatron_bvpo.training.trainer",
         "megatron_bvpo.cli",
-        "megatron_bvpo.host.flags",
+        "megatron_bvpo.launching.flags",
         "swift.cli.main",
         "swift.cli._megatron.main",
         "swift.template",
@@ -82,7 +82,7 @@ def run(job: dict) -> None:
 
     import swift.megatron.pipelines.train.sft as pipeline
 
-    import megatron_bvpo.trainer as ours
+    import megatron_bvpo.training.trainer as ours
     from megatron_bvpo import cli
     from tests.distributed.cell_worker import agree_on_port, map_in_this_process
 

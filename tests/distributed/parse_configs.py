@@ -15,11 +15,11 @@ def main(spec_file: str) -> None:
     from megatron_bvpo.rehearsal import install
 
     install()
-    from megatron_bvpo.pipeline import bvpo_main  # noqa: F401  (ms-swift's modules import in one order only)
-    from megatron_bvpo.arguments import BvpoArguments, refuse_unsupported  # isort: skip
+    from megatron_bvpo.training.pipeline import bvpo_main  # noqa: F401  (ms-swift's modules import in one order only)
+    from megatron_bvpo.training.arguments import BvpoArguments, refuse_unsupported  # isort: skip
     from swift.utils import parse_args
 
-    from megatron_bvpo.host.flags import check_flags
+    from megatron_bvpo.launching.flags import check_flags
 
     class Parsed(BvpoArguments):
         def _init_output_dir(self):

@@ -22,7 +22,7 @@ def poisoned(
         rank: the rank, the last one by default. For log-probs it must be on the last pipeline stage.
         stop_after: in place of the trainer's MAX_SKIPPED_STEPS.
     """
-    import megatron_bvpo.trainer as ours
+    import megatron_bvpo.training.trainer as ours
 
     if stop_after is not None:
         ours.MAX_SKIPPED_STEPS = stop_after

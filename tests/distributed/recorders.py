@@ -154,7 +154,7 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
 
 def measure_and_learn(recorder) -> None:
     """The fault that MATH.md §3 warns of: alpha from the very gradients that it mixes."""
-    import megatron_bvpo.probing as probing
+    import megatron_bvpo.training.probing as probing
 
     four_passes = recorder._four_passes
 
@@ -229,7 +229,7 @@ def _in_dense_buffer(s, models) -> bool:
 
 def record_cached(base, folder, forget_on_rank: int | None = None, flush_steps: int = 1, save: bool = False):
     """Count this rank's reference forwards; one rank may forget its first micro-batch's pairs."""
-    import megatron_bvpo.referencing as referencing
+    import megatron_bvpo.training.referencing as referencing
 
     class Recorder(base):
         def __init__(self, *args, **kwargs):

@@ -23,7 +23,7 @@ def record_router(base, folder, mutation: str | None = None, save_rank: int = 0)
 
     `mutation` breaks the code on purpose: see `mutated`.
     """
-    import megatron_bvpo.trainer as ours
+    import megatron_bvpo.training.trainer as ours
 
     class Recorder(record_first_step(base, folder, lora_scale=0.02)):
         def train_step(self, train_data_iterator):
@@ -84,8 +84,8 @@ def own_reductions():
 @contextlib.contextmanager
 def mutated(mutation: str | None):
     """Faults that a person could make in host/router.py and where it is used."""
-    import megatron_bvpo.probing as probing
-    import megatron_bvpo.trainer as ours
+    import megatron_bvpo.training.probing as probing
+    import megatron_bvpo.training.trainer as ours
 
     names = {
         "bias moves in every pass": (ours, "expert_bias_at_rest"),

@@ -21,7 +21,7 @@ import torch
 from megatron_bvpo.planning.activations import Batch
 from megatron_bvpo.planning.memory import saved_activations, static_memory
 from megatron_bvpo.planning.model_shapes import model_shape
-from megatron_bvpo.planning.settings import settings_from
+from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host import argv as flags
-from megatron_bvpo.host import preflight, report
+from megatron_bvpo.launching import argv as flags
+from megatron_bvpo.launching import error_output, start_checks
 
 TRACED = {
     "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n4"}],
@@ -50,10 +50,10 @@ def pairs(tmp_path):
 
 def test_the_scan_reads_all_files_and_reports(pairs):
     files = [pairs(TRACED, TRACED), pairs(TRACED, name="held_out.jsonl")]
-    lines = preflight.scan_data(["--dataset", files[0], "--val_dataset", files[1]])
+    lines = start_checks.scan_data(["--dataset", files[0], "--val_dataset", files[1]])
     assert lines[:3] == [f"{files[0]}: 2 rows", f"{files[1]}: 1 row", "3 rows read, 3 kept."]
     with pytest.raises(UserError, match=r"nothing.jsonl: no such file"):
-        preflight.scan_data(["--dataset", files[0], f"--val_dataset={files[1]}.nothing.jsonl"])
+        start_checks.scan_data(["--dataset", files[0], f"--val_dataset={files[1]}.nothing.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -65,19 +65,19 @@ def test_the_scan_reads_all_files_and_reports(pairs):
     ],
 )
 def test_the_scan_asks_what_the_run_asks(argv, kept, pairs):
-    assert any(line.startswith(kept) for line in preflight.scan_data(["--dataset", pairs(TRACED), *argv]))
+    assert any(line.startswith(kept) for line in start_checks.scan_data(["--dataset", pairs(TRACED), *argv]))
 
 
 @pytest.mark.parametrize("argv", [["--bvpo_alpha", "0"], ["--bvpo_empty", "require"]])
 def test_data_that_leave_nothing_for_the_run_are_refused(argv, pairs):
     with pytest.raises(UserError, match="no row is left to train on: 1 read, all dropped"):
-        preflight.scan_data(["--dataset", pairs(TRACED), *argv])
+        start_checks.scan_data(["--dataset", pairs(TRACED), *argv])
 
 
 def test_columns_of_the_user_are_mapped(pairs):
     renamed = {"talk": TRACED["messages"], "bad": TRACED["rejected_response"]}
     argv = ["--dataset", pairs(renamed), "--columns", '{"talk": "messages", "bad": "rejected_response"}']
-    assert "1 row read, 1 kept." in preflight.scan_data(argv)
+    assert "1 row read, 1 kept." in start_checks.scan_data(argv)
 
 
 @pytest.mark.parametrize(
@@ -95,19 +95,19 @@ def test_columns_of_the_user_are_mapped(pairs):
 def test_what_only_ms_swift_can_read_is_left_to_it(argv, env, pairs, monkeypatch):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert preflight.scan_data(["--dataset", pairs([1]), *argv]) is None
+    assert start_checks.scan_data(["--dataset", pairs([1]), *argv]) is None
 
 
 def test_a_hub_name_is_not_looked_up(pairs):
-    lines = preflight.scan_data(["--dataset", "owner/pairs"])
+    lines = start_checks.scan_data(["--dataset", "owner/pairs"])
     assert lines == ["owner/pairs: not a local file; its rows are checked after loading."]
-    assert preflight.scan_data([]) is None
+    assert start_checks.scan_data([]) is None
 
 
 def test_rank_0_gets_the_report(tmp_path, monkeypatch):
-    monkeypatch.delenv(report.FOLDER, raising=False)
-    assert report.handed_over_scan() is None
-    monkeypatch.setenv(report.FOLDER, str(tmp_path))
-    assert report.handed_over_scan() is None
-    report.hand_over_scan(tmp_path, ["a.jsonl: 3 rows"])
-    assert report.handed_over_scan() == ["a.jsonl: 3 rows"]
+    monkeypatch.delenv(error_output.FOLDER, raising=False)
+    assert error_output.handed_over_scan() is None
+    monkeypatch.setenv(error_output.FOLDER, str(tmp_path))
+    assert error_output.handed_over_scan() is None
+    error_output.hand_over_scan(tmp_path, ["a.jsonl: 3 rows"])
+    assert error_output.handed_over_scan() == ["a.jsonl: 3 rows"]

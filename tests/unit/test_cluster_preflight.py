@@ -19,7 +19,7 @@ from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.plan_check import judge_plan
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import read_run
+from megatron_bvpo.launching.run_file import read_run
 from tests.unit.cluster_ports import free_pair
 
 

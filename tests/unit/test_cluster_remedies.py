@@ -11,7 +11,7 @@ from megatron_bvpo.cluster import links as cluster_links
 from megatron_bvpo.cluster.findings import WARNING
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.run_file import read_run
+from megatron_bvpo.launching.run_file import read_run
 from tests.unit.test_cluster_preflight import good, job, links, problems, report
 
 

@@ -20,9 +20,9 @@ from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error
 from megatron_bvpo.cluster.supervise import NODE_LOST, STOPPED, Supervisor, descendants
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.flag_names import flag_names
-from megatron_bvpo.host.run_file import read_run
-from megatron_bvpo.host.secret_flags import refuse_secrets
+from megatron_bvpo.launching.flag_names import flag_names
+from megatron_bvpo.launching.run_file import read_run
+from megatron_bvpo.launching.secret_flags import refuse_secrets
 from tests.unit.cluster_ports import free_pair
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from megatron_bvpo.host.versions import SUPPORTED
+from megatron_bvpo.launching.versions import SUPPORTED
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "containers"

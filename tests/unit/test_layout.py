@@ -8,7 +8,7 @@ import types
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.layout import check_layout, check_model_fits
+from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
 
 DEFAULTS = {
     "tensor_model_parallel_size": 1,

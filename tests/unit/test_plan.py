@@ -18,7 +18,7 @@ from megatron_bvpo.planning.costs import micro_batch_flops, step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of, layout_name, stage_layers
 from megatron_bvpo.planning.memory import Lengths, all_stages, fullest, longest_trace, micro_batch, stage_chunks
 from megatron_bvpo.planning.model_shapes import model_shape, shape_from_config
-from megatron_bvpo.planning.settings import settings_from
+from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.planning.suggest import suggestions
 from megatron_bvpo.planning.tensors import Tensor
 
@@ -223,7 +223,7 @@ def test_shards_of_all_ranks_are_all_parameters():
 
 
 def test_kept_shards_are_as_many_as_a_probe_keeps():
-    source = (ROOT / "megatron_bvpo/probing.py").read_text()
+    source = (ROOT / "megatron_bvpo/training/probing.py").read_text()
     assert int(re.search(r"^KEPT_SHARDS = (\d+)", source, re.M)[1]) == memory.KEPT_SHARDS
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.flag_names import flag_names
-from megatron_bvpo.host.refusals import refusals
+from megatron_bvpo.launching.flag_names import flag_names
+from megatron_bvpo.launching.refusals import refusals
 from megatron_bvpo.planning.checks import CHOICES, check_run
-from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings, read_settings, settings_from
+from megatron_bvpo.planning.reading import read_settings, settings_from
+from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings
 
 SWIFT = importlib.util.find_spec("swift")
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def source_defaults() -> dict[str, object]:
         folder / "arguments/base_args/template_args.py",
         folder / "megatron/arguments/megatron_args.py",
         folder / "megatron/arguments/rlhf_args.py",
-        ROOT / "megatron_bvpo/arguments.py",
+        ROOT / "megatron_bvpo/training/arguments.py",
     ]
     found: dict[str, object] = {}
     for file in files:
@@ -213,7 +214,7 @@ def argument_classes() -> list[ast.ClassDef]:
     """BvpoArguments and every class under it, from their source; those whose fields win come first."""
     folder = Path(SWIFT.submodule_search_locations[0])
     files = [*folder.glob("megatron/arguments/*.py"), *folder.glob("arguments/base_args/*.py")]
-    files += [folder / "ray_utils/arguments.py", ROOT / "megatron_bvpo/arguments.py"]
+    files += [folder / "ray_utils/arguments.py", ROOT / "megatron_bvpo/training/arguments.py"]
     nodes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
     by_name = {node.name: node for node in nodes}
     found, names = {}, ["BvpoArguments"]

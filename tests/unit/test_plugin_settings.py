@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.plugin_settings import OTHER_VARIABLES, SETTINGS, given, read_settings
+from megatron_bvpo.launching.plugin_settings import OTHER_VARIABLES, SETTINGS, given, read_settings
 
 ALL = {
     "BVPO_ALPHA": "0.25",
@@ -128,7 +128,7 @@ def test_an_empty_file_gives_nothing(tmp_path):
 
 def test_the_settings_are_the_flags():
     """One setting per `bvpo_*` flag. Read from the source: importing the arguments loads all of ms-swift."""
-    arguments = Path(__file__).parents[2] / "megatron_bvpo" / "arguments.py"
+    arguments = Path(__file__).parents[2] / "megatron_bvpo" / "training" / "arguments.py"
     fields = re.findall(r"^    (bvpo_\w+): .* = ", arguments.read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(fields) == sorted(setting.field for setting in SETTINGS.values())
 

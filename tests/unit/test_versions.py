@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host import versions
+from megatron_bvpo.launching import versions
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

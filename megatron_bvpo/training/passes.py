@@ -20,7 +20,7 @@ from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
 from megatron_bvpo.objective.preference import PairLogps, pair_losses
 from megatron_bvpo.objective.sequence import sequence_logps
 from megatron_bvpo.objective.streams import STREAMS, StreamSums, StreamWeights
-from megatron_bvpo.referencing import REFERENCE_KEY
+from megatron_bvpo.training.referencing import REFERENCE_KEY
 
 
 @dataclass

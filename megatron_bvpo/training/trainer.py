@@ -25,7 +25,6 @@ from swift.megatron.utils import (
 from swift.utils import get_current_device, get_logger
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
-from megatron_bvpo.data.samplers import eval_dataloader_parts, train_sampler
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.fused_head import install_fused_head
@@ -48,9 +47,10 @@ from megatron_bvpo.objective.streams import (
     mixing_weights,
     stream_metrics,
 )
-from megatron_bvpo.passes import Pass, PassMixin
-from megatron_bvpo.probing import ProbeMixin
-from megatron_bvpo.referencing import ReferenceCacheMixin
+from megatron_bvpo.training.passes import Pass, PassMixin
+from megatron_bvpo.training.probing import ProbeMixin
+from megatron_bvpo.training.referencing import ReferenceCacheMixin
+from megatron_bvpo.training.samplers import eval_dataloader_parts, train_sampler
 
 logger = get_logger()
 

@@ -18,8 +18,8 @@ from swift.megatron.arguments import MegatronRLHFArguments
 from transformers import AutoConfig
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.layout import check_layout, check_model_fits
-from megatron_bvpo.host.refusals import parse_alpha, refuse_unsupported
+from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
+from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 
 DEFAULT_BETA = {"simpo": 2.0}

@@ -19,7 +19,7 @@ from megatron_bvpo.host.router import (
     router_at_rest,
 )
 from megatron_bvpo.objective.streams import STREAMS, StreamWeights
-from megatron_bvpo.passes import Pass
+from megatron_bvpo.training.passes import Pass
 
 logger = get_logger()
 

@@ -7,8 +7,8 @@ file too, so it imports nothing that is not loaded anyway.
 import os
 
 # The spellings that Hugging Face's argument parser takes for a boolean.
-_TRUE = {"yes", "true", "t", "y", "1"}
-_FALSE = {"no", "false", "f", "n", "0"}
+TRUE = {"yes", "true", "t", "y", "1"}
+FALSE = {"no", "false", "f", "n", "0"}
 
 
 def option_values(argv: list[str], name: str) -> list[str]:
@@ -53,7 +53,7 @@ def rlhf_type(argv: list[str]) -> str | None:
 def is_true(argv: list[str], name: str) -> bool:
     """Whether the boolean flag `--name` is given and not false."""
     values = option_values(argv, name)
-    return bool(values) and values[-1].lower() not in _FALSE
+    return bool(values) and values[-1].lower() not in FALSE
 
 
 def take_megatron(argv: list[str]) -> tuple[bool | None, list[str]]:
@@ -69,9 +69,9 @@ def take_megatron(argv: list[str]) -> tuple[bool | None, list[str]]:
         if flag != "--megatron":
             rest.append(argv[i - 1])
             continue
-        if not equals and i < len(argv) and argv[i].lower() in _TRUE | _FALSE:
+        if not equals and i < len(argv) and argv[i].lower() in TRUE | FALSE:
             equals, given, i = "=", argv[i], i + 1
-        value = given.lower() not in _FALSE if equals else True
+        value = given.lower() not in FALSE if equals else True
     return value, rest
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError, or_bound
-from megatron_bvpo.host import argv as flags
+from megatron_bvpo.launching import argv as flags
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import shutil
 import sys
 
 import megatron_bvpo
-from megatron_bvpo.host import argv, versions
+from megatron_bvpo.launching import argv, versions
 
 
 def add_command(commands) -> None:

@@ -20,10 +20,10 @@ from swift.utils import get_current_device, get_logger, is_master
 
 from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
 from megatron_bvpo.data.reference_cache import ReferenceShards, Values
-from megatron_bvpo.data.samplers import eval_dataloader_parts
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.reference_key import reference_key
 from megatron_bvpo.objective.streams import STREAMS, StreamWeights
+from megatron_bvpo.training.samplers import eval_dataloader_parts
 
 logger = get_logger()
 

@@ -10,8 +10,8 @@ import re
 from transformers import HfArgumentParser
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host import argv as argv_reading
-from megatron_bvpo.host.flag_names import MEGATRON_NAMES
+from megatron_bvpo.launching import argv as argv_reading
+from megatron_bvpo.launching.flag_names import MEGATRON_NAMES
 
 
 class _Parser(HfArgumentParser):

@@ -8,13 +8,6 @@ from typing import Any
 from swift.megatron.pipelines.train.rlhf import MegatronRLHF
 from swift.utils import get_logger, is_last_rank, is_master
 
-from megatron_bvpo.arguments import (
-    BvpoArguments,
-    bvpo_config,
-    check_resume,
-    refuse_unsupported,
-    settle_preference_defaults,
-)
 from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_bvpo_template
 from megatron_bvpo.data.empty_trace import empty_block
 from megatron_bvpo.data.loading import judge_dataset, length_lines
@@ -23,8 +16,15 @@ from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
-from megatron_bvpo.host.report import handed_over_scan
-from megatron_bvpo.run_report import write_report
+from megatron_bvpo.launching.error_output import handed_over_scan
+from megatron_bvpo.reporting.run_report import write_report
+from megatron_bvpo.training.arguments import (
+    BvpoArguments,
+    bvpo_config,
+    check_resume,
+    refuse_unsupported,
+    settle_preference_defaults,
+)
 
 logger = get_logger()
 
@@ -153,7 +153,7 @@ class BvpoPipeline(MegatronRLHF):
             logger.warning(f"No plot of the run ({e}); `bvpo report {output_dir}` makes it later.")
 
     def prepare_trainer(self):
-        from megatron_bvpo.trainer import BvpoTrainer
+        from megatron_bvpo.training.trainer import BvpoTrainer
 
         return BvpoTrainer(self.args, self.template)
 

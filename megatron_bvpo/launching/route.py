@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 
 from megatron_bvpo.errors import EXIT_CODE, UserError
-from megatron_bvpo.host import argv as flags
-from megatron_bvpo.host.run_file import read_run
-from megatron_bvpo.host.secret_flags import refuse_secrets
+from megatron_bvpo.launching import argv as flags
+from megatron_bvpo.launching.run_file import read_run
+from megatron_bvpo.launching.secret_flags import refuse_secrets
 
 OURS = "megatron_bvpo.cli"
 
@@ -98,14 +98,14 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
         if flags.rlhf_type(rest) == "bvpo":
             if not is_megatron and len(rest) == len(argv):
                 print("megatron-bvpo: --rlhf_type bvpo runs on the Megatron backend.", flush=True)
-            from megatron_bvpo.host import preflight
+            from megatron_bvpo.launching import start_checks
 
-            preflight.check(rest)
-            scanned = preflight.scan_data(rest)
+            start_checks.check(rest)
+            scanned = start_checks.scan_data(rest)
     except UserError as error:
-        from megatron_bvpo.host import report
+        from megatron_bvpo.launching import error_output
 
-        report.write(error)
+        error_output.write(error)
         sys.exit(EXIT_CODE)
     mapping = {**(route_mapping or swift_main.ROUTE_MAPPING), "rlhf": OURS}
     _launch(lambda: original(mapping, is_megatron=True), scanned)
@@ -118,18 +118,18 @@ def _launch(launch, scanned: list[str] | None) -> None:
     """
     import tempfile
 
-    from megatron_bvpo.host import report
+    from megatron_bvpo.launching import error_output
 
     with tempfile.TemporaryDirectory(prefix="megatron-bvpo-") as name:
-        os.environ[report.FOLDER] = name
+        os.environ[error_output.FOLDER] = name
         if scanned is not None:
-            report.hand_over_scan(Path(name), scanned)
+            error_output.hand_over_scan(Path(name), scanned)
         code = 0
         try:
             launch()
         except SystemExit as stop:
             code = stop.code
-        message = report.read(Path(name))
+        message = error_output.read(Path(name))
     if message is None and not code:
         return
     if message is None:

@@ -5,13 +5,13 @@ import json
 import os
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host import argv as flags
-from megatron_bvpo.host import plugin_settings
+from megatron_bvpo.launching import argv as flags
+from megatron_bvpo.launching import plugin_settings
 
 
 def check(argv: list[str]) -> None:
     """Raise UserError where a BVPO run with these arguments cannot start on this machine."""
-    from megatron_bvpo.host import versions  # only here: an ordinary `swift rlhf` has no use for packaging
+    from megatron_bvpo.launching import versions  # only here: an ordinary `swift rlhf` has no use for packaging
 
     versions.require_supported()
     stray = plugin_settings.given(os.environ)

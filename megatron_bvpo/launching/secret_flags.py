@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.flag_names import flag_names
-from megatron_bvpo.host.run_file import RunFile
+from megatron_bvpo.launching.flag_names import flag_names
+from megatron_bvpo.launching.run_file import RunFile
 
 _SECRET_FLAG = re.compile(
     r"(?:^|_)(?:token|secret|password|passwd|api_?key|key_file|(?:access|secret)_?key|webhook(?:_url)?)$"

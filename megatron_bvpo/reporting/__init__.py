@@ -1,0 +1,1 @@
+"""What a run logged, as a table, a plot and a line at a time."""
