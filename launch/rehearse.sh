@@ -3,7 +3,8 @@
 # ranks (TP2 · PP2 · EP2, LoRA), and shows what was learnt. Does its own set-up. Arguments are added to the
 # training command.
 #
-#   BVPO_REHEARSAL_DIR   where models, rows and runs go (default: .rehearsal in the checkout)
+#   BVPO_REHEARSAL_DIR     where models, rows and runs go (default: .rehearsal in the checkout)
+#   BVPO_REHEARSAL_VOCAB   trimmed (default: 1,003 words) or real (Qwen's 151,936: the head then takes most of the time)
 set -euo pipefail
 started=$SECONDS
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -15,7 +16,7 @@ export BVPO_REHEARSAL=1 OMP_NUM_THREADS=1 NPROC_PER_NODE=4
 MASTER_PORT="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
 export MASTER_PORT
 
-python -m megatron_bvpo.rehearsal.prepare "$work"
+python -m megatron_bvpo.rehearsal.prepare "$work" --vocab "${BVPO_REHEARSAL_VOCAB:-trimmed}"
 echo "Ready after $((SECONDS - started)) s; training."
 run="$work/run-$(date +%Y%m%d-%H%M%S)"
 

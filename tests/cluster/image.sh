@@ -5,6 +5,7 @@
 #
 #   tests/cluster/image.sh                  everything
 #   tests/cluster/image.sh IMAGE.sif        without the builds
+#   tests/cluster/image.sh --needs          says what this machine lacks for it, and does nothing
 #   BVPO_IMAGE_TESTS="tests/unit"           which tests (default: the whole suite)
 #   BVPO_IMAGE_REHEARSAL="--train_iters 8"  flags of the rehearsal (default: none, 30 steps)
 #   BVPO_IMAGE_LOCK=FILE                    hold this lock (flock) while tests or the rehearsal run
@@ -13,12 +14,25 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 apptainer="$root/containers/apptainer.sh"
+needs() {
+  if [ "$(id -u)" != 0 ]; then
+    echo "needs root: it gives up its own rights and network to see that the image needs neither"
+  elif ! command -v apptainer singularity apt-get >/dev/null; then
+    echo "needs Apptainer, or a Debian machine to get it"
+  elif [ "$(df --output=avail -BG "${TMPDIR:-/tmp}" | tr -dc '0-9')" -lt 40 ]; then
+    echo "needs 40 GB below ${TMPDIR:-/tmp}"
+  else
+    return 0
+  fi
+  return 1
+}
+if [ "${1:-}" = --needs ]; then
+  needs
+  exit
+fi
+needs >&2 || exit 2
 work="$(mktemp -d "${TMPDIR:-/tmp}/bvpo-image-test.XXXXXX")"
 trap 'rm -rf "$work"' EXIT
-[ "$(id -u)" = 0 ] || {
-  echo "image.sh needs root: it gives up its own rights and network to see that the image needs neither." >&2
-  exit 2
-}
 # The user without rights must reach it, and nothing else in it.
 chmod 711 "$work"
 mkdir -m 777 "$work/scratch"
