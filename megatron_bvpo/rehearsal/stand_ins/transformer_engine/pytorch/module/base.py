@@ -106,6 +106,11 @@ def refuse_unsupported(layer: str, **options) -> None:
         "ub_bulk_wgrad": "--tp_comm_overlap false",
         "ub_bulk_dgrad": "--tp_comm_overlap false",
         "parameters_split": "parameters_split=None",
+        "single_grouped_weight": "single_grouped_weight False",
+        "single_grouped_bias": "single_grouped_bias False",
+        "use_grouped_tensor": "use_grouped_tensor None",
+        "out": "out=None",
+        "dgrad_out": "dgrad_out=None",
     }
     for option, value in options.items():
         if value:

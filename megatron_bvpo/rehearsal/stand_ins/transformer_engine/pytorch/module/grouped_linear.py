@@ -45,9 +45,10 @@ class GroupedLinear(TransformerEngineBaseModule):
         ub_name: str | None = None,
         delay_wgrad_compute: bool = False,
         save_original_input: bool = False,
-        name: str | None = None,
         single_grouped_weight: bool = False,
         single_grouped_bias: bool = False,
+        name: str | None = None,
+        use_grouped_tensor: bool | None = None,
     ):
         super().__init__(name)
         refuse_unsupported(
@@ -58,6 +59,7 @@ class GroupedLinear(TransformerEngineBaseModule):
             ub_overlap_ag=ub_overlap_ag,
             single_grouped_weight=single_grouped_weight,
             single_grouped_bias=single_grouped_bias,
+            use_grouped_tensor=use_grouped_tensor,
         )
         self._set_up_parallelism(tp_group, tp_size, sequence_parallel, parallel_mode)
         if self.tp_size > 1 and bias:
@@ -92,8 +94,9 @@ class GroupedLinear(TransformerEngineBaseModule):
                 mark_tensor_parallel(bias, dim=0)
             setattr(self, f"bias{i}", bias)
 
-    def forward(self, inp, m_splits, is_first_microbatch=None):
+    def forward(self, inp, m_splits, is_first_microbatch=None, out=None, dgrad_out=None):
         self._check_dtype(inp)
+        refuse_unsupported("GroupedLinear.forward", out=out is not None, dgrad_out=dgrad_out is not None)
         splits = [int(rows) for rows in m_splits]
         if len(splits) != self.num_gemms:
             raise ValueError(f"m_splits has {len(splits)} entries for {self.num_gemms} weights.")

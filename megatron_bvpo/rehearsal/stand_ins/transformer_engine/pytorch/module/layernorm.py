@@ -22,5 +22,5 @@ class LayerNorm(RMSNorm):
         if self.sequence_parallel is not None:
             self.bias.sequence_parallel = self.sequence_parallel
 
-    def forward(self, inp: torch.Tensor) -> torch.Tensor:
-        return layer_norm(inp.to(self.weight.dtype), self.weight, self.bias, self.eps, self.zero_centered_gamma)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return layer_norm(input.to(self.weight.dtype), self.weight, self.bias, self.eps, self.zero_centered_gamma)

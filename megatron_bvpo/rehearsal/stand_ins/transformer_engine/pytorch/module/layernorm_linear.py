@@ -41,8 +41,15 @@ class LayerNormLinear(Linear):
         parameters_split=None,
         zero_centered_gamma: bool = False,
         device="cuda",
-        rng_tracker_name: str | None = None,
-        **linear_options,
+        ub_overlap_ag: bool = False,
+        ub_overlap_rs: bool = False,
+        ub_overlap_rs_dgrad: bool = False,
+        ub_bulk_wgrad: bool = False,
+        ub_bulk_dgrad: bool = False,
+        ub_name: str | None = None,
+        delay_wgrad_compute: bool = False,
+        symmetric_ar_type: str | None = None,
+        name: str | None = None,
     ):
         if normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization {normalization!r} is neither 'LayerNorm' nor 'RMSNorm'.")
@@ -65,8 +72,15 @@ class LayerNormLinear(Linear):
             parallel_mode=parallel_mode,
             parameters_split=parameters_split,
             device=device,
-            rng_tracker_name=rng_tracker_name,
-            **linear_options,
+            ub_overlap_ag=ub_overlap_ag,
+            ub_overlap_rs=ub_overlap_rs,
+            ub_overlap_rs_dgrad=ub_overlap_rs_dgrad,
+            ub_bulk_wgrad=ub_bulk_wgrad,
+            ub_bulk_dgrad=ub_bulk_dgrad,
+            ub_name=ub_name,
+            delay_wgrad_compute=delay_wgrad_compute,
+            symmetric_ar_type=symmetric_ar_type,
+            name=name,
         )
         self.eps = eps
         self.return_layernorm_output = return_layernorm_output

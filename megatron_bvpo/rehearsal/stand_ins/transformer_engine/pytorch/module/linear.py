@@ -36,6 +36,7 @@ class Linear(TransformerEngineBaseModule):
         tp_group=None,
         tp_size: int = 1,
         get_rng_state_tracker=None,
+        rng_tracker_name: str | None = None,
         init_method=None,
         bias: bool = True,
         return_bias: bool = False,
@@ -52,7 +53,6 @@ class Linear(TransformerEngineBaseModule):
         delay_wgrad_compute: bool = False,
         symmetric_ar_type: str | None = None,
         save_original_input: bool = False,
-        rng_tracker_name: str | None = None,
         name: str | None = None,
     ):
         super().__init__(name)

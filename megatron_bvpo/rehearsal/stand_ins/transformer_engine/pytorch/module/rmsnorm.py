@@ -49,9 +49,9 @@ class RMSNorm(torch.nn.Module):
         if self.sequence_parallel is not None:
             self.weight.sequence_parallel = self.sequence_parallel
 
-    def forward(self, inp: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         # In the weight's dtype, whatever the input's, as TE does: with float32 residuals it is where bf16 begins.
-        return rms_norm(inp.to(self.weight.dtype), self.weight, self.eps, self.zero_centered_gamma)
+        return rms_norm(input.to(self.weight.dtype), self.weight, self.eps, self.zero_centered_gamma)
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)

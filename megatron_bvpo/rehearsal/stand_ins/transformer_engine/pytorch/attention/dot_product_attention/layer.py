@@ -45,6 +45,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         attn_mask_type: str = "causal",
         window_size: tuple[int, int] | None = None,
         bottom_right_diagonal: bool | None = None,
+        softcap: float = 0.0,
         sequence_parallel: bool = False,
         tp_size: int = 1,
         get_rng_state_tracker=None,
@@ -63,6 +64,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         super().__init__(name)
         if return_max_logit:
             raise NotImplementedError("return_max_logit is not in the stand-in: set --qk_clip false.")
+        if softcap:
+            raise NotImplementedError("softcap is not in the stand-in: its scores are never capped.")
         if softmax_type not in ("vanilla", "off-by-one", "learnable"):
             raise ValueError(f"softmax_type {softmax_type!r} is not 'vanilla', 'off-by-one' or 'learnable'.")
         self.tp_size = collectives.world_size(tp_group) if tp_group is not None else tp_size
@@ -118,6 +121,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         attn_mask_type: str | None = None,
         window_size: tuple[int, int] | None = None,
         bottom_right_diagonal: bool | None = None,
+        softcap: float | None = None,
         checkpoint_core_attention: bool = False,
         core_attention_bias_type: str = "no_bias",
         core_attention_bias: torch.Tensor | None = None,
@@ -126,6 +130,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         inference_params=None,
         pad_between_seqs: bool | None = None,
         fp8_output: bool = False,
+        bf16_backward: bool = False,
         num_splits: int | None = 1,
     ) -> torch.Tensor:
         """Attention of one batch.
@@ -144,6 +149,8 @@ class DotProductAttention(TransformerEngineBaseModule):
         """
         if inference_params is not None or alibi_slopes is not None or core_attention_bias_type == "alibi":
             raise NotImplementedError("inference_params and alibi are not in the attention stand-in.")
+        if softcap or bf16_backward:
+            raise NotImplementedError("softcap and bf16_backward are not in the attention stand-in.")
         mask_type = (attn_mask_type or self.attn_mask_type).replace(",", "_")
         mask_type = "padding_causal" if mask_type == "causal_padding" else mask_type
         if mask_type not in _MASK_TYPES:
