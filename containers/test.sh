@@ -31,8 +31,13 @@ import megatron_bvpo.training.pipeline  # noqa: F401
 
 print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, GPUs {torch.cuda.device_count()}")
 PYTHON
-if [ "$(cat /opt/bvpo/profile)" = gpu ] && python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  python -c 'import transformer_engine.pytorch, flash_attn, apex, amp_C, fused_weight_gradient_mlp_cuda'
+if [ "$(cat /opt/bvpo/profile)" = gpu ]; then
+  if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    python -c 'import transformer_engine.pytorch, flash_attn, apex, amp_C, fused_weight_gradient_mlp_cuda'
+  else
+    echo "No GPU here, so Transformer Engine, flash-attn and apex were NOT imported: they need its driver."
+    echo "Before the first job, on a GPU node: apptainer test --nv IMAGE"
+  fi
 fi
 
 echo "== kernel (on the GPU if there is one, else in Triton's interpreter)"

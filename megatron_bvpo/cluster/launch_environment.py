@@ -62,6 +62,10 @@ def launch_environment(job: Job, run: RunFile, folder: Path, logs: Path, env=os.
         default(name, str(flight_recorder_folder(logs) / "rank-"))
     # ---- the usual needs of Megatron and of a read-only image
     default("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Micro-batches of many lengths fragment the allocator's blocks; segments that grow do not. torch 2.9 and later also
+    # know it as PYTORCH_ALLOC_CONF.
+    if not made.get("PYTORCH_ALLOC_CONF"):
+        default("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     default("OMP_NUM_THREADS", "1")
     default("PYTHONUNBUFFERED", "1")
     made.update(network_defaults(job, made))

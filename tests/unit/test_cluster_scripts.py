@@ -329,16 +329,19 @@ def test_in_an_image(tmp_path):
     """What Apptainer is called with; inside, the image's own scripts come before the checkout's."""
     image, apptainer = tmp_path / "bvpo.sif", tmp_path / "apptainer"
     image.touch()
-    told = "python ${BVPO_PYTHON_BIN:-none}${PYTHONPATH:-}${PYTHONHOME:-}."
+    told = "python ${BVPO_PYTHON_BIN:-none}${PYTHONPATH:-}${PYTHONHOME:-}. cuda ${CUDA_HOME:-}${CUDA_PATH:-}${!NVTE_@}."
     apptainer.write_text(f'#!/bin/bash\nprintf "<%s>" "$@"; echo "{told}"\n')
     apptainer.chmod(0o755)
     srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
     given = {"BVPO_IMAGE": str(image), "BVPO_BINDS": "/data", "BVPO_PYTHON_BIN": "/host/python"}
     given |= {"PYTHONPATH": "/host/site", "PYTHONHOME": "/host"}
+    given |= {"CUDA_HOME": "/host/cuda", "CUDA_PATH": "/host/cuda", "NVTE_FUSED_ATTN": "0"}
     told = sbatch_with(tmp_path, srun, **given)
     binds = f"<--bind><{ROOT},{ROOT},{tmp_path / 'run'},/data>"
     assert f"<exec><--nv><--no-home>{binds}<--pwd><{ROOT}><{image}><bash><-c>" in told
-    assert f"<{ROOT}/launch/train.sh><x.yaml>python none." in told, "the host's Python is not in the image"
+    inside = f"<{ROOT}/launch/train.sh><x.yaml>python none. cuda ."
+    assert inside in told, "the host's Python and CUDA are not in the image"
+    assert "not passed into the image: CUDA_HOME CUDA_PATH NVTE_FUSED_ATTN (" in told
     assert "<exec><--no-home>" in sbatch_with(tmp_path, srun, **given, BVPO_REHEARSAL="1")
 
 

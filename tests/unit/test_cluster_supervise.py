@@ -186,6 +186,10 @@ def test_what_the_run_is_given(tmp_path):
     assert (env["PET_REDIRECTS"], env["PET_TEE"]) == ("3", "1:3"), (
         "the last node shows its last rank: it has the losses"
     )
+    assert env["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):  # the site's own, under either name
+        chosen = launch_environment(job(1, 2), run, folder, logs, {name: "backend:native"})
+        assert {k: v for k, v in chosen.items() if k.endswith("_ALLOC_CONF")} == {name: "backend:native"}
     assert env["OMP_NUM_THREADS"] == "4" and env["BVPO_STOP_FILE"] == str(folder / "stop")
     assert launch_environment(job(0, 3), run, folder, logs, {})["PET_TEE"] == "0:3"
     assert launch_environment(job(0, 1), run, folder, logs, {})["PET_TEE"] == "0:3,1:3"
