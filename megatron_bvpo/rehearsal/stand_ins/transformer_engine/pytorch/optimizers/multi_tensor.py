@@ -29,8 +29,10 @@ def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor: bool = 
     if not tensors:
         empty = torch.zeros(1, dtype=torch.float32, device=noop_flag.device)
         return empty, empty
-    norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
-    total = torch.linalg.vector_norm(norms).reshape(1)
+    # In float64: torch adds a CPU's float32 squares one after the other, which costs 1e-5 of the norm of a million.
+    norms = torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+    total = torch.linalg.vector_norm(norms).float().reshape(1)
+    norms = norms.float()
     if not torch.isfinite(total).all():
         noop_flag.fill_(1)
     return total, norms if per_tensor else norms.new_zeros(1)
