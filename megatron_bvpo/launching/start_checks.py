@@ -6,7 +6,7 @@ import os
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv as flags
-from megatron_bvpo.launching import plugin_settings
+from megatron_bvpo.launching import path_rules, plugin_settings
 
 
 def check(argv: list[str]) -> None:
@@ -21,7 +21,11 @@ def check(argv: list[str]) -> None:
             f"{', '.join(stray)}: set in the environment, which only the plugin of --external_plugins reads.",
             remedy=f"Unset it and use --{flag} or the same key in the YAML file.",
         )
-    if not flags.rehearsal_requested() and not flags.wants_help(argv):
+    if flags.wants_help(argv):
+        return
+    for flag in path_rules.DATA:
+        path_rules.check_data(flags.option_list(argv, flag), flag)
+    if not flags.rehearsal_requested():
         require_gpu()
 
 

@@ -16,7 +16,9 @@ from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
+from megatron_bvpo.launching.combinations import check_combinations
 from megatron_bvpo.launching.error_output import handed_over_scan
+from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.reporting.run_report import write_report
 from megatron_bvpo.training.arguments import (
     BvpoArguments,
@@ -194,8 +196,10 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
     args.__class__ = BvpoArguments
     # The native fusion rounds the logits' gradient to bf16. --ddp_timeout is used already and stays as it was given.
     args.cross_entropy_loss_fusion = False
+    check_values(args)
     args._check_layout()
     settle_preference_defaults(args)
     bvpo_config(vars(args))
     refuse_unsupported(args)
+    check_combinations(args)
     check_resume(args)
