@@ -11,6 +11,7 @@ import os
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 # Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
@@ -23,7 +24,7 @@ from transformers import AutoConfig
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
-from megatron_bvpo.launching.path_rules import check_paths
+from megatron_bvpo.launching.path_rules import check_paths, saved_without_optimizer
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
 from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
@@ -328,5 +329,13 @@ def check_resume(args) -> None:
         return
     # With LoRA, --mcore_model may name the base model in Megatron's format, which is no checkpoint of a run.
     flag = "mcore_adapter" if args.mcore_adapter or args.tuner_type != "full" else "mcore_model"
-    if getattr(args, flag):
-        require_whole_checkpoint(getattr(args, flag), flag=f"--{flag}")
+    folder = getattr(args, flag)
+    if not folder:
+        return
+    require_whole_checkpoint(folder, flag=f"--{flag}")
+    if not args.no_load_optim and saved_without_optimizer(Path(folder)):
+        raise UserError(
+            f"{folder} was saved with no_save_optim, so there is no optimizer to go on with",
+            field=f"--{flag}",
+            remedy="with --no_load_optim true the moments and the rate's warm-up begin anew",
+        )
