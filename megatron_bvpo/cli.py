@@ -30,6 +30,7 @@ def run_rank(argv: list[str]) -> None:
     from megatron_bvpo.errors import UserError
     from megatron_bvpo.launching import argv as flags
     from megatron_bvpo.launching import error_output, start_checks
+    from megatron_bvpo.launching.rivals import settle
     from megatron_bvpo.launching.run_file import RunFile
     from megatron_bvpo.launching.secret_flags import refuse_secrets
 
@@ -40,6 +41,7 @@ def run_rank(argv: list[str]) -> None:
         if ours:
             # Once more, for ranks that torchrun started without our launcher.
             refuse_secrets(RunFile(tuple(argv), tuple(argv), {}, None), dict(os.environ))
+            settle({}, flags.all_values(argv))
             start_checks.check(argv)
         if flags.rehearsal_requested() or (ours and start_checks.help_without_engine(argv)):
             from megatron_bvpo.rehearsal import install

@@ -28,7 +28,7 @@ from megatron_bvpo.cluster.links import run_links
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
 from megatron_bvpo.cluster.nodes import Job, interface_towards, job_from_environment
 from megatron_bvpo.cluster.plan_check import check_plan
-from megatron_bvpo.cluster.run_folder import run_folder
+from megatron_bvpo.cluster.run_folder import refuse_unresumable, run_folder
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.argv import rehearsal_requested
@@ -249,6 +249,7 @@ def run_command(args: argparse.Namespace) -> int:
     job = job_from_environment()
     run = read_run([item for item in args.given if item != "--"])
     refuse_secrets(run, dict(os.environ))
+    refuse_unresumable(run)
     seconds, min_free_gib, min_busbw = (_limit(args, name) for name in LIMITS)
     started = time.monotonic()
     meeting = None

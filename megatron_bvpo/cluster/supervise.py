@@ -30,8 +30,9 @@ from megatron_bvpo.cluster.launch_environment import (
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
 from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.roll_call import ENDED, RUNNING, RollCall
-from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
+from megatron_bvpo.cluster.run_folder import reached, refuse_unresumable, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error, is_victim
+from megatron_bvpo.launching.argv import is_true
 from megatron_bvpo.launching.run_file import read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
 
@@ -293,6 +294,7 @@ def run_command(args: argparse.Namespace) -> int:
     job = job_from_environment()
     run = read_run([item for item in args.given if item != "--"])
     refuse_secrets(run, dict(os.environ))
+    refuse_unresumable(run)
     folder = run_folder(run)
     logs = log_folder(folder, job)
     logs.mkdir(parents=True, exist_ok=True)
@@ -307,5 +309,9 @@ def run_command(args: argparse.Namespace) -> int:
         start = run.value("mcore_adapter") or run.value("mcore_model")
         instead = f", and not from {start}, where the run began (BVPO_RESUME=never begins anew)" if start else ""
         print(f"supervise: going on from {resume[-1]}{instead}", flush=True)
+        if is_true(list(run.flags), "no_load_optim"):
+            print(
+                "supervise: no_load_optim: the optimizer and the rate's warm-up begin anew at each restart", flush=True
+            )
     command = swift_command(run, folder, resume)
     return Supervisor(job, command, env, logs, float(env["BVPO_NODE_SILENCE_S"])).run()

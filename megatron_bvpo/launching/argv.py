@@ -44,6 +44,31 @@ def option_list(argv: list[str], name: str) -> list[str]:
     return values
 
 
+def all_values(argv: list[str]) -> dict[str, list[str]]:
+    """Every flag's name, with underscores, and the values that the parser will take: the last `--name` wins."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            name = flag[2:].replace("-", "_")
+            found[name] = [value] if equals else []
+        elif name is not None:
+            found[name].append(token)
+    return found
+
+
+def without(argv: list[str], names: set[str]) -> list[str]:
+    """The arguments without these flags and their values."""
+    kept, dropping = [], False
+    for token in argv:
+        if token.startswith("--"):
+            dropping = token.partition("=")[0][2:].replace("-", "_") in names
+        if not dropping:
+            kept.append(token)
+    return kept
+
+
 def rlhf_type(argv: list[str]) -> str | None:
     """The value of `--rlhf_type` that the parser will use, None where it is not given."""
     values = option_values(argv, "rlhf_type")

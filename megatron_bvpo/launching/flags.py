@@ -4,14 +4,14 @@ ms-swift's parser answers an unknown flag with a trace per rank, and a wrong cho
 five hundred flags per rank. This check parses the same flags first, without building the arguments.
 """
 
-import difflib
+import functools
 import re
 
 from transformers import HfArgumentParser
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv as argv_reading
-from megatron_bvpo.launching.flag_names import MEGATRON_NAMES
+from megatron_bvpo.launching.flag_names import meant_by
 
 
 class _Parser(HfArgumentParser):
@@ -25,17 +25,23 @@ class _Parser(HfArgumentParser):
         raise UserError(found[2], field=found[1])
 
 
+@functools.cache
+def _parser_of(args_class: type) -> _Parser:
+    # ms-swift teaches the parser its `dict | str | None` fields with this, and nothing public does.
+    from swift.utils.utils import _patch_get_type_hints
+
+    with _patch_get_type_hints():
+        # Nothing of ours would know a flag by the first letters of its name.
+        return _Parser([args_class], prog="swift rlhf --rlhf_type bvpo", allow_abbrev=False)
+
+
 def check_flags(args_class: type, argv: list[str]) -> None:
     """Raise UserError for flags that a parser of `args_class` refuses or does not know.
 
     Prints the help and exits where `argv` asks for it. Unknown flags pass under --ignore_args_error true, as
     in ms-swift.
     """
-    # ms-swift teaches the parser its `dict | str | None` fields with this, and nothing public does.
-    from swift.utils.utils import _patch_get_type_hints
-
-    with _patch_get_type_hints():
-        parser = _Parser([args_class], prog="swift rlhf --rlhf_type bvpo")
+    parser = _parser_of(args_class)
     _, unknown = parser.parse_known_args(argv)
     if not unknown or argv_reading.is_true(argv, "ignore_args_error"):
         return
@@ -49,9 +55,4 @@ def check_flags(args_class: type, argv: list[str]) -> None:
 def _explain(name: str, known: list[str]) -> str:
     """One unknown flag in words, with the one that was probably meant."""
     plain = name[2:].replace("-", "_")
-    names = [option[2:] for option in known if "-" not in option[2:]]
-    close = difflib.get_close_matches(plain, [*names, *MEGATRON_NAMES], n=1, cutoff=0.7)
-    meant = close[0] if close else None
-    if meant in MEGATRON_NAMES and meant not in names:
-        return f"{name}: no such flag on the Megatron backend; the one there is --{MEGATRON_NAMES[meant]}"
-    return f"{name}: no such flag" + (f"; did you mean --{meant}?" if meant else "")
+    return f"{name}: no such flag" + meant_by(plain, [option[2:] for option in known if "-" not in option[2:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.value_rules import check_counts
 
 
 def divisors(n: int) -> list[int]:
@@ -27,27 +28,15 @@ SIZES = (
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "micro_batch_size",
-)
-# None: not given.
-OPTIONAL_SIZES = (
     "virtual_pipeline_model_parallel_size",
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
 )
 
 
-def _check_sizes(args: Any) -> None:
-    """Sizes below 1 would end in a division by zero, or in an assertion of Megatron's on every rank."""
-    for flag in (*SIZES, *OPTIONAL_SIZES):
-        size = getattr(args, flag)
-        if size is None and flag in OPTIONAL_SIZES:
-            continue
-        _require(size >= 1, f"is {size}; expected 1 or more", flag, "leave the flag out for its default")
-
-
 def check_layout(args: Any, world_size: int) -> None:
     """Rules between the layout and the number of ranks; `args` has ms-swift's field names."""
-    _check_sizes(args)
+    check_counts(args, SIZES)  # below 1 they would end in a division by zero, or in an assertion on every rank
     tp, pp, cp = (
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_bvpo.errors import EXIT_CODE, UserError
 from megatron_bvpo.launching import argv as flags
-from megatron_bvpo.launching.run_file import read_run
+from megatron_bvpo.launching.run_file import RunFile, read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
 
 OURS = "megatron_bvpo.cli"
@@ -46,8 +46,8 @@ def choose(argv: list[str], is_megatron: bool, rehearsal: bool) -> tuple[str | N
     return None, rest
 
 
-def check_before_unrolling(argv: list[str]) -> None:
-    """Raise UserError for a BVPO run whose file cannot be read or holds a secret.
+def check_before_unrolling(argv: list[str]) -> RunFile | None:
+    """The run, if it is BVPO's; raise UserError where its file cannot be read or holds a secret, or has rivals.
 
     Of other runs only the type is looked at; what is wrong with their files, ms-swift says.
 
@@ -59,9 +59,11 @@ def check_before_unrolling(argv: list[str]) -> None:
     except UserError:
         if flags.rlhf_type(argv) == "bvpo" or _speaks_of_bvpo(argv):
             raise
-        return
-    if run.value("rlhf_type") == "bvpo":
-        refuse_secrets(run, dict(os.environ))
+        return None
+    if run.value("rlhf_type") != "bvpo":
+        return None
+    refuse_secrets(run, dict(os.environ))
+    return run
 
 
 def _speaks_of_bvpo(argv: list[str]) -> bool:
@@ -84,9 +86,13 @@ def run_rlhf(swift_main, original, route_mapping=None, is_megatron: bool = False
     argv = sys.argv[2:]
     scanned = None
     try:
-        check_before_unrolling(argv)
+        run = check_before_unrolling(argv)
         # ms-swift's own unrolling. It would come to it next, and then finds nothing left to unroll.
         swift_main.parse_yaml_args(argv)
+        if run is not None:  # the same list, but for the file's keys that lose to the command line
+            argv = list(run.flags)
+            for note in run.notes:
+                print(f"megatron-bvpo: {note}", flush=True)
         route, rest = choose(argv, is_megatron, flags.rehearsal_requested())
         sys.argv[2:] = rest
         if route is None or (route == "megatron" and is_megatron):

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_bvpo.errors import UserError, or_bound
 from megatron_bvpo.launching import argv as flags
+from megatron_bvpo.launching.rivals import settle
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,18 @@ class RunFile:
 
     Attributes:
         argv: as given: a YAML file first, or flags only.
-        flags: YAML and flags in one list, as ms-swift unrolls them; the last of two equal flags wins.
+        flags: YAML and flags in one list, as ms-swift unrolls them; the last of two equal flags wins. A key of the
+            file that loses to a rival on the command line is not in it (rivals.py).
         env: the YAML's ENV block.
         file: the YAML file, if there is one.
+        notes: a line for each such key.
     """
 
     argv: tuple[str, ...]
     flags: tuple[str, ...]
     env: dict[str, str]
     file: str | None
+    notes: tuple[str, ...] = ()
 
     def value(self, name: str) -> str | None:
         values = flags.option_values(list(self.flags), name)
@@ -44,14 +48,15 @@ class RunFile:
 
 
 def read_run(argv: list[str]) -> RunFile:
-    """The run of `train.sh CONFIG.yaml --flag …`; raises UserError for a file that is not to be read."""
+    """The run of `train.sh CONFIG.yaml --flag …`; raises UserError for a file that is not to be read, or for rivals in
+    one place (rivals.py)."""
     if not argv:
         raise UserError("no run given", remedy="give a YAML file, or flags: launch/train.sh configs/FILE.yaml")
     file = argv[0] if argv[0].endswith((".yaml", ".yml", ".json")) else None
     if file is None:
         if not argv[0].startswith("-"):
             raise UserError(f"{argv[0]!r} is neither a .yaml file nor a flag", remedy="flags come after the YAML file")
-        return RunFile(tuple(argv), tuple(argv), {}, None)
+        return _settled(argv, [], argv, {}, None)
     settings = read_keys(file)
     env = settings.pop("ENV", None) or {}
     if not isinstance(env, dict):
@@ -63,7 +68,16 @@ def read_run(argv: list[str]) -> RunFile:
             unrolled += [str(item) for item in value]
         else:
             unrolled.append(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
-    return RunFile(tuple(argv), (*unrolled, *argv[1:]), {str(k): str(v) for k, v in env.items()}, file)
+    return _settled(argv, unrolled, argv[1:], {str(k): str(v) for k, v in env.items()}, file)
+
+
+def _settled(argv: list[str], unrolled: list[str], given: list[str], env: dict[str, str], file: str | None) -> RunFile:
+    """The run of a file's flags and of those behind it; of another method's run, ms-swift decides what wins."""
+    notes: list[str] = []
+    if flags.rlhf_type([*unrolled, *given]) in (None, "bvpo"):
+        dropped, notes = settle(flags.all_values(unrolled), flags.all_values(given), file)
+        unrolled = flags.without(unrolled, dropped)
+    return RunFile(tuple(argv), (*unrolled, *given), env, file, tuple(notes))
 
 
 def read_keys(file: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv as flags
-from megatron_bvpo.launching import plugin_settings
+from megatron_bvpo.launching import path_rules, plugin_settings
 
 
 def check(argv: list[str]) -> None:
@@ -21,8 +21,25 @@ def check(argv: list[str]) -> None:
             f"{', '.join(stray)}: set in the environment, which only the plugin of --external_plugins reads.",
             remedy=f"Unset it and use --{flag} or the same key in the YAML file.",
         )
-    if not flags.rehearsal_requested() and not flags.wants_help(argv):
+    if flags.wants_help(argv):
+        return
+    _check_ranks(os.environ)
+    for flag in path_rules.DATA:
+        path_rules.check_data(flags.option_list(argv, flag), flag)
+    if not flags.rehearsal_requested():
         require_gpu()
+
+
+def _check_ranks(env) -> None:
+    """torchrun would answer these with a trace."""
+    for name, least in (("NPROC_PER_NODE", 1), ("NNODES", 1), ("NODE_RANK", 0)):
+        value = env.get(name)
+        if value is None or (name == "NPROC_PER_NODE" and value in ("gpu", "cpu", "auto")):
+            continue
+        if name == "NNODES" and ":" in value:
+            continue  # torchrun's own way of giving a range
+        if not value.isdigit() or int(value) < least:
+            raise UserError(f"is {value!r}; expected a whole number of {least} or more", field=name)
 
 
 def scan_data(argv: list[str]) -> list[str] | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv
+from megatron_bvpo.launching.rivals import settle
 from megatron_bvpo.launching.run_file import read_keys
-from megatron_bvpo.planning.checks import check_values
+from megatron_bvpo.planning.checks import check_settings
 from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings
 
 
@@ -19,7 +20,11 @@ def read_settings(file: str | Path, overrides: dict[str, Any] | None = None) -> 
     Raises:
         UserError: no such file, no YAML mapping, a value of the wrong kind, or a setting that the plan does not know.
     """
-    return settings_from({**read_values(file), **(overrides or {})}, file=str(file))
+    values, overrides = read_values(file), overrides or {}
+    if values.get("rlhf_type", "bvpo") == "bvpo":  # of other methods, ms-swift decides what wins
+        dropped, _ = settle(values, overrides, str(file))
+        values = {key: value for key, value in values.items() if key not in dropped}
+    return settings_from({**values, **overrides}, file=str(file))
 
 
 def read_values(file: str | Path) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
             field="max_length",
             remedy="add max_length: 4096, or what your traces need",
         )
-    check_values(settings, file)
+    check_settings(settings, file)
     if settings.packing:  # ms-swift's own rule
         settings = dataclasses.replace(settings, padding_free=True)
     return settings

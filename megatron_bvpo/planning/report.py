@@ -169,10 +169,10 @@ def _head(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     shown = [c for c in COLUMNS if any(getattr(s, c[1]) for s in plan.stages)]
     widths = [max(len(title), 6) for title, _ in shown]
-    lines = ["GiB a GPU   " + "  ".join(t.rjust(w) for (t, _), w in zip(shown, widths, strict=True)) + "   total"]
+    lines = ["GiB a GPU      " + "  ".join(t.rjust(w) for (t, _), w in zip(shown, widths, strict=True)) + "   total"]
     for s in plan.stages:
         cells = [f"{getattr(s, name) / GIB:.2f}".rjust(w) for (_, name), w in zip(shown, widths, strict=True)]
-        lines.append(f"stage {s.stage:<2} {s.layers:>3}".ljust(12) + "  ".join(cells) + f"  {s.total / GIB:6.1f}")
+        lines.append(f"stage {s.stage:<2} {s.layers:>4}".ljust(15) + "  ".join(cells) + f"  {s.total / GIB:6.1f}")
     lines.append(
         "In brackets: part of another column. Layers stand behind the stage. CUDA, NCCL and fragments "
         f"({FRAGMENTATION:.0%} of what a step allocates) are allowances; expandable segments need fewer."

@@ -9,17 +9,24 @@ import errno
 import math
 import os
 import traceback
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 # Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
 import swift.megatron.pipelines.train.rlhf  # noqa: F401
+from swift.agent_template import agent_template_map
 from swift.megatron.arguments import MegatronRLHFArguments
+from swift.megatron.callbacks import megatron_callbacks_map
 from transformers import AutoConfig
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
+from megatron_bvpo.launching.path_rules import check_paths, saved_without_optimizer
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
+from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 
 DEFAULT_BETA = {"simpo": 2.0}
@@ -102,24 +109,31 @@ class BvpoArguments(MegatronRLHFArguments):
     ddp_timeout: int = 7200
 
     def __post_init__(self):
+        check_values(self)
         settle_preference_defaults(self)
         bvpo_config(vars(self))  # raises for bad settings before anything is loaded
         refuse_unsupported(self)
+        check_combinations(self)
         check_resume(self)
         check_model_folders(self)
-        try:
+        check_paths(self)
+        if self.report_to == ["none"]:  # as ms-swift's other backend has it
+            self.report_to = []
+        with as_user_error():
             super().__post_init__()
-        except UserError:
-            raise
-        except (ValueError, AssertionError) as e:
-            frame = traceback.extract_tb(e.__traceback__)[-1]
-            raise UserError(f"{e or type(e).__name__} ({frame.filename}:{frame.lineno})") from e
+        check_names(self)
 
     @property
     def bvpo(self) -> BvpoConfig:
         return bvpo_config(vars(self))
 
     def _init_output_dir(self):
+        if "RANK" not in os.environ:
+            raise UserError(
+                "this process was not started as a rank",
+                field="NPROC_PER_NODE",
+                remedy="set it to the number of ranks, one for each GPU: NPROC_PER_NODE=8 swift rlhf …",
+            )
         self._check_layout()  # here, before ms-swift lets the ranks wait for each other
         try:
             super()._init_output_dir()
@@ -143,7 +157,8 @@ class BvpoArguments(MegatronRLHFArguments):
 
     def init_iters(self, train_dataset, val_dataset):
         asked_eval_iters = self.eval_iters
-        super().init_iters(train_dataset, val_dataset)
+        with as_user_error():
+            super().init_iters(train_dataset, val_dataset)
         if asked_eval_iters < 0 and hasattr(val_dataset, "__len__"):
             # Every held-out pair counts once: the last batch is filled up with pairs of weight 0.
             self.eval_iters = math.ceil(len(val_dataset) / self.global_batch_size)
@@ -153,6 +168,46 @@ class BvpoArguments(MegatronRLHFArguments):
                 f"{len(train_dataset)} {items} do not fill one global batch of {self.global_batch_size}",
                 field="--global_batch_size",
                 remedy="add rows, or lower --global_batch_size",
+            )
+        check_warmup(self)
+
+
+@contextmanager
+def as_user_error():
+    """ms-swift's answer to arguments that it does not take, in one line, with the place that gave it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if isinstance(e, RuntimeError) and not isinstance(e, NotImplementedError):
+            raise  # torch's words for a network or a device that fails
+        frame = traceback.extract_tb(e.__traceback__)[-1]
+        said = " ".join(str(e).split())
+        if not isinstance(e, (ValueError, AssertionError)) or not said:
+            said = f"{type(e).__name__} {said}".strip()
+        line = f": {frame.line}" if isinstance(e, AssertionError) and not str(e) else ""
+        said = f"{said[:400]} …" if len(said) > 400 else said
+        raise UserError(f"{said} ({frame.filename}:{frame.lineno}{line})") from e
+
+
+def check_names(args) -> None:
+    """Names that ms-swift looks up later only; plugins, which may add some, have been imported by now."""
+    for name in args.callbacks:
+        if name not in megatron_callbacks_map:
+            raise UserError(f"has {name!r}; expected {', '.join(megatron_callbacks_map)}", field="--callbacks")
+    if args.agent_template is not None and args.agent_template not in agent_template_map:
+        raise UserError(
+            f"is {args.agent_template!r}; expected {', '.join(agent_template_map)}", field="--agent_template"
+        )
+    config_class = getattr(args.megatron_model_meta, "config_cls", None)
+    known = {field.name for field in fields(config_class)} if config_class else None
+    for name in args.megatron_extra_kwargs or {}:
+        if known is not None and name not in known:
+            raise UserError(
+                f"has {name!r}, which is no field of mcore-bridge's {config_class.__name__}",
+                field="--megatron_extra_kwargs",
+                remedy="its fields are those of megatron-core's TransformerConfig and a few more",
             )
 
 
@@ -274,5 +329,13 @@ def check_resume(args) -> None:
         return
     # With LoRA, --mcore_model may name the base model in Megatron's format, which is no checkpoint of a run.
     flag = "mcore_adapter" if args.mcore_adapter or args.tuner_type != "full" else "mcore_model"
-    if getattr(args, flag):
-        require_whole_checkpoint(getattr(args, flag), flag=f"--{flag}")
+    folder = getattr(args, flag)
+    if not folder:
+        return
+    require_whole_checkpoint(folder, flag=f"--{flag}")
+    if not args.no_load_optim and saved_without_optimizer(Path(folder)):
+        raise UserError(
+            f"{folder} was saved with no_save_optim, so there is no optimizer to go on with",
+            field=f"--{flag}",
+            remedy="with --no_load_optim true the moments and the rate's warm-up begin anew",
+        )

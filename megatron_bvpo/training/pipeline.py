@@ -16,7 +16,9 @@ from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
+from megatron_bvpo.launching.combinations import check_combinations
 from megatron_bvpo.launching.error_output import handed_over_scan
+from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.reporting.run_report import write_report
 from megatron_bvpo.training.arguments import (
     BvpoArguments,
@@ -131,11 +133,31 @@ class BvpoPipeline(MegatronRLHF):
         return dataset
 
     def _show_dataset(self, train_dataset, val_dataset):
+        """ms-swift prints the first row. Rows that are encoded as they come may turn out to be of no use only here."""
+        for flag, dataset in (("val_dataset", val_dataset), ("dataset", train_dataset)):
+            if dataset is not None and (self.args.streaming or self.args.lazy_tokenize) and is_master():
+                self._require_a_row(flag, dataset)
         super()._show_dataset(train_dataset, val_dataset)
         if is_master() and hasattr(train_dataset, "__len__"):
             row = train_dataset[0]
             for line in encoded_examples(row[0] if isinstance(row, list) else row, self.template):
                 logger.info(line)
+
+    def _require_a_row(self, flag: str, dataset) -> None:
+        try:
+            dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
+        except StopIteration:
+            found = "no row of the stream is of use"
+        except ValueError as e:  # ms-swift's, after ten rows that could not be encoded
+            found = f"none of the rows that were tried is of use ({e})"
+        else:
+            return
+        raise UserError(
+            f"{found}: each lacks what a pair needs, or is longer than --max_length {self.args.max_length}",
+            file=", ".join(getattr(self.args, flag)) or None,
+            field=f"--{flag}",
+            remedy="the log says why; without --streaming and --lazy_tokenize every row is judged and counted",
+        )
 
     def run(self):
         is_writer = is_last_rank()  # ms-swift takes the process group down before it returns
@@ -194,8 +216,10 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
     args.__class__ = BvpoArguments
     # The native fusion rounds the logits' gradient to bf16. --ddp_timeout is used already and stays as it was given.
     args.cross_entropy_loss_fusion = False
+    check_values(args)
     args._check_layout()
     settle_preference_defaults(args)
     bvpo_config(vars(args))
     refuse_unsupported(args)
+    check_combinations(args)
     check_resume(args)

@@ -39,6 +39,7 @@ from megatron_bvpo.host.router import (
 )
 from megatron_bvpo.host.saving import CheckpointMixin
 from megatron_bvpo.host.stop_signal import StopCallback
+from megatron_bvpo.host.tuner_names import check_tuner_names, require_something_to_train
 from megatron_bvpo.objective.streams import (
     STREAMS,
     PairCounts,
@@ -79,7 +80,9 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     # ---- model
 
     def _prepare_peft_model(self, models):
+        check_tuner_names(self.args, models)
         peft_models = super()._prepare_peft_model(models)
+        require_something_to_train(models)
         for model in models:
             mend_parallel_attributes(model, self.groups)
         return peft_models

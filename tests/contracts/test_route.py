@@ -319,7 +319,7 @@ def test_mistakes_in_flags_name_the_flag_and_the_nearest():
         (["--bvpo-alfa=1"], "--bvpo-alfa: no such flag; did you mean --bvpo_alpha?"),
         (
             ["--lerning_rate", "1"],
-            "--lerning_rate: no such flag on the Megatron backend; the one there is --lr",
+            "--lerning_rate: no such flag; the Megatron backend's is --lr",
         ),
         (["--q_x", "1", "--z_y"], "--q_x: no such flag; --z_y: no such flag"),
         (["stray"], "'stray' belongs to no flag. Flags start with two dashes."),

@@ -111,7 +111,7 @@ def test_a_misspelt_key_is_told_with_the_one_meant(tmp_path, capsys):
         "learning_rate",
         "qqqqqqqq",
     ]
-    assert lines[0].endswith("did you mean max_length?") and lines[1].endswith("did you mean lr?")
+    assert lines[0].endswith("did you mean max_length?") and lines[1].endswith("the Megatron backend's is lr")
     assert "mean" not in lines[2]
 
 
