@@ -9,7 +9,7 @@ from typing import Any
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv
 from megatron_bvpo.launching.run_file import read_keys
-from megatron_bvpo.planning.checks import check_values
+from megatron_bvpo.planning.checks import check_unread, check_values
 from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings
 
 
@@ -47,6 +47,7 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
             remedy="add max_length: 4096, or what your traces need",
         )
     check_values(settings, file)
+    check_unread(values, settings, file)
     if settings.packing:  # ms-swift's own rule
         settings = dataclasses.replace(settings, padding_free=True)
     return settings

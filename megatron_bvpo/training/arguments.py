@@ -18,8 +18,10 @@ from swift.megatron.arguments import MegatronRLHFArguments
 from transformers import AutoConfig
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
+from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 
 DEFAULT_BETA = {"simpo": 2.0}
@@ -104,9 +106,11 @@ class BvpoArguments(MegatronRLHFArguments):
     def __post_init__(self):
         settle_preference_defaults(self)
         bvpo_config(vars(self))  # raises for bad settings before anything is loaded
+        refuse_unread(vars(self))
         refuse_unsupported(self)
         check_resume(self)
         check_model_folders(self)
+        use_readable_forms(self)
         try:
             super().__post_init__()
         except UserError:
@@ -135,6 +139,7 @@ class BvpoArguments(MegatronRLHFArguments):
     def _init_distributed(self):
         self._check_layout()  # both again: ms-swift has derived further settings by now
         refuse_unsupported(self)
+        check_adapters(self)
         super()._init_distributed()
 
     def _check_layout(self):

@@ -68,7 +68,7 @@ def bare_answers(workshop) -> Path:
 
 
 def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
-    """LoRA on both models, with an evaluation and a checkpoint at the end."""
+    """LoRA on both models, with an evaluation and a checkpoint at the end; and runs that begin with a checkpoint."""
     data = f"--dataset {workshop.train} --val_dataset {workshop.held_out} --bvpo_alpha {ALPHA} "
     data += f"--global_batch_size 4 --train_iters 2 --save_steps 100 {LORA} {SAVE}"
     save = {"save": True}
@@ -78,8 +78,14 @@ def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
             f"{data} {moe(workshop)} --use_rslora true --target_modules all-linear all-router",
             hook_args=save,
         ),
+        cell("moe-experts", f"{data} {moe(workshop)} --target_modules all-linear", hook_args=save),
         cell("dense", f"{data} {dense(workshop)}", hook_args=save),
     ]
+    for name, checkpoint in (("again", "last-checkpoint"), ("again-full-path", "checkpoint-2/vllm")):
+        adapter = folder / "moe-experts" / checkpoint
+        both = f"--adapters {adapter} --ref_adapters {adapter} --bvpo_eval_on_start true"
+        hook = {"hook": "tests.distributed.recorders:record_first_step", "hook_args": {"lora_scale": 0}}
+        cells.append(cell(name, f"{data} {moe(workshop)} {both} --train_iters 1", **hook))
     return run_cells(1, cells, folder)
 
 
