@@ -28,6 +28,7 @@ from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.fused_head import install_fused_head
+from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
 from megatron_bvpo.host.router import (
     clear_expert_counters,
@@ -79,8 +80,11 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     # ---- model
 
     def _prepare_peft_model(self, models):
+        args = self.args
         peft_models = super()._prepare_peft_model(models)
         for model in models:
+            if not args.adapters:  # a checkpoint's are loaded later, over these
+                draw_lora_a(model, args.seed, self.groups)
             mend_parallel_attributes(model, self.groups)
         return peft_models
 
