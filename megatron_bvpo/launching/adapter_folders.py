@@ -31,8 +31,8 @@ NO_PLACE = {
     # These put a part of the base model into the factors, so that the base model alone is another one.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
-# peft's name: the run's flag.
-SHARED = {"r": "lora_rank", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora"}
+# The run's flag: peft's name.
+PEFT_NAMES = {"lora_rank": "r", "lora_alpha": "lora_alpha", "use_rslora": "use_rslora"}
 
 
 def per_expert_form(adapter: str) -> str:
@@ -56,27 +56,37 @@ def check_adapters(args: Any) -> None:
     """
     for flag in ("adapters", "ref_adapters"):
         for folder in getattr(args, flag):
-            config = _config(folder, flag)
+            file = Path(folder) / CONFIG
+            config = _read(file, flag)
             for name, harmless in NO_PLACE.items():
                 if config.get(name) not in harmless:
                     raise UserError(
                         f"{name} is {config[name]!r}, and the Megatron backend has no place for it",
-                        file=str(Path(folder) / CONFIG),
+                        file=str(file),
                         field=f"--{flag}",
                         remedy="merge the adapter into its base model (swift export --merge_lora true) and start there",
                     )
-            for name, mine in SHARED.items():
-                if name in config and config[name] != getattr(args, mine):
-                    raise UserError(
-                        f"{name} is {config[name]!r} and this run's is {getattr(args, mine)!r}, which it would get",
-                        file=str(Path(folder) / CONFIG),
-                        field=f"--{flag}",
-                        remedy=f"give --{mine} {config[name]}, or merge the adapter and give it as a model",
-                    )
+            _require_same(args, config, file, flag, {theirs: mine for mine, theirs in PEFT_NAMES.items()})
+    for flag in ("mcore_adapter", "mcore_ref_adapter"):
+        folder = getattr(args, flag)
+        if folder and (flag == "mcore_ref_adapter" or args.finetune):  # else host/saving.py compares what was saved
+            file = Path(folder) / "args.json"
+            _require_same(args, _read(file, flag), file, flag, {name: name for name in PEFT_NAMES})
 
 
-def _config(folder: str, flag: str) -> dict[str, Any]:
-    file = Path(folder) / CONFIG
+def _require_same(args: Any, saved: dict[str, Any], file: Path, flag: str, names: dict[str, str]) -> None:
+    """Raise UserError where a saved setting (its name: the run's) is another than the run's, which it would get."""
+    for theirs, mine in names.items():
+        if theirs in saved and saved[theirs] != getattr(args, mine):
+            raise UserError(
+                f"{theirs} is {saved[theirs]!r} and this run's is {getattr(args, mine)!r}, which it would get",
+                file=str(file),
+                field=f"--{flag}",
+                remedy=f"give --{mine} {saved[theirs]}, or merge the adapter and give it as a model",
+            )
+
+
+def _read(file: Path, flag: str) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as e:

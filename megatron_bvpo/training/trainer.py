@@ -27,6 +27,7 @@ from swift.utils import get_current_device, get_logger
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
+from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
@@ -82,6 +83,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     def _prepare_peft_model(self, models):
         args = self.args
         peft_models = super()._prepare_peft_model(models)
+        for folder in args.adapters:
+            require_all_loaded(self.bridge, models, folder, flag="adapters", adapter_name="default")
         for model in models:
             if not args.adapters:  # a checkpoint's are loaded later, over these
                 draw_lora_a(model, args.seed, self.groups)
@@ -91,6 +94,9 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     def prepare_model(self):
         if self.bvpo.preference.uses_reference:
             super().prepare_model()
+            for folder in self.args.ref_adapters:
+                name = {"flag": "ref_adapters", "adapter_name": "ref_adapter"}
+                require_all_loaded(self.bridge, self.unwrapped_models, folder, **name)
         else:  # no reference model is loaded where none is asked
             super(MegatronRLHFTrainer, self).prepare_model()
             self.ref_models = []

@@ -10,7 +10,8 @@ import pytest
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 
-RUN = dict(lora_rank=8, lora_alpha=32, use_rslora=False, adapters=[], ref_adapters=[])
+RUN = dict(lora_rank=8, lora_alpha=32, use_rslora=False, adapters=[], ref_adapters=[], finetune=True)
+RUN |= dict(mcore_adapter=None, mcore_ref_adapter=None)
 
 
 def adapter(folder, **config):
@@ -41,6 +42,18 @@ def test_what_megatron_would_drop_is_told(tmp_path, flag, config, message):
     with pytest.raises(UserError, match=message) as found:
         check_adapters(SimpleNamespace(**RUN | {flag: [folder]}))
     assert found.value.field == f"--{flag}" and found.value.file == f"{folder}/adapter_config.json"
+
+
+@pytest.mark.parametrize("flag", ["mcore_adapter", "mcore_ref_adapter"])
+def test_another_scale_of_megatrons_form_is_told(tmp_path, flag):
+    (tmp_path / "args.json").write_text(json.dumps({"lora_rank": 8, "lora_alpha": 16.0, "use_rslora": False}))
+    with pytest.raises(UserError, match="lora_alpha is 16.0 and this run's is 32") as found:
+        check_adapters(SimpleNamespace(**RUN | {flag: str(tmp_path)}))
+    assert found.value.file == f"{tmp_path}/args.json"
+    check_adapters(SimpleNamespace(**RUN | {flag: str(tmp_path), "lora_alpha": 16}))
+    resumed = SimpleNamespace(**RUN | {flag: str(tmp_path), "finetune": False})
+    if flag == "mcore_adapter":  # a resume has its own comparison
+        check_adapters(resumed)
 
 
 def test_what_megatron_keeps_passes(tmp_path):
