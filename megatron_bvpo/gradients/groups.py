@@ -18,7 +18,7 @@ class ParallelGroups:
         cp: ranks that hold other parts of the same sequences.
         tp: tensor-parallel ranks.
         pp: pipeline stages.
-        tp_rank, dp_rank, cp_rank: this rank's coordinates.
+        tp_rank, dp_rank, cp_rank, ep_rank: this rank's coordinates.
         tp_size, pp_size, cp_size, dp_size, ep_size, etp_size: sizes; ep and etp are of the experts' own grid.
         last_stage: True on the last pipeline stage (of the last virtual chunk's rank).
     """
@@ -31,6 +31,7 @@ class ParallelGroups:
     tp_rank: int
     dp_rank: int
     cp_rank: int
+    ep_rank: int
     tp_size: int
     pp_size: int
     cp_size: int
@@ -55,6 +56,7 @@ class ParallelGroups:
             tp_rank=ps.get_tensor_model_parallel_rank(),
             dp_rank=ps.get_data_parallel_rank(),
             cp_rank=ps.get_context_parallel_rank(),
+            ep_rank=ps.get_expert_model_parallel_rank(),
             tp_size=ps.get_tensor_model_parallel_world_size(),
             pp_size=ps.get_pipeline_model_parallel_world_size(),
             cp_size=ps.get_context_parallel_world_size(),

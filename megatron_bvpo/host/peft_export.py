@@ -1,14 +1,16 @@
-"""A second form of a saved MoE adapter: the one that peft loads into transformers 5's fused experts.
+"""The two forms of a saved MoE adapter, each in a folder where its reader finds it or fails.
 
 mcore-bridge saves one pair of LoRA factors for each expert and projection (`…experts.0.gate_proj.lora_A`),
-which vLLM and ms-swift read. transformers 5 holds the experts of a layer as two parameters, `gate_up_proj`
+which vLLM and the Megatron backend read. transformers 5 holds the experts of a layer as two parameters, `gate_up_proj`
 and `down_proj`, so peft below 0.19 finds no module of those names and drops the factors without a word; and
 the router is no `nn.Linear` any more, which peft refuses. What peft can do is target parameters. So the
-same numbers are written again, below `peft/`, in three steps:
+checkpoint itself gets the same numbers in peft's form (peft and `swift infer` read it; vLLM refuses its names), and
+mcore-bridge's files move below it, to `vllm/`. In three steps:
 
 1. Build the Hugging Face model on the meta device, and see which of the adapter's modules it has.
 2. Let peft itself inject an adapter of the new form there: that gives every name and shape it will look for.
-3. Fill these from the saved factors, and write only if nothing is missing or left over.
+3. Fill these from the saved factors, and write only if nothing is missing or left over. Else the checkpoint
+   has no adapter but the one in `vllm/`: peft then stops, where it would have loaded a part.
 
 Shapes: E experts, R rank, I input and O output features of a projection.
 """
@@ -34,10 +36,11 @@ from safetensors.torch import save_file
 from swift.utils import get_logger
 from torch import Tensor, nn
 
+from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT, WEIGHTS
+
 logger = get_logger()
 
-FOLDER = "peft"
-WEIGHTS = "adapter_model.safetensors"
+_VERSIONS = f"peft {peft.__version__} with transformers {transformers.__version__}"
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.lora_(?P<side>[AB])\.weight")
 _ROUTER = re.compile(r"\.(gate|router)\.lora_[AB]\.weight$")
@@ -49,8 +52,10 @@ class NotExportable(Exception):
     """The reason why there is no peft form of this adapter."""
 
 
-def write_peft_form(checkpoint: Path, hf_config: Any) -> None:
-    """Write `checkpoint/peft` where the saved adapter needs it; logs what each form is for. One rank calls this.
+def settle_adapter_forms(checkpoint: Path, hf_config: Any) -> None:
+    """Put peft's form of a saved adapter into `checkpoint`, and mcore-bridge's into `checkpoint/vllm`.
+
+    Nothing moves where both are the same, as for a dense model. Logs what each folder is for. One rank calls this.
 
     Args:
         checkpoint: a folder with `adapter_config.json` and `adapter_model.safetensors`; without them (full
@@ -60,39 +65,53 @@ def write_peft_form(checkpoint: Path, hf_config: Any) -> None:
     weights = checkpoint / WEIGHTS
     if not weights.is_file():
         return
+    alike = "The saved adapter is for peft, swift and vLLM alike"
     with safe_open(str(weights), framework="pt") as saved:
         names = set(saved.keys())
         if not any(_EXPERT.fullmatch(name) or _ROUTER.search(name) for name in names):
-            logger.info("The saved adapter is for peft, ms-swift and vLLM alike.")
+            logger.info(f"{alike}.")
             return
         try:
-            written = _write(checkpoint, hf_config, saved, names)
+            form = _peft_form(checkpoint, hf_config, saved, names)
         except Exception as e:  # an extra must never cost the checkpoint, whatever an unknown model raises
-            shutil.rmtree(checkpoint / FOLDER, ignore_errors=True)
             reason = str(e) if isinstance(e, NotExportable) else f"{type(e).__name__}: {e}"
+            _move_to_per_expert(checkpoint)
             logger.warning(
-                f"No {FOLDER}/ form of the saved adapter is written: {reason}. The adapter itself is for ms-swift "
-                f"and vLLM; peft {peft.__version__} with transformers {transformers.__version__} cannot read it "
-                "whole. The merged model (--merge_lora true) is for all of them."
+                f"The saved adapter has no form for {_VERSIONS}: {reason}. {checkpoint.name}/{PER_EXPERT} holds it "
+                "for vLLM and for --adapters of a Megatron run; peft would load a part of it, so it is not where "
+                "peft looks. The merged model (--merge_lora true) is for all of them."
             )
             return
-    if written:
-        logger.info(
-            f"The saved adapter is for ms-swift and vLLM. For peft {peft.__version__} with transformers "
-            f"{transformers.__version__}, whose experts are fused, load {checkpoint.name}/{FOLDER}: the same numbers "
-            "in peft's form."
-        )
-    else:
-        logger.info("The saved adapter is for peft, ms-swift and vLLM alike: this transformers keeps experts apart.")
+    if form is None:
+        logger.info(f"{alike}: this transformers keeps experts apart.")
+        return
+    config, tensors = form
+    _move_to_per_expert(checkpoint)
+    config.save_pretrained(str(checkpoint))
+    save_file(tensors, str(weights), metadata={"format": "pt"})
+    logger.info(
+        f"The saved adapter {checkpoint.name} is for {_VERSIONS}, whose experts are fused; the same numbers, one pair "
+        f"of factors for each expert, are in {checkpoint.name}/{PER_EXPERT}: for vLLM and for --adapters of a Megatron "
+        "run."
+    )
 
 
-def _write(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> bool:
-    """Write the folder; False where the ordinary adapter loads as it is. Raises NotExportable."""
+def _move_to_per_expert(checkpoint: Path) -> None:
+    folder = checkpoint / PER_EXPERT
+    folder.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (checkpoint / name).rename(folder / name)
+    if (checkpoint / "args.json").is_file():  # ms-swift takes the model and the template from it
+        shutil.copy(checkpoint / "args.json", folder)
+
+
+def _peft_form(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> tuple[LoraConfig, dict[str, Tensor]] | None:
+    """peft's config and tensors; None where the saved ones load as they are. Raises NotExportable."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=True)
     modules, parameters = _targets(model, names)
     if not parameters:
-        return False
+        return None
 
     config = LoraConfig.from_pretrained(str(checkpoint))
     if config.use_dora or config.lora_bias:
@@ -105,12 +124,7 @@ def _write(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> bool:
     tensors, used = _fused_factors(injected, saved, names)
     tensors |= {name: saved.get_tensor(name) for name in names - used}
     _require_same(tensors, wanted)
-
-    folder = checkpoint / FOLDER
-    folder.mkdir()
-    config.save_pretrained(str(folder))
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-    return True
+    return config, tensors
 
 
 def _targets(model: nn.Module, names: set[str]) -> tuple[set[str], set[str]]:

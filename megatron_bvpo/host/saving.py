@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from swift.utils import get_logger, is_master
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
-from megatron_bvpo.host.peft_export import write_peft_form
+from megatron_bvpo.host.peft_export import settle_adapter_forms
 
 logger = get_logger()
 
@@ -90,13 +91,20 @@ class CheckpointMixin:
             if best.name == name or best.exists():
                 state.best_model_checkpoint = str(best)
         if is_master():
-            write_peft_form(staging / name, self.template.config)
+            settle_adapter_forms(staging / name, self.template.config)
+            self._add_generation_config(staging)
             ckpt.write_state(staging / name, self._checkpoint_state())
             ckpt.publish(staging, name)
             self._rotate_checkpoints(output_dir)
             logger.info(f"The checkpoint is whole: {state.last_model_checkpoint}")
         ckpt.restore_random_state(random_state)
         dist.barrier()
+
+    def _add_generation_config(self, staging: Path) -> None:
+        """The model's own sampling settings and end-of-text tokens, which ms-swift leaves out of what it exports."""
+        source = Path(self.args.model_info.model_dir) / "generation_config.json"
+        for config in staging.glob("*/config.json") if source.is_file() else ():
+            shutil.copy(source, config.parent)
 
     def _rotate_checkpoints(self, output_dir: str) -> None:
         """As ms-swift's, but a checkpoint whose removal was cut short does not look whole."""

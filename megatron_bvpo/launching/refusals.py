@@ -83,10 +83,121 @@ def refusals(args: Any) -> list[tuple]:
         ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
     ]
+    found += silent_refusals(args) + (lora_refusals(args) if adapts(args) else full_refusals(args))
     if args.optimizer_cpu_offload:
         found += offload_refusals(args)
     if parse_alpha(args.bvpo_alpha) is None:
         found += auto_refusals(args)
+    return found
+
+
+def adapts(args: Any) -> bool:
+    """Whether the run trains adapters: it was asked to, or was given one, which turns ms-swift's full tuning off."""
+    given = (args.adapters, args.ref_adapters, args.mcore_adapter, args.mcore_ref_adapter)
+    return args.tuner_type != "full" or any(given)
+
+
+def silent_refusals(args: Any) -> list[tuple]:
+    """Settings of the stock stack that would train something else than was asked for, without a word."""
+    leave = "leave the flag out"
+    no_reference = args.reference_free or args.loss_type == "simpo"
+    return [
+        (
+            args.cp_partition_mode != "zigzag",
+            "cp_partition_mode",
+            "megatron-core 0.16's attention knows zigzag parts only, so tokens would be credited to other sequences",
+            "leave the flag out",
+        ),
+        (
+            args.bridge_backend != "mcore-bridge",
+            "bridge_backend",
+            "heads, adapters, checkpoints and merges are known with mcore-bridge only",
+            "leave the flag out",
+        ),
+        *(
+            (no_reference and getattr(args, flag), flag, "this loss has no reference, so nothing would read it", leave)
+            for flag in ("ref_model", "mcore_ref_model")
+        ),
+    ]
+
+
+def lora_refusals(args: Any) -> list[tuple]:
+    """Settings that a run with adapters would ignore, or under which its reference would move."""
+    frozen = "adapters leave every base weight as it is, so nothing would read it"
+    reference = "the reference of a run with adapters is the model without them, so nothing would read it"
+    full_only = {
+        "freeze_parameters": frozen,
+        "freeze_parameters_regex": frozen,
+        "freeze_parameters_ratio": frozen,
+        "trainable_parameters": frozen,
+        "trainable_parameters_regex": frozen,
+        "ref_model": reference,
+        "mcore_ref_model": reference,
+    }
+    return [
+        (
+            args.tuner_type == "lora_llm",
+            "tuner_type",
+            "it trains the vision tower, which the reference shares",
+            "use lora",
+        ),
+        (
+            args.lora_bias != "none",
+            "lora_bias",
+            "biases of the base model would train, the reference shares them, and no adapter holds them",
+            "leave the flag out",
+        ),
+        (
+            args.lora_dtype is not None,
+            "lora_dtype",
+            "Megatron casts the factors to the model's type all the same; their float32 copies are the optimizer's",
+            "leave the flag out",
+        ),
+        (
+            args.moe_shared_expert_overlap and args.tensor_model_parallel_size > 1,
+            "moe_shared_expert_overlap",
+            "the overlap gathers and reduces around the shared expert's own layers, and was never shown right around "
+            "their adapters under tensor parallelism",
+            "leave the flag out",
+        ),
+        (
+            args.target_regex and args.save_safetensors,
+            "target_regex",
+            "ms-swift cannot name the adapted modules in adapter_config.json then, and stops at the first save",
+            "use --target_modules, or save Megatron's format only with --save_safetensors false",
+        ),
+        *((bool(getattr(args, flag)), flag, why, "leave the flag out") for flag, why in full_only.items()),
+    ]
+
+
+# What only adapters have, with the value that asks for nothing.
+LORA_ONLY = {
+    "target_modules": ("all-linear",),
+    "target_regex": None,
+    "modules_to_save": (),
+    "lora_rank": 8,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.05,
+    "lora_bias": "none",
+    "lora_dtype": None,
+    "use_rslora": False,
+}
+
+
+def full_refusals(args: Any) -> list[tuple]:
+    """Settings that full tuning, ms-swift's default, would ignore, or that would split it from its reference."""
+    found = [
+        (
+            bool(args.new_special_tokens) and not args.reference_free and args.loss_type != "simpo",
+            "new_special_tokens",
+            "their embeddings would be random in the policy and zero in the reference",
+            "add the tokens to the model first, and give that as --model",
+        )
+    ]
+    for flag, default in LORA_ONLY.items():
+        value = getattr(args, flag)
+        value = tuple(value) if isinstance(value, list) else value
+        found.append((value != default, flag, "without adapters nothing would read it", "add --tuner_type lora"))
     return found
 
 

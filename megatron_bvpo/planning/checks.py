@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.combinations import check_optimizer, check_recomputation
 from megatron_bvpo.launching.refusals import parse_alpha, refusals
+from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 
 if TYPE_CHECKING:
@@ -53,6 +55,16 @@ def check_run(settings: RunSettings, file: str | None = None) -> None:
         if refused:
             error = UserError(f"is {getattr(settings, flag)!r}: {reason}", field=flag, remedy=remedy)
             raise _of_key(error, file)
+
+
+def check_unread(values: Mapping[str, Any], settings: RunSettings, file: str | None = None) -> None:
+    """Keys that the run would ignore, and refuses for that; raises UserError naming the key."""
+    if settings.rlhf_type != "bvpo":
+        return
+    try:
+        refuse_unread(values)
+    except UserError as e:
+        raise _of_key(e, file) from None
 
 
 def _of_key(e: UserError, file: str | None) -> UserError:

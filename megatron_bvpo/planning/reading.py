@@ -10,7 +10,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv
 from megatron_bvpo.launching.rivals import settle
 from megatron_bvpo.launching.run_file import read_keys
-from megatron_bvpo.planning.checks import check_settings
+from megatron_bvpo.planning.checks import check_settings, check_unread
 from megatron_bvpo.planning.settings import NOT_PLANNED, RunSettings
 
 
@@ -52,6 +52,7 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
             remedy="add max_length: 4096, or what your traces need",
         )
     check_settings(settings, file)
+    check_unread(values, settings, file)
     if settings.packing:  # ms-swift's own rule
         settings = dataclasses.replace(settings, padding_free=True)
     return settings

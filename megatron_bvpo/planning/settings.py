@@ -112,6 +112,26 @@ class RunSettings:
     fp8_param_gather: bool = False
     fp4_param_gather: bool = False
     mtp_num_layers: int | None = None
+    cp_partition_mode: str = "zigzag"
+    bridge_backend: str = "mcore-bridge"
+    moe_shared_expert_overlap: bool = False
+    lora_bias: str = "none"
+    lora_dtype: str | None = None
+    lora_alpha: float = 32.0
+    use_rslora: bool = False
+    target_regex: str | None = None
+    modules_to_save: tuple[str, ...] = ()
+    new_special_tokens: tuple[str, ...] = ()
+    freeze_parameters: tuple[str, ...] = ()
+    freeze_parameters_ratio: float = 0.0
+    trainable_parameters: tuple[str, ...] = ()
+    trainable_parameters_regex: str | None = None
+    save_safetensors: bool = True
+    adapters: tuple[str, ...] = ()
+    mcore_adapter: str | None = None
+    mcore_ref_adapter: str | None = None
+    ref_model: str | None = None
+    mcore_ref_model: str | None = None
 
     @property
     def dtype_bytes(self) -> int:

@@ -22,10 +22,12 @@ from swift.megatron.callbacks import megatron_callbacks_map
 from transformers import AutoConfig
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
 from megatron_bvpo.launching.path_rules import check_paths, saved_without_optimizer
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
+from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 
@@ -112,6 +114,7 @@ class BvpoArguments(MegatronRLHFArguments):
         check_values(self)
         settle_preference_defaults(self)
         bvpo_config(vars(self))  # raises for bad settings before anything is loaded
+        refuse_unread(vars(self))
         refuse_unsupported(self)
         check_combinations(self)
         check_resume(self)
@@ -119,6 +122,7 @@ class BvpoArguments(MegatronRLHFArguments):
         check_paths(self)
         if self.report_to == ["none"]:  # as ms-swift's other backend has it
             self.report_to = []
+        use_readable_forms(self)
         with as_user_error():
             super().__post_init__()
         check_names(self)
@@ -149,6 +153,7 @@ class BvpoArguments(MegatronRLHFArguments):
     def _init_distributed(self):
         self._check_layout()  # both again: ms-swift has derived further settings by now
         refuse_unsupported(self)
+        check_adapters(self)
         super()._init_distributed()
 
     def _check_layout(self):

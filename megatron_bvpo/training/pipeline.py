@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches
+from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations
 from megatron_bvpo.launching.error_output import handed_over_scan
+from megatron_bvpo.launching.unread_flags import given_unread, refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.reporting.run_report import write_report
 from megatron_bvpo.training.arguments import (
@@ -50,6 +53,13 @@ class BvpoPipeline(MegatronRLHF):
                 f"template_backend is {self.template.template_backend!r}: the empty trace needs ms-swift's own",
                 field="--template_backend",
                 remedy="leave the flag out",
+            )
+        binary = self.template.is_binary_loss_scale
+        if not (self.template.loss_scale.is_binary_loss_scale if binary is None else binary):
+            raise UserError(
+                f"loss_scale is {args.loss_scale!r}: a sequence's log-prob is a plain sum: weights of tokens are lost",
+                field="--loss_scale",
+                remedy="leave the flag out, or add --is_binary_loss_scale true: weights above 0 then count as 1",
             )
         block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
         settings = TemplateSettings(
@@ -220,6 +230,11 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
     args._check_layout()
     settle_preference_defaults(args)
     bvpo_config(vars(args))
+    refuse_unread(given_unread(sys.argv))  # not the arguments: ms-swift has filled some of them in by now
     refuse_unsupported(args)
     check_combinations(args)
     check_resume(args)
+    use_readable_forms(args)
+    if args.adapters:
+        args._load_adapter_config()
+    check_adapters(args)

@@ -27,7 +27,9 @@ from swift.utils import get_current_device, get_logger
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
+from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
+from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
 from megatron_bvpo.host.router import (
     clear_expert_counters,
@@ -80,16 +82,24 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     # ---- model
 
     def _prepare_peft_model(self, models):
-        check_tuner_names(self.args, models)
+        args = self.args
+        check_tuner_names(args, models)
         peft_models = super()._prepare_peft_model(models)
         require_something_to_train(models)
+        for folder in args.adapters:
+            require_all_loaded(self.bridge, models, folder, flag="adapters", adapter_name="default")
         for model in models:
+            if not args.adapters:  # a checkpoint's are loaded later, over these
+                draw_lora_a(model, args.seed, self.groups)
             mend_parallel_attributes(model, self.groups)
         return peft_models
 
     def prepare_model(self):
         if self.bvpo.preference.uses_reference:
             super().prepare_model()
+            for folder in self.args.ref_adapters:
+                name = {"flag": "ref_adapters", "adapter_name": "ref_adapter"}
+                require_all_loaded(self.bridge, self.unwrapped_models, folder, **name)
         else:  # no reference model is loaded where none is asked
             super(MegatronRLHFTrainer, self).prepare_model()
             self.ref_models = []

@@ -7,7 +7,7 @@ import torch
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.objective.preference import PairLogps
 from megatron_bvpo.objective.streams import STREAMS
-from tests.distributed.recorders import record_first_step
+from tests.distributed.recorders import exported_adapter, record_first_step
 
 
 def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02):
@@ -41,10 +41,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
         def _exported_adapter(self):
             if self.args.tuner_type != "lora":
                 return {}
-            exported = self.bridge.export_weights(
-                list(self.unwrapped_models), target_device="cpu", only_master_rank=True, peft_format=True
-            )
-            return {name: tensor.clone() for name, tensor in exported}
+            return exported_adapter(self)
 
         def _record_tokens(self, number: int, batch: dict) -> None:
             ids, labels = batch["input_ids"], batch["labels"]

@@ -68,7 +68,7 @@ def bare_answers(workshop) -> Path:
 
 
 def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
-    """LoRA on both models, with an evaluation and a checkpoint at the end."""
+    """LoRA on both models, with an evaluation and a checkpoint at the end; and runs that begin with a checkpoint."""
     data = f"--dataset {workshop.train} --val_dataset {workshop.held_out} --bvpo_alpha {ALPHA} "
     data += f"--global_batch_size 4 --train_iters 2 --save_steps 100 {LORA} {SAVE}"
     save = {"save": True}
@@ -78,8 +78,16 @@ def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
             f"{data} {moe(workshop)} --use_rslora true --target_modules all-linear all-router",
             hook_args=save,
         ),
+        cell("moe-experts", f"{data} {moe(workshop)} --target_modules all-linear", hook_args=save),
         cell("dense", f"{data} {dense(workshop)}", hook_args=save),
     ]
+    adapter = f"{folder}/moe-experts/last-checkpoint"
+    both = f"--adapters {adapter} --ref_adapters {adapter} --bvpo_eval_on_start true --train_iters 1"
+    hook = {"hook": "tests.distributed.recorders:record_first_step", "hook_args": {"lora_scale": 0}}
+    cells.append(cell("again", f"{data} {moe(workshop)} {both}", **hook))
+    for name, flags in (("fewer", "--adapters"), ("fewer-ref", "--ref_adapters")):
+        given = f"{flags} {adapter} --target_modules linear_qkv linear_proj"
+        cells.append(cell(name, f"{data} {moe(workshop)} {given}", may_fail=True))
     return run_cells(1, cells, folder)
 
 

@@ -43,12 +43,27 @@ def fill_lora_b(trainer, scale: float = 0.02) -> None:
         trainer.bridge.load_weights(list(trainer.unwrapped_models), folder, peft_format=True, adapter_name="default")
 
 
+def exported_adapter(trainer) -> dict[str, torch.Tensor]:
+    """LoRA factors by peft name, gathered; on rank 0 alone."""
+    exported = trainer.bridge.export_weights(
+        list(trainer.unwrapped_models), target_device="cpu", only_master_rank=True, peft_format=True
+    )
+    return {name: tensor.clone() for name, tensor in exported if tensor is not None}
+
+
 def record_first_step(
-    base, folder, lora_scale: float = 0.02, gradients: bool = True, all_steps: bool = False, save: bool = False
+    base,
+    folder,
+    lora_scale: float = 0.02,
+    gradients: bool = True,
+    all_steps: bool = False,
+    save: bool = False,
+    spread_seeds: bool = False,
 ):
     """Fill the adapters, and keep the full gradients of the first step (or of all).
 
-    Without `save` no checkpoint is written: its writer processes cost more time than the steps.
+    Without `save` no checkpoint is written: its writer processes cost more time than the steps. `spread_seeds` gives
+    every rank's default generator a seed of its own before the adapters are made, and keeps what they start from.
     """
 
     class Recorder(base):
@@ -59,6 +74,8 @@ def record_first_step(
                 self.state.last_model_checkpoint = str(folder)
 
         def _prepare_peft_model(self, models):
+            if spread_seeds:
+                torch.manual_seed(1000 + dist.get_rank())
             peft_models = super()._prepare_peft_model(models)
             if self.args.tuner_type == "lora" and lora_scale and not self.args.mcore_adapter:
                 fill_lora_b(self, lora_scale)
@@ -69,6 +86,8 @@ def record_first_step(
             if not gradients:
                 return
             self.recorded = {"gradients": [], "true_norm": []}
+            if spread_seeds:
+                self.recorded["start"] = exported_adapter(self)
             step = self.optimizer.step
             trainer = self
             calls = itertools.count()

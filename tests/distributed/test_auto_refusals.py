@@ -84,6 +84,36 @@ ALWAYS = {
         "optimizer_offload_fraction",
         "the part on the GPU would count no steps after a resume; leave the flag out, so that all is on the host",
     ),
+    "contiguous context parallelism": (
+        {"cp_partition_mode": "contiguous"},
+        "cp_partition_mode",
+        "megatron-core 0.16's attention knows zigzag parts only, .*; leave the flag out",
+    ),
+    "another bridge": (
+        {"bridge_backend": "megatron-bridge", "tuner_type": "full"},
+        "bridge_backend",
+        "heads, adapters, checkpoints and merges are known with mcore-bridge only; leave the flag out",
+    ),
+    "a reference model beside LoRA": (
+        {"ref_model": "there"},
+        "ref_model",
+        "the reference of a run with adapters is the model without them, .*; leave the flag out",
+    ),
+    "LoRA's flags without LoRA": (
+        {"tuner_type": None, "lora_rank": 16},
+        "lora_rank",
+        "without adapters nothing would read it; add --tuner_type lora",
+    ),
+    "weights of tokens": (
+        {"loss_scale": "last_round+hermes"},
+        "loss_scale",
+        "a sequence's log-prob is a plain sum: .*; leave the flag out, or add --is_binary_loss_scale true: .*",
+    ),
+}
+UNREAD = {
+    "sequence_packing_scheduler": ("dp_balanced", "nothing in ms-swift .* reads it; pack with --packing true"),
+    "num_generations": (4, "it belongs to GRPO, .*; leave the flag out"),
+    "attn_impl": ("flash_attn", "the Megatron backend builds the model itself, .*; use --attention_backend"),
 }
 
 
@@ -102,6 +132,27 @@ def test_refused_with_auto(case, workshop, tmp_path):
 def test_refused_always(case, alpha, workshop, tmp_path):
     given, flag, reason = ALWAYS[case]
     assert_told(told(workshop, tmp_path, given, alpha), f"--{flag}: {flag} is .*: {reason}")
+
+
+@pytest.mark.parametrize("flag", UNREAD)
+def test_a_flag_that_nothing_reads_is_told(flag, workshop, tmp_path):
+    value, reason = UNREAD[flag]
+    message = f"--{flag}: {flag} is '?{value}'? and would change nothing: {reason}"
+    assert_told(told(workshop, tmp_path, {flag: value}, 0.5), message)
+
+
+def test_an_adapter_whose_start_moved_the_base_model_is_told(workshop, tmp_path):
+    """OLoRA, PiSSA and CorDA put a part of the base weights into the factors."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"r": 8, "init_lora_weights": "olora"}')
+    message = f"{adapter}/adapter_config.json: --adapters: init_lora_weights is 'olora', and the Megatron backend .*"
+    assert_told(told(workshop, tmp_path, {"adapters": adapter}, 0.5), message)
+
+
+@pytest.mark.parametrize("flag", ["init_lora_weights", "init_weights", "use_dora", "target_parameters"])
+def test_forms_of_lora_that_the_backend_lacks_are_no_flags(flag, workshop, tmp_path):
+    assert_told(told(workshop, tmp_path, {flag: "olora"}, 0.5), f"--{flag}: no such flag.*")
 
 
 def test_a_fixed_alpha_is_free_of_the_first_kind(workshop, tmp_path):

@@ -2,8 +2,9 @@
 
 Five steps of a tiny mixture of experts in float32 without dropout. What logging.jsonl says at each step
 must agree with one rank's to 1e-5: losses of both streams, log-probs, gradient norm (relative), rewards and
-margins (absolute below 1). LoRA cells start from random A and B, not from B = 0, where the first loss is
-ln 2 whatever the fault. The gradient norm must also be the norm of the gathered full gradients.
+margins (absolute below 1). LoRA cells start from random A and B, loaded from a file, not from B = 0, where the first
+loss is ln 2 whatever the fault; those named `-start` begin as a run does, on ranks whose default generators differ.
+The gradient norm must also be the norm of the gathered full gradients.
 
 `pytest --whole-matrix` runs all cells; without it, each layout runs one tuner padding-free (two where most is
 sharded), and some run padded and packed batches. docs/parity.md has the table.
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.full_gradients import shared_factor
 
 TP2 = "--tensor_model_parallel_size 2 --sequence_parallel true"
 PP2 = "--pipeline_model_parallel_size 2"
@@ -51,7 +53,11 @@ VARIANTS = {
     ),
     "tp2-lora-router": ("tp2", "lora", "--target_modules all-linear all-router"),
     "one-rank-lora-router": ("one-rank", "lora", "--target_modules all-linear all-router"),
+    "tp2-pp2-ep2-lora-start": ("tp2-pp2-ep2", "lora", "--target_modules all-linear all-router"),
+    "one-rank-lora-start": ("one-rank", "lora", "--target_modules all-linear all-router"),
 }
+# Variants with a run on one rank of their own.
+OWN_BASELINE = ("router", "start")
 RELATIVE = ("loss", "loss/trace", "loss/empty", "grad_norm")
 LOGPS = [f"{stream}logps/{side}" for stream in ("", "empty/") for side in ("chosen", "rejected")]
 REWARDS = [f"{stream}rewards/{what}" for stream in ("", "empty/") for what in ("chosen", "rejected", "margins")]
@@ -91,9 +97,10 @@ def cell_names(whole: bool) -> list[str]:
     ]
 
 
-def baseline_of(layout: str, tuner: str, batch: str, more: str = "") -> str:
-    suffix = "-router" if "all-router" in more else ""
-    return f"one-rank-{tuner}{suffix}" if suffix else f"one-rank-{tuner}-{batch}"
+def baseline_of(name: str) -> str:
+    _, tuner, batch, _ = split_name(name)
+    own = name.rpartition("-")[2]
+    return f"one-rank-{tuner}-{own if own in OWN_BASELINE else batch}"
 
 
 def pytest_generate_tests(metafunc):
@@ -114,7 +121,8 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
         layout, tuner, batch = name.rsplit("-", 2)
         by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, batch)))
     for name, (layout, tuner, more) in VARIANTS.items():
-        by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, "free", more)))
+        hook = {"hook_args": {"lora_scale": 0, "spread_seeds": True}} if name.endswith("-start") else {}
+        by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, "free", more), **hook))
     results: dict[str, CellResult] = {}
     for ranks, cells in by_ranks.items():
         results.update(run_cells(ranks, cells, folder))
@@ -142,7 +150,7 @@ def errors(ours: CellResult, base: CellResult) -> dict[str, float]:
 
 
 def worst(runs: dict[str, CellResult], name: str) -> dict[str, float]:
-    found = errors(runs[name], runs[baseline_of(*split_name(name))])
+    found = errors(runs[name], runs[baseline_of(name)])
     logged, true = runs[name].steps("grad_norm")[0], runs[name].recorded["true_norm"][0]
     return {
         "losses": max(found[k] for k in RELATIVE[:3]),
@@ -154,7 +162,7 @@ def worst(runs: dict[str, CellResult], name: str) -> dict[str, float]:
 
 
 def test_agrees_with_one_rank(runs, cell):
-    base = runs[baseline_of(*split_name(cell))]
+    base = runs[baseline_of(cell)]
     for key, error in errors(runs[cell], base).items():
         assert error <= TOLERANCE, f"{cell}: {key} differs by {error:.2e} from one rank's"
 
@@ -167,7 +175,7 @@ def test_grad_norm_is_the_norm_of_the_gathered_gradients(runs, cell):
 def test_full_gradients_agree_with_one_rank(runs, cell):
     """By Hugging Face name, gathered by the exporter, not by the optimizer's shards."""
     ours = runs[cell].recorded["gradients"][0]
-    base = runs[baseline_of(*split_name(cell))].recorded["gradients"][0]
+    base = runs[baseline_of(cell)].recorded["gradients"][0]
     assert ours.keys() == base.keys() and base
     scale = max(g.norm().item() for g in base.values())
     for name, gradient in base.items():
@@ -181,3 +189,18 @@ def test_the_runs_train(runs):
     assert base.steps("loss")[-1] < base.steps("loss")[0] - 0.05
     assert len({round(v, 6) for v in base.steps("logps/chosen")}) == STEPS
     assert runs["one-rank-lora-free"].steps("rewards/margins")[0] != 0
+    start = runs["one-rank-lora-start"]
+    assert start.steps("rewards/margins")[0] == 0 and start.steps("loss")[-1] < start.steps("loss")[0] - 0.01
+
+
+@pytest.mark.parametrize("name", ["one-rank-lora-start", "tp2-pp2-ep2-lora-start"])
+def test_a_adapts_as_pefts_own_does(runs, name):
+    """Every A is uniform in ±1/√inputs of the whole layer, no two alike but those that Megatron keeps as one."""
+    start = runs[name].recorded["start"]
+    factors = {n: t for n, t in start.items() if "lora_A" in n}
+    assert len(factors) > 100 and all(not t.any() for n, t in start.items() if "lora_B" in n)
+    for n, t in factors.items():
+        bound = t.shape[1] ** -0.5
+        assert t.abs().max() <= bound, n
+        assert t.std().item() == pytest.approx(bound / 3**0.5, rel=0.25), n
+    assert len({tuple(t.flatten()[:4].tolist()) for t in factors.values()}) == len({shared_factor(n) for n in factors})

@@ -1,6 +1,7 @@
-"""What a run leaves on disk, loaded as its users do: the adapter in peft, the merged model in transformers.
+"""What a run leaves on disk, loaded as its users do: the adapter in peft, in swift and in a further run, the merged
+model in transformers.
 
-Both must give the log-probs of the run's last evaluation, which came after its last step.
+All must give the log-probs of the run's last evaluation, which came after its last step.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from megatron_bvpo.host.peft_export import FOLDER, write_peft_form
+from megatron_bvpo.host.peft_export import settle_adapter_forms
+from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT, WEIGHTS, per_expert_form
 from tests.distributed.hf_oracle import load_model, mean_logps, read_rows
 
 TOLERANCE = 1e-5
-MODELS = ["moe", "dense"]
+MODELS = ["moe", "moe-experts", "dense"]
 CHECKPOINT = "checkpoint-2"
+# What a user takes: the link that every page names.
+LAST = "last-checkpoint"
 
 
 def last_evaluation(run) -> dict[str, float]:
@@ -40,14 +44,43 @@ def require_same_logps(model, run, workshop, base) -> None:
         assert found[key] == pytest.approx(value, rel=TOLERANCE), key
 
 
+def model_of(kind, workshop):
+    return getattr(workshop, kind.removesuffix("-experts"))
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_adapter_in_peft(saved_runs, workshop, kind):
-    run, base = saved_runs[kind], getattr(workshop, kind)
-    folder = run.folder / CHECKPOINT
-    model = load_adapter(base, folder / FOLDER if kind == "moe" else folder)
+    run, base = saved_runs[kind], model_of(kind, workshop)
+    model = load_adapter(base, run.folder / LAST)
     require_same_logps(model, run, workshop, base)
     with model.disable_adapter(), pytest.raises(AssertionError):  # the adapter is what makes them so
         require_same_logps(model, run, workshop, base)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_adapter_in_swift(saved_runs, workshop, kind):
+    """`swift infer --adapters` and `swift export --merge_lora true`."""
+    from swift.tuners import Swift
+
+    run, base = saved_runs[kind], model_of(kind, workshop)
+    model = Swift.from_pretrained(load_model(base), str(run.folder / LAST), autocast_adapter_dtype=False).eval()
+    require_same_logps(model, run, workshop, base)
+    merged = model.merge_and_unload()
+    require_same_logps(merged, run, workshop, base)
+
+
+def test_the_adapter_in_a_further_run(saved_runs):
+    """`--adapters` and `--ref_adapters` of a Megatron run, given the checkpoint: both start where it ended."""
+    (start,) = [line for line in saved_runs["again"].log if "eval_loss" in line][:1]
+    for key, value in last_evaluation(saved_runs["moe-experts"]).items():
+        assert start[f"eval_{key}"] == pytest.approx(value, rel=TOLERANCE), key
+    assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("fewer", "adapters"), ("fewer-ref", "ref_adapters")])
+def test_an_adapter_of_more_layers_than_the_run_is_told(saved_runs, kind, flag):
+    """mcore-bridge would leave the experts' factors unread."""
+    assert f"--{flag}: 192 of its tensors have no place in this run's layers" in saved_runs[kind].error
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -58,58 +91,78 @@ def test_the_merged_model_in_transformers(saved_runs, workshop, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_the_merged_model_is_as_complete_as_its_base(saved_runs, workshop, kind):
+    """Whoever serves it gets the base model's own sampling settings and end-of-text tokens."""
+    base, merged = model_of(kind, workshop), saved_runs[kind].folder / f"{CHECKPOINT}-merged"
+    files = {p.name for p in base.iterdir()} - {"rehearsal_model.json"}  # of the tiny model's maker
+    assert files <= {p.name for p in merged.iterdir()}
+    there, here = (json.loads((f / "generation_config.json").read_text()) for f in (base, merged))
+    assert here == there and len(there["eos_token_id"]) == 2
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_merging_leaves_every_parameter_as_it_was(saved_runs, kind):
     assert saved_runs[kind].recorded["moved_by_saving"] == []
 
 
 def test_a_dense_adapter_has_one_form(saved_runs):
-    assert not (saved_runs["dense"].folder / CHECKPOINT / FOLDER).exists()
+    folder = saved_runs["dense"].folder / CHECKPOINT
+    assert not (folder / PER_EXPERT).exists() and per_expert_form(str(folder)) == str(folder)
 
 
-def test_the_ordinary_moe_adapter_stays_as_the_bridge_wrote_it(saved_runs):
-    """One pair of factors for each expert and projection: what vLLM and ms-swift read."""
-    names = load_file(saved_runs["moe"].folder / CHECKPOINT / "adapter_model.safetensors").keys()
+def test_the_form_of_vllm_stays_as_the_bridge_wrote_it(saved_runs):
+    """One pair of factors for each expert and projection: what vLLM and the Megatron backend read."""
+    folder = saved_runs["moe"].folder / CHECKPOINT / PER_EXPERT
+    names = load_file(folder / WEIGHTS).keys()
     assert "base_model.model.model.layers.0.mlp.experts.7.up_proj.lora_B.weight" in names
+    config = json.loads((folder / CONFIG).read_text())
+    assert {"up_proj", "gate", "q_proj"} <= set(config["target_modules"]) and not config.get("target_parameters")
+    assert (folder / "args.json").is_file()
 
 
-def test_peft_alone_would_drop_the_experts(saved_runs, workshop, tmp_path):
-    """Why the second form exists. When this fails, peft has learnt to read the first one."""
+def test_peft_alone_would_drop_the_experts(saved_runs, workshop):
+    """Why there are two forms. When this fails, peft has learnt to read vLLM's."""
     import peft
 
-    source = saved_runs["moe"].folder / CHECKPOINT
-    shutil.copy(source / "adapter_model.safetensors", tmp_path)
-    config = json.loads((source / "adapter_config.json").read_text())
-    config["target_modules"].remove("gate")  # the router is no Linear in transformers 5, which peft refuses
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    loaded = peft.get_peft_model_state_dict(load_adapter(workshop.moe, tmp_path))
+    loaded = peft.get_peft_model_state_dict(
+        load_adapter(workshop.moe, saved_runs["moe-experts"].folder / CHECKPOINT / PER_EXPERT)
+    )
     assert loaded and not any("experts" in name for name in loaded)
 
 
 @pytest.fixture
 def copied(saved_runs, tmp_path):
-    """The MoE adapter without its peft form, to write it again."""
-    for file in (saved_runs["moe"].folder / CHECKPOINT).glob("adapter_*"):
-        shutil.copy(file, tmp_path)
+    """The MoE adapter as mcore-bridge writes it."""
+    for name in (CONFIG, WEIGHTS):
+        shutil.copy(saved_runs["moe"].folder / CHECKPOINT / PER_EXPERT / name, tmp_path)
     return tmp_path
+
+
+def require_no_half_adapter(folder, workshop) -> None:
+    """peft would load a part of it without a word, so it must find nothing."""
+    assert not (folder / WEIGHTS).exists() and (folder / PER_EXPERT / WEIGHTS).is_file()
+    with pytest.raises(ValueError, match=CONFIG):
+        load_adapter(workshop.moe, folder)
 
 
 def test_an_unknown_model_gets_a_reason(copied, workshop, caplog):
     """A dense model's config: its layers have no such experts."""
     with caplog.at_level("INFO", logger="swift"):
-        write_peft_form(copied, AutoConfig.from_pretrained(workshop.dense))
-    assert not (copied / FOLDER).exists()
-    assert "No peft/ form" in caplog.text and "mlp.experts" in caplog.text and "--merge_lora" in caplog.text
+        settle_adapter_forms(copied, AutoConfig.from_pretrained(workshop.dense))
+    require_no_half_adapter(copied, workshop)
+    assert "has no form for peft" in caplog.text and "mlp.experts" in caplog.text and "--merge_lora" in caplog.text
 
 
 def test_a_missing_factor_gets_a_reason(copied, workshop, caplog):
     from safetensors.torch import save_file
 
-    tensors = load_file(copied / "adapter_model.safetensors")
+    tensors = load_file(copied / WEIGHTS)
     del tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"]
-    save_file(tensors, copied / "adapter_model.safetensors")
+    save_file(tensors, copied / WEIGHTS)
     with caplog.at_level("INFO", logger="swift"):
-        write_peft_form(copied, AutoConfig.from_pretrained(workshop.moe))
-    assert not (copied / FOLDER).exists() and "1 tensors are missing" in caplog.text
+        settle_adapter_forms(copied, AutoConfig.from_pretrained(workshop.moe))
+    require_no_half_adapter(copied, workshop)
+    assert "1 tensors are missing" in caplog.text
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -135,19 +135,57 @@ REFUSED = {
     "use_megatron_fsdp": True,
     "mtp_num_layers": 1,
     "fp8_param_gather": True,
+    "cp_partition_mode": "contiguous",
+    "bridge_backend": "megatron-bridge",
+    "ref_model": {"ref_model": "there", "loss_type": "simpo"},
+    "mcore_ref_model": {"mcore_ref_model": "there", "reference_free": True},
+    "new_special_tokens": ["<a>"],
+    **{
+        flag: {"lora_rank": 16}.get(flag, "q_proj")
+        for flag in ("lora_rank", "target_modules", "lora_bias", "lora_dtype")
+    },
+    "lora_alpha": 64,
+    "lora_dropout": 0.1,
+    "use_rslora": True,
+    "target_regex": ".*qkv",
+    "modules_to_save": ["embedding"],
+}
+ADAPTERS = {"tuner_type": "lora"}
+REFUSED_WITH_ADAPTERS = {
+    "tuner_type": {"tuner_type": "lora_llm"},
+    "lora_bias": ADAPTERS | {"lora_bias": "all"},
+    "lora_dtype": ADAPTERS | {"lora_dtype": "float32"},
+    "moe_shared_expert_overlap": ADAPTERS | {"moe_shared_expert_overlap": True, "tensor_model_parallel_size": 2},
+    "target_regex": ADAPTERS | {"target_regex": ".*qkv"},
+    "ref_model": ADAPTERS | {"ref_model": "there"},
+    "mcore_ref_model": {"adapters": "there", "mcore_ref_model": "there"},
+    "freeze_parameters": ADAPTERS | {"freeze_parameters": ["embedding"]},
+    "freeze_parameters_regex": ADAPTERS | {"freeze_parameters_regex": r".*\.router\.weight"},
+    "freeze_parameters_ratio": ADAPTERS | {"freeze_parameters_ratio": 0.5},
+    "trainable_parameters": ADAPTERS | {"trainable_parameters": ["embedding"]},
+    "trainable_parameters_regex": ADAPTERS | {"trainable_parameters_regex": ".*norm"},
 }
 
 
 def test_the_list_of_refusals_is_the_runs():
-    assert {flag for _, flag, _, _ in refusals(settings_from({"max_length": 1}))} == set(REFUSED)
+    def flags(**values):
+        return {flag for _, flag, _, _ in refusals(settings_from({"max_length": 1, **values}))}
+
+    always = flags() & flags(**ADAPTERS)
+    assert flags() == set(REFUSED)
+    either = {"ref_model", "mcore_ref_model", "lora_bias", "lora_dtype", "target_regex"}  # for different reasons
+    assert (flags(**ADAPTERS) - always) | either == set(REFUSED_WITH_ADAPTERS)
 
 
-@pytest.mark.parametrize("flag", REFUSED)
-def test_what_the_run_refuses_is_refused(flag):
-    values = REFUSED[flag] if isinstance(REFUSED[flag], dict) else {flag: REFUSED[flag]}
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [*((f, v if isinstance(v, dict) else {f: v}) for f, v in REFUSED.items()), *REFUSED_WITH_ADAPTERS.items()],
+)
+def test_what_the_run_refuses_is_refused(flag, values):
     with pytest.raises(UserError) as found:
         check_run(settings_from({"max_length": 1, **values}), "run.yaml")
-    assert found.value.field == flag and found.value.file == (None if "not planned" in str(found.value) else "run.yaml")
+    plans_own = any(words in str(found.value) for words in ("not planned", "the plan knows"))
+    assert found.value.field == flag and found.value.file == (None if plans_own else "run.yaml")
     assert "--" not in str(found.value)
 
 
@@ -208,6 +246,34 @@ def test_dashes_in_keys_are_read_as_the_parser_reads_them(tmp_path):
 
 
 # ---- lists that repeat ms-swift's
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "refused"),
+    [
+        ("num_generations", 4, "GRPO"),
+        ("num_generations", "8", None),
+        ("quant_bits", 4, "not quantised"),
+        ("attn_impl", "flash_attn", "attention_backend"),
+        ("sequence_packing_scheduler", "dp_balanced", "packing true"),
+        ("vllm_server_port", [8000], None),
+        ("vllm_server_port", "8001 8002", "GRPO"),
+        ("enable_dft_loss", "false", None),
+        ("enable_dft_loss", True, "another trainer"),
+        ("temperature", None, None),
+        ("temperature", "0.90", None),
+        ("temperature", 1.0, "GRPO"),
+    ],
+)
+def test_flags_that_nothing_would_read_are_told(key, value, refused):
+    values = {"max_length": 1, "tuner_type": "lora", key: value}
+    settings_from(values | {"rlhf_type": "dpo"}, "run.yaml")
+    if refused is None:
+        settings_from(values, "run.yaml")
+        return
+    with pytest.raises(UserError, match=refused) as found:
+        settings_from(values, "run.yaml")
+    assert (found.value.field, found.value.file) == (key, "run.yaml") and "--" not in str(found.value)
 
 
 def argument_classes() -> list[ast.ClassDef]:
