@@ -24,6 +24,10 @@ QUERY_KEYS = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = ("response", "answer", "output", "targets", "target", "answer_key", "answers", "solution")
 _RESPONSE += ("text", "completion", "content")
 
+# A blank response is somebody's mistake, a blank conversation an empty cell.
+_NEVER_BLANK = {*MESSAGES_KEYS, *_SYSTEM, "rejected_messages", "history", "tools", "chat_template_kwargs"}
+_NEVER_BLANK |= {"chosen", "rejected", "chosen_messages", "context", "completions"}
+
 _MESSAGES_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(MESSAGES_KEYS, "messages")
 _QUERY_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(QUERY_KEYS, "query") | dict.fromkeys(_RESPONSE, "response")
 
@@ -42,7 +46,7 @@ def canonical_row(
         auto_mapping: False under `--disable_auto_column_mapping`: columns then have ms-swift's names.
         tags: the model's think tags, for a trace that stands beside its answer.
     """
-    row = _mapped(row, columns or {})
+    row = _without_blanks(_mapped(row, columns or {}))
     if auto_mapping:
         row = from_pair_form(row, QUERY_KEYS)
     if any(key in row for key in MESSAGES_KEYS):
@@ -51,10 +55,19 @@ def canonical_row(
         row["messages"] = canonical_messages(row.get("messages"), system, tags)
         row = _with_one_rejected_side(row, system, tags)
         return _with_row_reasoning(row, tags)
-    if row and not any(key in row for key in REJECTED_KEYS):
+    if row and not any(row.get(key) for key in REJECTED_KEYS):
         return None
     row = _with_one_rejected_side(_from_query(row, auto_mapping, tags), row.get("system"), tags)
     return _with_row_reasoning(row, tags)
+
+
+def _without_blanks(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without columns that say nothing: a table gives every row all columns."""
+    return {
+        key: value
+        for key, value in row.items()
+        if value is not None and not (key.lower() in _NEVER_BLANK and isinstance(value, str) and not value.strip())
+    }
 
 
 def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dict[str, Any]:
@@ -85,9 +98,7 @@ def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dic
 def _with_one_rejected_side(row: dict[str, Any], system: Any, tags: ThinkTags) -> dict[str, Any]:
     """Reads the rejected side; a blank cell of a table counts as missing where the other column is filled."""
     conversation = row.get("rejected_messages")
-    if isinstance(conversation, str) and not conversation.strip():
-        conversation = None
-    if "rejected_messages" in row:
+    if conversation is not None:
         row["rejected_messages"] = canonical_messages(conversation, system, tags)
     response = row.get("rejected_response")
     if isinstance(response, str):

@@ -122,7 +122,7 @@ def judged(dataset, reading: Reading, *, num_proc: int | None = None, load_from_
 
 
 def judge_dataset(dataset, reading: Reading, *, num_proc: int, load_from_cache_file: bool):
-    """Returns (dataset with the usable rows and their numbers, FileReport).
+    """Returns (dataset with the usable rows, FileReport).
 
     A streamed dataset cannot be counted ahead: it is returned with its verdicts, and an empty report; the template
     counts what it cannot use while training.
@@ -137,8 +137,25 @@ def judge_dataset(dataset, reading: Reading, *, num_proc: int, load_from_cache_f
         report.add(source or f"row {i + 1}", verdict)
         if verdict.kept:
             kept.append(i)
-    dataset = dataset.remove_columns(VERDICT_KEY).select(kept)
-    return dataset.add_column(ROW_KEY, np.arange(len(kept))), report
+    dataset = dataset.remove_columns(VERDICT_KEY)
+    return (dataset if len(kept) == len(dataset) else dataset.select(kept)), report
+
+
+class NumberedRows:
+    """A dataset whose rows know their index, for rows that are encoded while training.
+
+    Not a column: datasets would write a shuffled dataset anew to add one, every rank for itself.
+    """
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | str):
+        row = self.rows[index]
+        return row if isinstance(index, str) else {**row, ROW_KEY: index}
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,14 @@ class LostRows:
 
 @dataclass(frozen=True)
 class MeasureRows:
-    """Adds each row's sequence lengths, and in the column `bvpo_lost` what was lost of it and why."""
+    """Adds each row's index and sequence lengths, and in the column `bvpo_lost` what was lost of it and why."""
 
     template: Any
 
     def batch(self, columns: dict[str, list], indices: list[int]) -> dict[str, list]:
-        names = list(columns)
-        rows = [self.preprocess(dict(zip(names, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        names = [*columns, ROW_KEY]
+        cells = zip(*columns.values(), indices, strict=True)
+        rows = [self.preprocess(dict(zip(names, row, strict=True))) for row in cells]
         return {name: [row[name] for row in rows] for name in (*names, "lengths", LOST_KEY)}
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def measure_dataset(
     dataset, template, *, num_proc: int, load_from_cache_file: bool, max_listed: int = 10
 ) -> tuple[Any, LostRows]:
     """Returns (the rows that can be encoded, with a column `lengths`; LostRows)."""
-    columns = {"lengths": List(Value("int64")), LOST_KEY: List(Value("string"))}
+    columns = {ROW_KEY: Value("int64"), "lengths": List(Value("int64")), LOST_KEY: List(Value("string"))}
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
     measured = map_rows(
         dataset,
         MeasureRows(template).batch,

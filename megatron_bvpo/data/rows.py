@@ -300,8 +300,8 @@ def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str
     drops = "empty" if "trace" in rules.streams else "row"
     answers = {name: row.get(name) for name in ("empty_response", "empty_rejected_response")}
     missing = [name for name, answer in answers.items() if answer is None]
-    # A table has no other way to leave a cell out, and the loader gives both as "".
-    if len(missing) == 2 or all(answer == "" for answer in answers.values()):
+    # "": a table has no other way to leave a cell out, and it may lack the other column.
+    if all(answer in (None, "") for answer in answers.values()):
         if rules.empty == "require":
             remedy = "--bvpo_empty require needs both empty answers; add them, or use strip"
             return None, [RowProblem("empty_response", "missing", remedy, "row")]

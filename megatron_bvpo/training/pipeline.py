@@ -10,8 +10,9 @@ from swift.utils import get_logger, is_last_rank, is_master
 
 from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_bvpo_template
 from megatron_bvpo.data.empty_trace import empty_block
+from megatron_bvpo.data.encoded_stream import EncodedStream
 from megatron_bvpo.data.handover import FileReport, Reading
-from megatron_bvpo.data.loading import judge_dataset, length_lines
+from megatron_bvpo.data.loading import NumberedRows, judge_dataset, length_lines
 from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import local_file, scan_files
@@ -106,6 +107,8 @@ class BvpoPipeline(MegatronRLHF):
 
     def _post_process_datasets(self, datasets: list) -> list:
         args = self.args
+        if args.streaming:
+            return [None if rows is None else EncodedStream(rows, self.template, args.strict) for rows in datasets]
         named = dict(zip(("training", "held-out"), datasets, strict=True))
         if args.cached_dataset or args.cached_val_dataset:
             # Cached by ms-swift: rows unchecked, and lengths that know nothing of the empty-trace pair.
@@ -119,6 +122,8 @@ class BvpoPipeline(MegatronRLHF):
             if hasattr(dataset, "__len__") and "lengths" in columns:
                 for line in length_lines(dataset["lengths"], args.bvpo.streams):
                     logger.info(f"{name} data: {line}")
+        if args.lazy_tokenize:
+            named = {name: None if rows is None else NumberedRows(rows) for name, rows in named.items()}
         return super()._post_process_datasets(list(named.values()))
 
     def _judged(self, name: str, dataset, sources: list[str]):
@@ -130,7 +135,8 @@ class BvpoPipeline(MegatronRLHF):
         if not hasattr(dataset, "__len__"):
             logger.info(f"{name} data: a stream. Its rows are counted as they are read: rows/read and rows/unused.")
             return dataset
-        for line in report.lines():
+        # What local files lack was listed when they were read.
+        for line in report.lines() if report.tally.dropped else report.tally.lines():
             logger.info(f"{name} data: {line}")
         require_rows(report.tally, sources, self.rules)
         return dataset
@@ -138,8 +144,6 @@ class BvpoPipeline(MegatronRLHF):
     def _measured(self, name: str, dataset):
         """`dataset` with the lengths of all its sequences, without the rows that do not fit; says which those are."""
         args = self.args
-        if "lengths" in dataset.column_names:
-            dataset = dataset.remove_columns("lengths")
         dataset, lost = measure_dataset(
             dataset, self.template, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )

@@ -356,3 +356,8 @@ def test_nothing_left_is_an_error():
     require_rows(tally, ["a.jsonl"], RULES)
     with pytest.raises(UserError, match="no row is left"):
         require_rows(RowTally(), ["a.jsonl"])
+
+
+@pytest.mark.parametrize("blank", [{"empty_response": ""}, {"empty_rejected_response": "", "empty_response": None}])
+def test_a_blank_cell_beside_a_missing_column_is_no_answer(blank):
+    assert check_row(row(**blank), RULES).empty_source == "stripped"
