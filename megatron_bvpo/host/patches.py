@@ -168,15 +168,17 @@ def no_row_lost(reading, tell):
 
 
 @contextmanager
-def whole_cached_datasets():
-    """In this block cached data sets are loaded whole: ms-swift would leave out long rows without a word.
+def whole_cached_datasets(reading):
+    """In this block cached data sets are loaded whole and judged: ms-swift would leave out long rows without a word.
 
     Its lengths know nothing of the empty-trace pair either; data/measuring.py measures and names what is too long.
     """
     from swift.pipelines import utils
 
+    from megatron_bvpo.data.loading import judged
+
     stock = _target(utils, "_select_dataset")
-    utils._select_dataset = lambda args, dataset: dataset
+    utils._select_dataset = lambda args, dataset: judged(dataset, reading, num_proc=args.dataset_num_proc)
     try:
         yield
     finally:

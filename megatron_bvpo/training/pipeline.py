@@ -95,7 +95,7 @@ class BvpoPipeline(MegatronRLHF):
         ]
 
     def _prepare_dataset(self):
-        with whole_cached_datasets():
+        with whole_cached_datasets(self.reading):
             return super()._prepare_dataset()
 
     def _encode_dataset(self, train_dataset, val_dataset, pre_process=True):

@@ -21,6 +21,7 @@ from megatron_bvpo.rehearsal import install
 
 install(device=False, transformer_engine=True)
 
+from megatron_bvpo.errors import UserError  # noqa: E402
 from megatron_bvpo.host.patches import apply_patches  # noqa: E402
 from tests.unit.data_runs import DataOnly, load, tiny_template  # noqa: E402
 
@@ -245,7 +246,9 @@ def assert_accounted(rows: Rows, loaded, mode):
     )
     assert read == len(rows.rows)
     # A row of a CSV file cannot leave a cell out: what is missing there is blank.
-    dropped = Counter({reason.replace("blank response", "missing"): n for reason, n in loaded.lost("dropped").items()})
+    dropped: Counter[str] = Counter()
+    for reason, number in loaded.lost("dropped").items():
+        dropped[reason.replace("blank response", "missing")] += number
     assert dropped == rows.dropped and kept == read - rows.dropped.total()
     if mode == "lazy":  # a row that is too long is replaced by another while training, and counted
         assert set(loaded.rows) <= rows.trained and len(loaded.rows) == kept
@@ -297,3 +300,180 @@ def test_read_is_trained_and_named_losses(kinds, ending, mode, seed, template, t
 def test_several_files(template, tmp_path, mode):
     rows = Rows([kind for kind in KINDS for _ in range(3)])
     assert_accounted(rows, run(template, write(tmp_path, "files", rows.rows), mode), mode)
+
+
+# --- columns and their types ---
+
+
+def trained_texts(template, dataset):
+    """The responses of every sequence that a data stage encodes, in order of the rows."""
+    found = []
+    for i in range(len(dataset)):
+        row = dataset[i]
+        names = [f"{stream}{side}" for stream in ("", "empty_") for side in ("chosen", "rejected")]
+        ids = {name: row[f"{name}_input_ids"] for name in names if f"{name}_input_ids" in row}
+        texts = {name: template.tokenizer.decode(given) for name, given in ids.items()}
+        found.append({name: text.split("assistant\n")[-1].split("<|im_end|>")[0] for name, text in texts.items()})
+    return found
+
+
+LATE = {
+    "an own empty answer": {"empty_response": "four", "empty_rejected_response": "five"},
+    "a key inside a message": {"messages": [*ask("late", GOOD)[:1], {**ask("late", GOOD)[1], "loss": True}]},
+    "text where numbers were": {"id": "b"},
+    "another type of margin": {"margin": 0.3},
+    "a rejected conversation": {"rejected_response": None, "rejected_messages": ask("q", BAD)},
+}
+
+
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_columns_that_come_after_the_first_ten_megabytes(late, ending, template, tmp_path):
+    """datasets takes the columns of a file from its first 10 MB, and ms-swift's passes theirs from 1000 rows."""
+    base = {"messages": ask("q", GOOD), "rejected_response": BAD, "id": 7, "margin": "0.3", "note": "x" * 11_000}
+    rows = [*[base] * 1010, *[{**base, **LATE[late]}] * 4]
+    [entry] = write(tmp_path, ending, rows)
+    assert (tmp_path / f"rows.{ending}").stat().st_size > 11_000_000
+    loaded = run(template, [entry])
+    assert len(loaded.rows) == len(rows) and loaded.pairs == {"trace": len(rows), "empty": len(rows)}
+
+
+def test_a_long_row_after_a_thousand_short_ones_is_counted(template, tmp_path):
+    rows = Rows(["plain"] * 1005 + ["long trace", "long own answer"])
+    assert_accounted(rows, run(template, write(tmp_path, "jsonl", rows.rows)), "ahead")
+
+
+ANSWERS = {
+    "dates": ("2024-01-01", "2024-01-02"),
+    "times": ("2024-01-01T00:00:00Z", "2025-01-01T00:00:00Z"),
+    "numbers": ("4", "5"),
+    "truth": ("true", "false"),
+    "floats": ("1e3", "007"),
+    "null in words": ("null", "NaN"),
+    "lists": ("[1]", "{}"),
+}
+
+
+@pytest.mark.parametrize("answers", ANSWERS)
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "folder"])
+def test_a_text_stays_a_text(answers, ending, template, tmp_path):
+    own = dict(zip(("empty_response", "empty_rejected_response"), ANSWERS[answers], strict=True))
+    rows = [{"messages": ask(f"q{i}", GOOD), "rejected_response": BAD, **own} for i in range(3)]
+    entries = write(tmp_path, ending, rows)
+    from tests.unit.data_runs import DataStage, TemplateSettings, make_bvpo_template, pipeline
+
+    args = DataOnly(dataset=entries, max_length=MAX_LENGTH)
+    make_bvpo_template(template, TemplateSettings(pipeline.RowRules(), "<think>\n\n</think>\n\n"))
+    template.packing = template.padding_free = False
+    train, _ = DataStage(args, template)._prepare_dataset()
+    for texts in trained_texts(template, train):
+        assert [texts[f"empty_{side}"].split("</think>\n\n")[-1] for side in ("chosen", "rejected")] == [
+            *ANSWERS[answers]
+        ]
+
+
+# --- other sources ---
+
+
+@pytest.mark.parametrize("mode", ["ahead", "stream"])
+def test_a_sample_of_a_file_is_of_its_usable_rows(template, tmp_path, mode):
+    rows = Rows(["no trace", "plain", "equal", "plain", "plain", "query", "no rejected side"])
+    [entry] = write(tmp_path, "jsonl", rows.rows)
+    loaded = run(template, [f"{entry}#3"], mode)
+    assert len(set(loaded.rows)) == 3 and set(loaded.rows) <= rows.trained
+
+
+def test_a_file_for_training_and_evaluation(template, tmp_path):
+    rows = Rows(["plain"] * 6 + ["no trace"])
+    entries = write(tmp_path, "jsonl", rows.rows)
+    loaded = run(template, entries, val_dataset=entries, output_dir=str(tmp_path))
+    assert sorted(loaded.rows) == sorted(rows.trained)
+    assert loaded.numbers(r"held-out data: (\d+) rows read, (\d+) kept") == [(6, 6)]
+
+
+@pytest.mark.parametrize("mode", ["ahead", "stream", "lazy"])
+def test_a_data_set_of_the_hub(template, tmp_path, mode, monkeypatch):
+    """Rows that come typed and padded by datasets, and are judged after loading."""
+    from datasets import Dataset
+    from swift.dataset import loader
+
+    kinds = [kind for kind in KINDS if kind not in ("rejected list", "other types of odd columns", "sides")]
+    rows = Rows([*kinds, *kinds])
+    columns = sorted({name for row in rows.rows for name in row})
+    plain = [{name: row.get(name) or None for name in columns} for row in rows.rows]
+
+    class Hub:
+        @staticmethod
+        def load_dataset(name, subset, split, streaming=False, **_):
+            found = Dataset.from_list(plain)
+            return found.to_iterable_dataset() if streaming else found
+
+    monkeypatch.setattr(loader, "get_hub", lambda use_hf: Hub)
+    loaded = run(template, ["someone/pairs"], mode)
+    kept = len(rows.rows) - rows.dropped.total()
+    if mode == "stream":  # bad rows are met while training
+        unused = Counter(loaded.counts.unused)
+        assert unused.pop(f"longer than --max_length {MAX_LENGTH}") == rows.too_long and unused == rows.dropped
+    else:
+        assert loaded.numbers(r"training data: (\d+) rows read, (\d+) kept") == [(len(rows.rows), kept)]
+        assert loaded.lost("dropped") == rows.dropped
+        assert any(line.startswith("training data: row ") for line in loaded.log), "no row is named"
+    if mode != "lazy":
+        assert sorted(loaded.rows) == sorted(rows.trained)
+        assert loaded.pairs == {stream: rows.count(stream) for stream in ("trace", "empty")}
+
+
+@pytest.mark.parametrize("mode", ["ahead", "stream"])
+def test_a_registered_data_set_with_its_own_preprocessor(template, tmp_path, mode):
+    from swift.dataset import DatasetMeta, RowPreprocessor, register_dataset
+
+    class Mine(RowPreprocessor):
+        def preprocess(self, row):
+            if row["score"] < 0:
+                return None
+            return {"messages": ask(row["q"], row["texts"][0]), "rejected_response": row["texts"][1]}
+
+    file = tmp_path / f"mine-{mode}.jsonl"
+    good = [{"q": f"q{i}", "texts": [GOOD, BAD], "score": i} for i in range(3)]
+    bad = [{"q": "x", "texts": [GOOD], "score": 1}, {"q": "y", "texts": [GOOD, BAD], "score": -1}]
+    equal = [{"q": "z", "texts": [GOOD, GOOD], "score": 1}]
+    WRITERS["jsonl"](file, [*bad, *good, *equal])
+    register_dataset(DatasetMeta(dataset_path=str(file), preprocess_func=Mine()))
+    loaded = run(template, [str(file)], mode)
+    assert sorted(loaded.rows) == ["q0", "q1", "q2"] and loaded.pairs["trace"] == 3
+    reasons = {
+        "row: ms-swift's preprocessor cannot read it": 1,
+        "row: left out by the data set's own preprocessor": 1,
+        "rejected_response: the same text as the chosen response": 1,
+    }
+    assert (loaded.counts.unused if mode == "stream" else loaded.lost("dropped")) == reasons
+    if mode == "ahead":
+        told = [line for line in loaded.log if "IndexError list index out of range" in line]
+        assert told and told[0].startswith("training data: row 1: row: ms-swift's preprocessor cannot read it")
+
+
+@pytest.mark.parametrize("with_file", [False, True])
+def test_a_data_set_that_ms_swift_has_cached(template, tmp_path, with_file):
+    """`swift export --to_cached_dataset` keeps rows and lengths; it knows nothing of the empty pair."""
+    from datasets import Dataset
+
+    kinds = [kind for kind in ("plain", "own answers", "long trace", "no trace", "long own answer") for _ in range(2)]
+    rows = Rows(kinds)
+    lengths = [[9, 9] if "long trace" != kind else [300, 9] for kind in kinds]
+    cached = Dataset.from_list([{**row, "lengths": length} for row, length in zip(rows.rows, lengths, strict=True)])
+    cached.save_to_disk(str(tmp_path / "cached"))
+    more = {}
+    if with_file:
+        WRITERS["jsonl"](tmp_path / "more.jsonl", [{"messages": ask("more", GOOD), "rejected_response": BAD}])
+        more = {"dataset": [str(tmp_path / "more.jsonl")]}
+    template.packing = template.padding_free = False
+    loaded = load(DataOnly(cached_dataset=[str(tmp_path / "cached")], max_length=MAX_LENGTH, **more), template)
+    assert sorted(loaded.rows) == sorted([*rows.trained, *(["more"] if with_file else [])])
+    assert loaded.lost("dropped") == rows.dropped
+    assert loaded.numbers(r"(\d+) rows dropped: longer") == [(rows.too_long,)]
+
+
+def test_a_folder_with_a_file_of_no_use_names_it(template, tmp_path):
+    rows = Rows(["no trace", "plain"])
+    with pytest.raises(UserError, match="train-1.jsonl.*no row is left"):
+        run(template, write(tmp_path, "folder", rows.rows))
