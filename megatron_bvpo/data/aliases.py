@@ -1,16 +1,18 @@
-"""ms-swift's other spellings of a row, read the way its AutoPreprocessor reads them.
+"""The spellings of a row that are read, brought to one: `messages` with `rejected_response` or `rejected_messages`.
 
-The scan looks at files before ms-swift does, so it must not refuse what ms-swift would have understood:
-`conversations` for `messages`, `from`/`value` for `role`/`content`, `query`/`response`/`history`, Alpaca's
-`instruction`/`input`/`output`. After loading every row is in the standard form and none of this is needed.
+ms-swift's own spellings are read as its AutoPreprocessor reads them: `conversations` for `messages`, `query`,
+`response` and `history`, Alpaca's `instruction`, `input` and `output`. Read too are the public forms that it drops:
+`chosen` and `rejected` (data/pair_forms.py) and what servers return (data/messages.py).
 Nothing here raises: what cannot be read stays as it is, and `check_row` says what is wrong with it.
 """
 
-import ast
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+
+from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
+from megatron_bvpo.data.messages import REASONING_KEYS, canonical_messages, parsed, with_reasoning
+from megatron_bvpo.data.pair_forms import from_pair_form
 
 MESSAGES_KEYS = ("messages", "conversation", "conversations")
 REJECTED_KEYS = ("rejected_response", "rejected_messages")
@@ -22,39 +24,53 @@ QUERY_KEYS = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = ("response", "answer", "output", "targets", "target", "answer_key", "answers", "solution")
 _RESPONSE += ("text", "completion", "content")
 
+# A blank response is somebody's mistake, a blank conversation an empty cell.
+_NEVER_BLANK = {*MESSAGES_KEYS, *_SYSTEM, "rejected_messages", "history", "tools", "chat_template_kwargs"}
+_NEVER_BLANK |= {"chosen", "rejected", "chosen_messages", "context", "completions"}
+
 _MESSAGES_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(MESSAGES_KEYS, "messages")
 _QUERY_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(QUERY_KEYS, "query") | dict.fromkeys(_RESPONSE, "response")
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "function_call": "tool_call"}
-_ROLES |= dict.fromkeys(("function_response", "observation", "observations"), "tool_response")
-_USER_KEYS, _ASSISTANT_KEYS = ("user", "human"), ("assistant", "gpt", "bot")
-
 
 def canonical_row(
-    row: dict[str, Any], columns: Mapping[str, str] | None = None, auto_mapping: bool = True
+    row: dict[str, Any],
+    columns: Mapping[str, str] | None = None,
+    auto_mapping: bool = True,
+    tags: ThinkTags = DEFAULT_TAGS,
 ) -> dict[str, Any] | None:
-    """The row with the columns `messages` and `rejected_…`, or None where its form is not known here.
+    """The row with the columns `messages` and `rejected_…`, or None where its form is not known.
 
     Args:
-        row: one object of the file. It is not changed.
+        row: one row of the file. It is not changed.
         columns: the user's `--columns` mapping, from the file's names to ms-swift's.
-        auto_mapping: False under `--disable_auto_column_mapping`.
+        auto_mapping: False under `--disable_auto_column_mapping`: columns then have ms-swift's names.
+        tags: the model's think tags, for a trace that stands beside its answer.
     """
-    row = _rename(row, columns or {})
+    row = _without_blanks(_mapped(row, columns or {}))
+    if auto_mapping:
+        row = from_pair_form(row, QUERY_KEYS)
     if any(key in row for key in MESSAGES_KEYS):
         row = _rename(row, _MESSAGES_COLUMNS) if auto_mapping else dict(row)
         system = row.pop("system", None)
-        row["messages"] = canonical_messages(row.get("messages"), system)
-        if "rejected_messages" in row:
-            # As in ms-swift, the `system` column does not reach the rejected conversation.
-            row["rejected_messages"] = canonical_messages(row["rejected_messages"])
-        return row
-    if row and not any(key in row for key in REJECTED_KEYS):
-        return None  # perhaps a registered dataset with a preprocessor of its own
-    return _from_query(row, auto_mapping)
+        row["messages"] = canonical_messages(row.get("messages"), system, tags)
+        row = _with_one_rejected_side(row, system, tags)
+        return _with_row_reasoning(row, tags)
+    if row and not any(row.get(key) for key in REJECTED_KEYS):
+        return None
+    row = _with_one_rejected_side(_from_query(row, auto_mapping, tags), row.get("system"), tags)
+    return _with_row_reasoning(row, tags)
 
 
-def _from_query(row: dict[str, Any], auto_mapping: bool) -> dict[str, Any]:
+def _without_blanks(row: dict[str, Any]) -> dict[str, Any]:
+    """The row without columns that say nothing: a table gives every row all columns."""
+    return {
+        key: value
+        for key, value in row.items()
+        if value is not None and not (key.lower() in _NEVER_BLANK and isinstance(value, str) and not value.strip())
+    }
+
+
+def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dict[str, Any]:
     """`query`, `response`, `history`, `system`, or Alpaca's columns, as messages."""
     alpaca = "instruction" in row and "input" in row
     row = _rename(row, _QUERY_COLUMNS) if auto_mapping else dict(row)
@@ -64,7 +80,7 @@ def _from_query(row: dict[str, Any], auto_mapping: bool) -> dict[str, Any]:
         if row.get("output") is not None:
             row["response"] = row.pop("output")
     query, response, system = row.pop("query", None), row.pop("response", None), row.pop("system", None)
-    history = _parsed(row.pop("history", None) or [])
+    history = parsed(row.pop("history", None) or [])
     if isinstance(response, list) and response:
         response = response[0]
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -75,58 +91,61 @@ def _from_query(row: dict[str, Any], auto_mapping: bool) -> dict[str, Any]:
         said = zip(("user", "assistant"), pair[:2], strict=True)
         messages += [{"role": role, "content": text} for role, text in said if text is not None]
     if messages:
-        row["messages"] = messages
+        row["messages"] = canonical_messages(messages, tags=tags)
     return row
 
 
-def canonical_messages(messages: Any, system: Any = None) -> Any:
-    """Messages with the keys `role` and `content` and ms-swift's role names; anything else as it is."""
-    messages = _parsed(messages)
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+def _with_one_rejected_side(row: dict[str, Any], system: Any, tags: ThinkTags) -> dict[str, Any]:
+    """Reads the rejected side; a blank cell of a table counts as missing where the other column is filled."""
+    conversation = row.get("rejected_messages")
+    if conversation is not None:
+        row["rejected_messages"] = canonical_messages(conversation, system, tags)
+    response = row.get("rejected_response")
+    if isinstance(response, str):
+        if conversation is not None and not response.strip():
+            row["rejected_response"] = None
+        return row
+    if isinstance(response, dict):
+        response = [response]
+    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], str):
+        row["rejected_response"] = response[0]
+    elif isinstance(response, list):
+        row["rejected_response"] = canonical_messages(response, tags=tags)
+    return row
+
+
+def _with_row_reasoning(row: dict[str, Any], tags: ThinkTags) -> dict[str, Any]:
+    """A trace in a column of its own beside the response, on either side.
+
+    `reasoning` alone may be anybody's: it is a trace only where the rejected side has one, too.
+    """
+    rejected = next((row[f"rejected_{key}"] for key in REASONING_KEYS if row.get(f"rejected_{key}")), None)
+    chosen = row.get("reasoning_content") or (row.get("reasoning") if rejected is not None else None)
+    if chosen is not None:
+        row["messages"] = _reasoned(row.get("messages"), chosen, tags)
+    if rejected is not None:
+        if isinstance(row.get("rejected_response"), str):
+            row["rejected_response"] = with_reasoning(row["rejected_response"], rejected, tags)
+        for name in REJECTED_KEYS:
+            row[name] = _reasoned(row.get(name), rejected, tags)
+    return row
+
+
+def _reasoned(messages: Any, reasoning: Any, tags: ThinkTags) -> Any:
+    if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
         return messages
-    messages = [_renamed_keys(message) for message in messages]
-    if "role" not in messages[0] and "content" not in messages[0]:
-        messages = _from_sharegpt(messages)
-    for message in messages:
-        role = message.get("role")
-        if isinstance(role, str):
-            message["role"] = _ROLES.get(role.replace("-", "_"), role)
-    if system is not None and messages[0].get("role") != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return messages
+    last = messages[-1]
+    if last.get("role") != "assistant":
+        return messages
+    return [*messages[:-1], {**last, "content": with_reasoning(last.get("content"), reasoning, tags)}]
 
 
-def _renamed_keys(message: dict[str, Any]) -> dict[str, Any]:
-    message = dict(message)
-    for alias, name in (("from", "role"), ("value", "content")):
-        if alias in message:
-            message[name] = message.pop(alias)
-    return message
-
-
-def _from_sharegpt(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """[{'human': …, 'gpt': …}] as user and assistant messages; unchanged if any pair lacks a half."""
-    result = []
-    for message in messages:
-        user = next((key for key in _USER_KEYS if key in message), None)
-        assistant = next((key for key in _ASSISTANT_KEYS if key in message), None)
-        if user is None or assistant is None:
-            return messages
-        result.append({"role": "user", "content": message[user]})
-        result.append({"role": "assistant", "content": message[assistant]})
-    return result
-
-
-def _parsed(value: Any) -> Any:
-    """Text as JSON, or else as a Python literal, like ms-swift; text that is neither as it is."""
-    if not isinstance(value, str):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(value)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-    return value
+def _mapped(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row under the user's names. A column that stands where another is mapped to gives way."""
+    wanted = {old.lower(): new for old, new in columns.items()}
+    renamed = {key: wanted[key.lower()] for key in row if key.lower() in wanted}
+    taken = set(renamed.values())
+    return {renamed.get(key, key): value for key, value in row.items() if key in renamed or key not in taken}
 
 
 def _rename(row: dict[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:

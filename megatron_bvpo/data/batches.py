@@ -10,17 +10,20 @@ subclass, so every model's own encoding stays in force.
 
 from __future__ import annotations
 
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bvpo.data.handover import VERDICT_KEY
 from megatron_bvpo.data.reference_cache import pair_key
-from megatron_bvpo.data.rows import RowRules, check_row, normalise_row
+from megatron_bvpo.data.rows import RowRules, RowVerdict, check_row, normalise_row
 
 LAYOUT_KEY = "bvpo_layout"
 ITEMS_KEY = "bvpo_items"
 ROW_KEY = "bvpo_row"
 WEIGHT_KEY = "bvpo_weight"
+UNUSED_KEY = "bvpo_unused"
 SIDES = ("chosen", "rejected")
 
 
@@ -32,11 +35,16 @@ class PairLayout:
         rows: for each stream, the row numbers of its pairs, in the batch's order.
         weights: for each stream, 1.0 a pair; 0.0 for a pair that only fills the batch up.
         keys: for each stream, what stands for a tokenised pair (data/reference_cache.py); only where wanted.
+        unused: rows that were read before these and could not be used, by reason; only where rows are encoded while
+            training.
+        members: how many rows the batch holds.
     """
 
     rows: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     keys: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    members: int = 0
 
     def all_keys(self) -> list[bytes]:
         return [key for keys in self.keys.values() for key in keys]
@@ -66,6 +74,7 @@ class TemplateSettings:
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
         keep_items: hand the uncollated rows on with the batch, for probe steps.
         pair_keys: compute what stands for each tokenised pair, for the cache of reference log-probs.
+        count_unused: rows are encoded while training; what cannot be used travels with the next row that can.
     """
 
     rules: RowRules
@@ -73,6 +82,11 @@ class TemplateSettings:
     mask_block: bool = True
     keep_items: bool = False
     pair_keys: bool = False
+    count_unused: bool = False
+
+
+class UnusableRow(ValueError):
+    """A row without a usable pair; the text is the reason, without what is particular to the row."""
 
 
 class Items(list):
@@ -86,14 +100,38 @@ class BvpoTemplateMixin:
     """Encodes and collates both streams; sits in front of the model's own template class."""
 
     bvpo: TemplateSettings
+    unused: Counter[str]  # rows that could not be used since the last that could
 
     def encode(self, inputs, return_template_inputs: bool = False, return_length: bool = False):
+        if not self.bvpo.count_unused:
+            return self._encode_row(inputs, return_template_inputs, return_length)
+        try:
+            encoded = self._encode_row(inputs, return_template_inputs, return_length)
+        except Exception as error:  # whoever asked deals with it; here it is counted
+            self.unused[self._reason(error)] += 1
+            raise
+        encoded[UNUSED_KEY] = dict(self.unused)
+        self.unused.clear()
+        return encoded
+
+    def _reason(self, error: Exception) -> str:
+        """Why a row cannot be used, in words that do not change from row to row."""
+        from swift.template import MaxLengthError
+
+        if isinstance(error, MaxLengthError):
+            return f"longer than --max_length {self.max_length}"
+        if isinstance(error, UnusableRow):
+            return str(error)
+        return f"cannot be encoded ({type(error).__name__})"
+
+    def _encode_row(self, inputs, return_template_inputs: bool, return_length: bool):
         row = None
         if isinstance(inputs, dict):
             rules = self.bvpo.rules
-            verdict = check_row(inputs, rules)
-            if not (verdict.trace_ok or verdict.empty_ok):
-                raise ValueError("; ".join(f"{p.field}: {p.problem}" for p in verdict.problems))
+            said = inputs.get(VERDICT_KEY)  # of streams; others have lost their bad rows by now
+            verdict = RowVerdict.from_json(said) if said else check_row(inputs, rules)
+            if not verdict.kept:
+                raise UnusableRow("; ".join(problem.reason for problem in verdict.problems))
             row = inputs.get(ROW_KEY)
             inputs = normalise_row(inputs, verdict, rules)
         encoded = super().encode(inputs, return_template_inputs, return_length)
@@ -159,7 +197,10 @@ class BvpoTemplateMixin:
                     for sequence in self._fetch_inputs_startswith(members, f"{prefix}{side}_")
                 ]
         collated = self._data_collator(sequences, padding_to=padding_to)
-        collated[LAYOUT_KEY] = PairLayout(rows, weights, keys)
+        unused: Counter[str] = Counter()
+        for row in batch:
+            unused.update(row.get(UNUSED_KEY) or {})
+        collated[LAYOUT_KEY] = PairLayout(rows, weights, keys, dict(unused), len(batch))
         return collated
 
     def __reduce_ex__(self, protocol):
@@ -184,11 +225,10 @@ def _rebuild_template(base: type, state: dict[str, Any]):
 
 def make_bvpo_template(template, settings: TemplateSettings):
     """Turn ms-swift's template object into one that encodes both streams; returns the same object."""
-    if isinstance(template, BvpoTemplateMixin):
-        template.bvpo = settings
-        return template
-    template.__class__ = _bvpo_class(type(template))
+    if not isinstance(template, BvpoTemplateMixin):
+        template.__class__ = _bvpo_class(type(template))
     template.bvpo = settings
+    template.unused = Counter()
     return template
 
 

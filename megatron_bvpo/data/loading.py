@@ -1,68 +1,215 @@
-"""The pass over a loaded dataset: number the rows, judge each, keep the usable ones, and say what was lost."""
+"""Rows as ms-swift loads them: brought to one form, judged, and counted, so that none is lost without a reason.
+
+Rows of local files were judged as they were read (data/handover.py). All others (hub data sets, registered
+preprocessors, cached data sets) are judged here, after loading.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets.fingerprint import Hasher
+from modelscope.hub.utils.utils import get_cache_dir
 from swift.dataset import RowPreprocessor
+from swift.utils import is_dist, is_master, safe_ddp_context
 
 from megatron_bvpo.data.batches import ROW_KEY
-from megatron_bvpo.data.rows import RowRules, RowTally, RowVerdict, check_row
+from megatron_bvpo.data.handover import (
+    COLUMNS,
+    LIST_COLUMNS,
+    OBJECT_COLUMNS,
+    SOURCE_KEY,
+    VERDICT_KEY,
+    FileReport,
+    Reading,
+    handed_over,
+)
+from megatron_bvpo.data.rows import RowProblem, RowVerdict, require_rows
 
 # Columns of ours that ms-swift must not drop as unknown.
-EMPTY_COLUMNS = ("empty_response", "empty_rejected_response")
-VERDICT_KEY = "bvpo_verdict"
+PACKED_KEY = "bvpo_packed"
+OUR_COLUMNS = ("empty_response", "empty_rejected_response", SOURCE_KEY, VERDICT_KEY, ROW_KEY, PACKED_KEY)
+
+FEATURES = Features(
+    {
+        name: List(Json()) if name in LIST_COLUMNS else Json() if name in OBJECT_COLUMNS else Value("string")
+        for name in COLUMNS
+    }
+)
 
 
-class JudgeRows(RowPreprocessor):
-    """Adds each row's verdict as JSON; keeps every row, so that none is lost without a count."""
+@dataclass(frozen=True)
+class JudgeRows:
+    """Brings rows to the one form, and adds each one's verdict; a dropped row keeps its place, empty."""
 
-    def __init__(self, rules: RowRules):
-        super().__init__()
-        self.rules = rules
+    reading: Reading
 
-    def _map_cache_file(self, fingerprint: str) -> str:
-        # ms-swift names the cache after the input alone; other rules must not read this run's verdicts.
-        key = hashlib.sha256(f"{fingerprint}|{self.rules}|{type(self).__name__}".encode()).hexdigest()[:32]
-        return super()._map_cache_file(key)
+    def one(self, row: dict[str, Any], index: int) -> dict[str, Any]:
+        if row.get(PACKED_KEY) is not None:
+            row = json.loads(row[PACKED_KEY])
+        if row.get(VERDICT_KEY) is not None:
+            return {name: row.get(name) for name in COLUMNS}
+        source = row.get(SOURCE_KEY) or f"row {index + 1}"
+        new, verdict = self.reading.canonical({key: value for key, value in row.items() if key != SOURCE_KEY})
+        return {name: new.get(name) for name in COLUMNS} | {SOURCE_KEY: source, VERDICT_KEY: verdict.to_json()}
 
-    @staticmethod
-    def _check_rejected_response(row: dict[str, Any]) -> None:
-        """ms-swift raises for equal responses and the row vanishes; here it gets a verdict instead."""
-
-    def preprocess(self, row: dict[str, Any]) -> dict[str, Any]:
-        row[VERDICT_KEY] = check_row(row, self.rules).to_json()
-        return row
+    def batch(self, columns: dict[str, list], indices: list[int]) -> dict[str, list]:
+        names = list(columns)
+        rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        found = [self.one(row, index) for row, index in zip(rows, indices, strict=True)]
+        return {name: [row[name] for row in found] for name in COLUMNS}
 
 
-def judge_dataset(dataset, rules: RowRules, *, num_proc: int, load_from_cache_file: bool):
-    """Returns (dataset with the usable rows and their numbers, RowTally).
+def map_rows(dataset: Dataset, function, features: Features, *, num_proc: int | None, load_from_cache_file: bool):
+    """A pass over a dataset whose columns have the given types, whatever its first rows look like.
 
-    A streamed dataset cannot be counted ahead: it is returned as it is, with an empty tally; its bad rows
-    are skipped by the template while training.
+    `function` takes a batch as `{column: list}` and the rows' indices, and returns all columns of the same rows.
+    One rank of a node makes the pass, the others read what it has written.
     """
-    tally = RowTally()
+    cache = None
+    if not dataset.cache_files:  # in memory: datasets would give each rank a file of its own
+        key = hashlib.sha256(f"{dataset._fingerprint}|{Hasher.hash(function)}".encode()).hexdigest()[:32]
+        cache = os.path.join(get_cache_dir(), "datasets", "map_cache", f"bvpo-{key}.arrow")
+        os.makedirs(os.path.dirname(cache), exist_ok=True)
+    with safe_ddp_context(None, True):
+        return dataset.map(
+            function,
+            with_indices=True,
+            batched=True,
+            remove_columns=dataset.column_names,
+            features=features,
+            # datasets starts a worker process even for one, and a light pass is done before that is up.
+            num_proc=num_proc if (num_proc or 1) > 1 else None,
+            load_from_cache_file=load_from_cache_file or (is_dist() and not is_master()),
+            cache_file_name=cache,
+        )
+
+
+def load_file(path: str, reading: Reading, streaming: bool) -> tuple[Dataset | IterableDataset, FileReport]:
+    """(the kept rows of a local file, its counts).
+
+    Raises:
+        UserError: see `handed_over`; or no row is kept.
+    """
+    arrow, report = handed_over(path, reading)
+    require_rows(report.tally, [path])
+    dataset = Dataset.from_file(arrow)
+    return (dataset.to_iterable_dataset() if streaming else dataset), report
+
+
+def judged(dataset, reading: Reading, *, num_proc: int | None = None, load_from_cache_file: bool = True):
+    """The dataset in the one form, with a verdict for every row; as it is where it has that already.
+
+    Args:
+        dataset: sized or streamed, with any columns.
+    """
+    judge = JudgeRows(reading)
     if not hasattr(dataset, "__len__"):
-        return dataset, tally
-    # datasets starts a worker process even for one; a pass this light is done before that process is up.
-    processes = num_proc if num_proc > 1 else None
-    judged = JudgeRows(rules)(dataset, num_proc=processes, load_from_cache_file=load_from_cache_file)
+        if dataset.features == FEATURES:
+            return dataset
+        columns = list(RowPreprocessor.get_features_dataset(dataset).features)
+        return dataset.map(judge.one, with_indices=True, remove_columns=columns, features=FEATURES)
+    if VERDICT_KEY in dataset.column_names and None not in dataset[VERDICT_KEY]:
+        return dataset
+    return map_rows(dataset, judge.batch, FEATURES, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
+
+
+def judge_dataset(dataset, reading: Reading, *, num_proc: int, load_from_cache_file: bool):
+    """Returns (dataset with the usable rows, FileReport).
+
+    A streamed dataset cannot be counted ahead: it is returned with its verdicts, and an empty report; the template
+    counts what it cannot use while training.
+    """
+    dataset = judged(dataset, reading, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
+    report = FileReport()
+    if not hasattr(dataset, "__len__"):
+        return dataset, report
     kept = []
-    for i, text in enumerate(judged[VERDICT_KEY]):
+    for i, (source, text) in enumerate(zip(dataset[SOURCE_KEY], dataset[VERDICT_KEY], strict=True)):
         verdict = RowVerdict.from_json(text)
-        tally.add(verdict)
-        if verdict.trace_ok or verdict.empty_ok:
+        report.add(source or f"row {i + 1}", verdict)
+        if verdict.kept:
             kept.append(i)
-    judged = judged.remove_columns(VERDICT_KEY)
-    if ROW_KEY in judged.column_names:
-        judged = judged.remove_columns(ROW_KEY)
-    judged = judged.add_column(ROW_KEY, np.arange(len(judged)))
-    return judged.select(kept), tally
+    dataset = dataset.remove_columns(VERDICT_KEY)
+    return (dataset if len(kept) == len(dataset) else dataset.select(kept)), report
 
 
-def length_lines(lengths: list[list[int]], streams: tuple[str, ...]) -> list[str]:
+class NumberedRows:
+    """A dataset whose rows know their index, for rows that are encoded while training.
+
+    Not a column: datasets would write a shuffled dataset anew to add one, every rank for itself.
+    """
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | str):
+        row = self.rows[index]
+        return row if isinstance(index, str) else {**row, ROW_KEY: index}
+
+
+@dataclass(frozen=True)
+class PackRows:
+    """Runs a preprocessor of ms-swift over a batch and loses no row: each comes back as one JSON text.
+
+    ms-swift deletes a row over which its preprocessor stumbles, and datasets takes the columns' types from the first
+    thousand rows. A text is neither deleted nor mistaken, and `judged` unpacks it.
+    """
+
+    preprocessor: RowPreprocessor
+    reading: Reading
+
+    def batch(self, columns: dict[str, list], *, strict: bool, ignore_max_length_error: bool) -> dict[str, list]:
+        columns = dict(columns)
+        self.preprocessor._remove_prefix_keys(columns, "__@")  # as ms-swift renames the columns of streams
+        found = []
+        for row in self.preprocessor.batched_to_rows(columns):
+            source = {SOURCE_KEY: row.pop(SOURCE_KEY, None)}
+            try:
+                found += [{**made, **source} for made in self._made(row)]
+            except Exception as error:  # whatever it raises for a row, the row is lost and must be counted
+                if strict:
+                    raise
+                said = " ".join(f"{type(error).__name__} {error}".split())[:200]
+                found.append({**_lost("ms-swift's preprocessor cannot read it", said), **source})
+        return {PACKED_KEY: [json.dumps(row, ensure_ascii=False) for row in found]}
+
+    def _made(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        made = self.preprocessor.preprocess(row)
+        if not made:
+            return [_lost("left out by the data set's own preprocessor", "")]
+        rows = [made] if isinstance(made, dict) else made
+        judged_rows = []
+        for row in rows:
+            new, verdict = self.reading.canonical(row)
+            judged_rows.append({**new, VERDICT_KEY: verdict.to_json()})
+        return judged_rows
+
+
+def with_sources(dataset):
+    """The dataset with the column `bvpo_source`: the number of each row, from 1 on."""
+    if hasattr(dataset, "__len__"):
+        return dataset.add_column(SOURCE_KEY, [f"row {i + 1}" for i in range(len(dataset))])
+    return dataset.map(lambda row, i: {SOURCE_KEY: f"row {i + 1}"}, with_indices=True)
+
+
+def _lost(reason: str, detail: str) -> dict[str, Any]:
+    """What stands for a row that could not be loaded."""
+    problem = RowProblem("row", reason, "mend the row or leave it out", found=detail)
+    return {VERDICT_KEY: RowVerdict(False, False, None, (problem,)).to_json()}
+
+
+def length_lines(lengths: Iterable[list[int]], streams: tuple[str, ...]) -> list[str]:
     """Distribution of sequence lengths (tokens, prompt included) of each stream, one line a stream."""
     by_stream: dict[str, list[int]] = {s: [] for s in streams}
     for row in lengths:

@@ -5,15 +5,16 @@ ms-swift does the same pass, drops what does not fit, and says no more than two 
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from swift.dataset import AddLengthPreprocessor
+from datasets import Features, List, Value
 from swift.template import MaxLengthError
 
 from megatron_bvpo.data.batches import ROW_KEY
+from megatron_bvpo.data.handover import SOURCE_KEY
+from megatron_bvpo.data.loading import map_rows
 from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.errors import UserError
 
@@ -54,15 +55,17 @@ class LostRows:
             )
 
 
-class MeasureRows(AddLengthPreprocessor):
-    """Adds each row's sequence lengths, and in the column `bvpo_lost` what was lost of it and why."""
+@dataclass(frozen=True)
+class MeasureRows:
+    """Adds each row's index and sequence lengths, and in the column `bvpo_lost` what was lost of it and why."""
 
-    def _map_cache_file(self, fingerprint: str) -> str:
-        # ms-swift names the cache after the input alone; another --max_length must not read this run's lengths.
-        template = self.template
-        settings = (template.max_length, template.truncation_strategy, template.bvpo, type(self).__name__)
-        key = hashlib.sha256(f"{fingerprint}|{settings}".encode()).hexdigest()[:32]
-        return super()._map_cache_file(key)
+    template: Any
+
+    def batch(self, columns: dict[str, list], indices: list[int]) -> dict[str, list]:
+        names = [*columns, ROW_KEY]
+        cells = zip(*columns.values(), indices, strict=True)
+        rows = [self.preprocess(dict(zip(names, row, strict=True))) for row in cells]
+        return {name: [row[name] for row in rows] for name in (*names, "lengths", LOST_KEY)}
 
     def preprocess(self, row: dict[str, Any]) -> dict[str, Any]:
         row["lengths"], row[LOST_KEY] = [], None
@@ -84,7 +87,15 @@ def measure_dataset(
     dataset, template, *, num_proc: int, load_from_cache_file: bool, max_listed: int = 10
 ) -> tuple[Any, LostRows]:
     """Returns (the rows that can be encoded, with a column `lengths`; LostRows)."""
-    measured = MeasureRows(template)(dataset, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
+    columns = {ROW_KEY: Value("int64"), "lengths": List(Value("int64")), LOST_KEY: List(Value("string"))}
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    measured = map_rows(
+        dataset,
+        MeasureRows(template).batch,
+        Features({**dataset.features, **columns}),
+        num_proc=num_proc,
+        load_from_cache_file=load_from_cache_file,
+    )
     lost = LostRows()
     kept = []
     for i, found in enumerate(measured[LOST_KEY]):
@@ -100,11 +111,12 @@ def measure_dataset(
 
 
 def row_in_words(row: dict[str, Any], length: int = 60) -> str:
-    """A row's number and the start of its prompt: the data are shuffled, so the number alone finds nothing."""
+    """Where a row came from, its number, and the start of its prompt: the data are shuffled."""
     asked = [message.get("content") for message in row["messages"] if message.get("role") == "user"]
     text = " ".join(str(asked[-1]).split()) if asked else ""
     shown = text if len(text) <= length else f"{text[:length]}…"
-    return f"row {row.get(ROW_KEY, '?')} ({shown!r})"
+    place = f"{row[SOURCE_KEY]}: " if row.get(SOURCE_KEY) else ""
+    return f"{place}row {row.get(ROW_KEY, '?')} ({shown!r})"
 
 
 def _in_short(error: Exception) -> str:

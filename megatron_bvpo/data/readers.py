@@ -1,9 +1,9 @@
-"""Local data files as numbered rows, read in constant memory: JSON lines, a JSON list, or CSV.
+"""Local data files as numbered rows, read in constant memory: JSON lines, a JSON list, CSV, Parquet or Arrow.
 
 Each reader yields `(line, row)`, where `row` is what stood there, or a UserError if nothing could be read.
 After an error in JSON lines the reading goes on; in a list or a CSV file nothing after it can be trusted.
 Lines end at a line feed alone: JSON texts may hold U+2028 and more that `str.splitlines` takes for ends.
-What is refused here was tried with datasets 4.8: it fails there without naming a line, or is misread.
+Nothing is guessed: a text stays a text, whatever it looks like and whatever the rows before it held.
 """
 
 import codecs
@@ -13,14 +13,13 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from megatron_bvpo.data.tables import TABLES, read_table
 from megatron_bvpo.errors import UserError
 
 Item = tuple[int, Any]
 
-# Columns of text that pandas turns into numbers or truth values when every cell looks like one.
-TEXT_COLUMNS = ("rejected_response", "empty_response", "empty_rejected_response", "response", "query")
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
-_TRUTH = re.compile(r"true|false|True|False|TRUE|FALSE")
+# Names under which a JSON object of a whole file holds its rows.
+_WRAPPERS = ("data", "rows", "examples", "instances", "train")
 
 _CHUNK = 1 << 20
 _SAVE_UTF8 = "Save the file as UTF-8."
@@ -29,17 +28,20 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_rows(path: str) -> Iterator[Item]:
-    """The rows of a .jsonl, .json or .csv file.
+    """The rows of a .jsonl, .json, .csv, .parquet or .arrow file; in tables the line is the row's number.
 
     Raises:
         UserError: the file cannot be opened, or holds nothing.
     """
     try:
+        if path.endswith(TABLES):
+            yield from read_table(path)
+            return
         with open(path, "rb") as stream:
             if path.endswith(".csv"):
                 yield from _read_csv(path, stream)
-            elif _starts_a_list(path, stream):
-                yield from _read_list(path, stream)
+            elif first := _starts_a_list(path, stream):
+                yield from _read_list(path, stream, first)
             else:
                 yield from _read_lines(path, stream)
     except OSError as error:
@@ -47,20 +49,27 @@ def read_rows(path: str) -> Iterator[Item]:
         raise UserError(f"cannot be read: {error.strerror}", file=path, remedy=remedy) from None
 
 
-def _starts_a_list(path: str, stream: BinaryIO) -> bool:
-    """Looks at the first character, as a .jsonl file may hold a list and a .json file lines."""
+_OPENS_ROWS = re.compile(rb'\[|\{\s*"(' + "|".join(_WRAPPERS).encode() + rb')"\s*:\s*\[')
+
+
+def _starts_a_list(path: str, stream: BinaryIO) -> str:
+    """What stands in front of the first row of a list: '[', or '{"data": ['; '' in a file of JSON lines.
+
+    A .jsonl file may hold a list and a .json file lines.
+    """
     head = stream.read(4)
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError("expected UTF-8, found a UTF-16 byte order mark", file=path, remedy=_SAVE_UTF8)
-    has_bom = head.startswith(codecs.BOM_UTF8)
-    stream.seek(3 if has_bom else 0)
+    start = 3 if head.startswith(codecs.BOM_UTF8) else 0
+    stream.seek(start)
     while block := stream.read(_CHUNK):
         if text := block.lstrip():
-            stream.seek(0)
-            if has_bom and text.startswith(b"["):
-                problem = "a byte order mark in front of a JSON list; ms-swift cannot read that"
-                raise UserError(problem, file=path, line=1, remedy="Save the file without it.")
-            return text.startswith(b"[")
+            text += stream.read(256)  # a wrapper's opening may be cut by the chunk
+            opening = _OPENS_ROWS.match(text)
+            if opening and opening[0] != b"[" and not path.endswith(".json"):
+                opening = None  # a line of a .jsonl file is a row, whatever its first column is called
+            stream.seek(start if opening else 0)
+            return opening[0].decode() if opening else ""
     raise UserError("the file is empty", file=path, remedy="Check that this is the file you meant.")
 
 
@@ -114,12 +123,13 @@ def _require_whole_characters(text: str, row: Any) -> None:
         raise ValueError("a \\ud800…\\udfff escape without its other half") from None
 
 
-def _read_list(path: str, stream: BinaryIO) -> Iterator[Item]:
-    """The elements of one big list, decoded as the text comes in."""
+def _read_list(path: str, stream: BinaryIO, opening: str) -> Iterator[Item]:
+    """The elements of one big list, decoded as the text comes in; `opening` stands in front of them."""
     window = _Window(path, stream)
     try:
         window.peek()
-        window.advance(1)  # the [ that made this a list
+        window.grow(len(opening))
+        window.advance(len(opening))
         if window.peek() != "]":
             while True:
                 window.peek()
@@ -132,10 +142,28 @@ def _read_list(path: str, stream: BinaryIO) -> Iterator[Item]:
             found = repr(window.peek()) if window.peek() else "the end of the file"
             raise window.error(f"expected a comma or ] after a row, found {found}")
         window.advance(1)
+        if len(opening) > 1:
+            _skip_rest_of_object(window)
         if window.peek():
             raise window.error("text after the end of the list")
     except UserError as error:
         yield error.line, error
+
+
+def _skip_rest_of_object(window: "_Window") -> None:
+    """What else an object holds that wraps the rows: a version, a licence, …"""
+    while window.peek() == ",":
+        window.advance(1)
+        window.peek()
+        window.take_value()
+        if window.peek() != ":":
+            raise window.error(f"expected a colon, found {window.peek()!r}")
+        window.advance(1)
+        window.peek()
+        window.take_value()
+    if window.peek() != "}":
+        raise window.error("expected } at the end of the object around the rows")
+    window.advance(1)
 
 
 class _Window:
@@ -285,22 +313,8 @@ def _csv_rows(path: str, records: Iterator[tuple[int, list[str]]]) -> Iterator[I
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"the column {twice!r} stands twice", file=path, line=1, remedy="Rename one.")
-    looks = {name: {"numbers", "true or false"} for name in header if name in TEXT_COLUMNS}
-    rows = 0
     for line, cells in records:
         if len(cells) != len(header):
             problem = f"expected {len(header)} cells as in the header, found {len(cells)}"
             raise UserError(problem, file=path, line=line, remedy="Put cells that hold commas in quotes.")
-        row = dict(zip(header, cells, strict=True))
-        for name, kinds in looks.items():
-            if not _NUMBER.fullmatch(row[name]):
-                kinds.discard("numbers")
-            if not _TRUTH.fullmatch(row[name]):
-                kinds.discard("true or false")
-        rows += 1
-        yield line, row
-    for name, kinds in looks.items():
-        if rows and kinds:
-            problem = f"every cell looks like {min(kinds)}, so ms-swift reads them as such, not as text"
-            remedy = "Write the rows as JSONL, with the texts in quotes."
-            raise UserError(problem, file=path, line=1, field=name, remedy=remedy)
+        yield line, dict(zip(header, cells, strict=True))

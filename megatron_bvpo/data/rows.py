@@ -58,6 +58,11 @@ def check_row(row: Any, rules: RowRules) -> RowVerdict:
     return RowVerdict(trace_ok, source is not None, source, tuple(empty_problems))
 
 
+def is_pair(row: Any) -> bool:
+    """Whether the row has a prompt, a chosen and a rejected response, whatever these hold."""
+    return not _check_shape(row).problems
+
+
 def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> dict[str, Any]:
     """The row as the template should see it; the input is not changed.
 
@@ -67,6 +72,7 @@ def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> 
     """
     assert verdict.kept, "a dropped row has no normal form"
     new = dict(row)
+    new.pop("margin", None)  # of reward models; ms-swift drops the row over one that is no number
     new["messages"] = _prefixed(row["messages"], rules.tags)
     response = row.get("rejected_response")
     if response is None:
@@ -146,6 +152,11 @@ def _from_response(response: Any, prompt: list[dict[str, Any]], pair: _Pair) -> 
     if not isinstance(response, list):
         problem = "expected text or a list of messages"
         pair.problems.append(RowProblem(name, problem, _LEAVE_OUT, found=kind_of(response), structural=True))
+        return ""
+    if len(response) > 1 and all(isinstance(text, str) for text in response):
+        remedy = "a row prefers one response to one other: write a row for each"
+        found = str(len(response))
+        pair.problems.append(RowProblem(name, "several responses in one list", remedy, found=found, structural=True))
         return ""
     if any(isinstance(message, dict) and message.get("role") == "user" for message in response):
         problem = "holds a user turn"
@@ -232,7 +243,12 @@ def _spoken(messages: list[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
 
 
 def _is_filled(value: Any) -> bool:
-    return any(item is not None for item in value) if isinstance(value, list) else bool(value)
+    """Whether a media column holds anything; tables leave blank cells, and objects and lists of nothing."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "null", "None")
+    if isinstance(value, dict):
+        value = list(value.values())
+    return any(_is_filled(item) for item in value) if isinstance(value, list) else bool(value)
 
 
 # --- trace pair ---
@@ -284,8 +300,8 @@ def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str
     drops = "empty" if "trace" in rules.streams else "row"
     answers = {name: row.get(name) for name in ("empty_response", "empty_rejected_response")}
     missing = [name for name, answer in answers.items() if answer is None]
-    # A table has no other way to leave a cell out, and the loader gives both as "".
-    if len(missing) == 2 or all(answer == "" for answer in answers.values()):
+    # "": a table has no other way to leave a cell out, and it may lack the other column.
+    if all(answer in (None, "") for answer in answers.values()):
         if rules.empty == "require":
             remedy = "--bvpo_empty require needs both empty answers; add them, or use strip"
             return None, [RowProblem("empty_response", "missing", remedy, "row")]

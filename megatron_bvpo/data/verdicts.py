@@ -106,13 +106,12 @@ class RowTally:
     trace_pairs: int = 0
     own: int = 0
     stripped: int = 0
-    unchecked: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     empty_lost: Counter[str] = field(default_factory=Counter)
 
     @property
     def kept(self) -> int:
-        return self.rows - self.unchecked - self.dropped.total()
+        return self.rows - self.dropped.total()
 
     @property
     def empty_pairs(self) -> int:
@@ -130,14 +129,9 @@ class RowTally:
         elif verdict.problems:
             self.empty_lost[verdict.problems[0].reason] += 1
 
-    def add_unchecked(self) -> None:
-        """Counts a row whose form only ms-swift can read."""
-        self.rows += 1
-        self.unchecked += 1
-
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""
-        for name in ("rows", "trace_pairs", "own", "stripped", "unchecked"):
+        for name in ("rows", "trace_pairs", "own", "stripped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dropped.update(other.dropped)
         self.empty_lost.update(other.empty_lost)
@@ -150,8 +144,6 @@ class RowTally:
             f"{_count(self.trace_pairs, 'trace pair')}, {_count(self.empty_pairs, 'empty pair')} "
             f"({self.own} with their own answers, {self.stripped} with stripped answers)."
         )
-        if self.unchecked:
-            lines.append(f"{_count(self.unchecked, 'row')} in a form that is checked after loading.")
         for title, counts in (("dropped", self.dropped), ("kept without the empty pair", self.empty_lost)):
             if counts:
                 lines.append(f"{_count(counts.total(), 'row')} {title}:")
@@ -170,8 +162,6 @@ def require_rows(tally: RowTally, files: Iterable[str], rules: RowRules | None =
     Raises:
         UserError: no row is left, or a stream in use has no pair.
     """
-    if tally.unchecked:
-        return  # those rows may be good; the check after loading decides
     where = ", ".join(files) or "the data"
     if not tally.kept:
         _refuse(f"no row is left to train on: {tally.rows} read, all dropped", where, tally.dropped)

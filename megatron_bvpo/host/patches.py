@@ -7,6 +7,7 @@ host/parallel_attributes.py.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 
 class PatchTargetMissing(RuntimeError):
@@ -37,11 +38,10 @@ def _keep_empty_columns() -> None:
     """
     from swift.dataset import RowPreprocessor
 
-    from megatron_bvpo.data.batches import ROW_KEY
-    from megatron_bvpo.data.loading import EMPTY_COLUMNS
+    from megatron_bvpo.data.loading import OUR_COLUMNS
 
     known = _target(RowPreprocessor, "standard_keys")
-    for column in (*EMPTY_COLUMNS, ROW_KEY):
+    for column in OUR_COLUMNS:
         if column not in known:
             known.append(column)
 
@@ -79,3 +79,107 @@ def _trust_offloaded_optimizers() -> None:
     from megatron.core import optimizer
 
     torch.serialization.add_safe_globals([_target(optimizer, name) for name in ("Adam", "SGD", "CPUAdam", "CPUSGD")])
+
+
+@contextmanager
+def no_row_lost(reading, tell):
+    """While ms-swift loads data sets in this block, what was judged is what is loaded, and no row goes unnamed.
+
+    ms-swift lets datasets guess a file's columns from its first megabytes, and deletes a row over which its
+    preprocessor stumbles. Here local files and folders are read by our reader, rows of hub data sets without a
+    preprocessor of their own are brought to the same form, and what a registered preprocessor drops is counted.
+
+    Args:
+        reading: data/handover.py's Reading.
+        tell: called with (path, FileReport) for every local file.
+    """
+    from swift.dataset import loader as swift_loader
+    from swift.dataset.preprocessor.core import AutoPreprocessor, RowPreprocessor
+    from swift.utils import safe_ddp_context
+
+    from megatron_bvpo.data.folders import files_of_folder
+    from megatron_bvpo.data.loading import PackRows, judged, load_file, with_sources
+    from megatron_bvpo.data.scan import READ_HERE
+
+    loader = _target(swift_loader, "DatasetLoader")
+    stock_path, stock_repo = _target(loader, "_load_dataset_path"), _target(loader, "_load_repo_dataset")
+    stock_load, stock_call = _target(loader, "load"), _target(RowPreprocessor, "__call__")
+
+    def reading_for(preprocess_func):
+        """How rows of a data set are read that has no preprocessor of its own; None for one that has."""
+        if type(preprocess_func) is not AutoPreprocessor or preprocess_func.kwargs:
+            return None
+        return replace(reading, columns={**(reading.columns or {}), **preprocess_func.columns})
+
+    def load_here(path, how, streaming):
+        with safe_ddp_context(None, True):
+            dataset, report = load_file(path, how, streaming)
+        tell(path, report)
+        return dataset
+
+    def _load_dataset_path(self, dataset_path, dataset_meta):
+        how = reading_for(dataset_meta.preprocess_func)
+        if how is None or not dataset_path.endswith(READ_HERE):
+            return stock_path(self, dataset_path, dataset_meta)
+        return load_here(dataset_path, how, self.streaming)
+
+    def _load_repo_dataset(self, dataset_id, subset, **kwargs):
+        how = reading_for(subset.preprocess_func)
+        files = files_of_folder(dataset_id, subset.subset, subset.split) if how is not None else None
+        if files is None:
+            return stock_repo(self, dataset_id, subset, **kwargs)
+        return self.concat_datasets([load_here(path, how, self.streaming) for path in files])
+
+    def auto(self, dataset, *, num_proc=1, load_from_cache_file=True, **kwargs):
+        how = reading_for(self)
+        if how is None:
+            return stock_auto(self, dataset, num_proc=num_proc, load_from_cache_file=load_from_cache_file, **kwargs)
+        return judged(dataset, how, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
+
+    def call(self, dataset, **kwargs):
+        self.batched_preprocess = PackRows(self, reading).batch
+        try:
+            return stock_call(self, with_sources(dataset), **kwargs)
+        finally:
+            del self.batched_preprocess
+
+    def load(self, *args, **kwargs):
+        dataset = stock_load(self, *args, **kwargs)
+        return judged(dataset, reading, num_proc=self.num_proc, load_from_cache_file=self.load_from_cache_file)
+
+    stock_auto = _target(AutoPreprocessor, "__call__")
+    changes = [
+        (loader, "_load_dataset_path", _load_dataset_path),
+        (loader, "_load_repo_dataset", _load_repo_dataset),
+        (loader, "load", load),
+        (AutoPreprocessor, "__call__", auto),
+        (RowPreprocessor, "__call__", call),
+        # The name of its data set on every row: teachers of other trainings need it; a stream loses its types by it.
+        (swift_loader, "_inject_dataset_routing_tag", lambda dataset, name: dataset),
+    ]
+    stock = [(owner, name, _target(owner, name)) for owner, name, _ in changes]
+    for owner, name, new in changes:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for owner, name, old in stock:
+            setattr(owner, name, old)
+
+
+@contextmanager
+def whole_cached_datasets(reading):
+    """In this block cached data sets are loaded whole and judged: ms-swift would leave out long rows without a word.
+
+    Its lengths know nothing of the empty-trace pair either; data/measuring.py measures and names what is too long.
+    """
+    from swift.pipelines import utils
+
+    from megatron_bvpo.data.loading import judged
+
+    stock = _target(utils, "_select_dataset")
+    utils._select_dataset = lambda args, dataset: judged(dataset, reading, num_proc=args.dataset_num_proc)
+    try:
+        yield
+    finally:
+        utils._select_dataset = stock

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from pathlib import Path
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv as flags
@@ -51,7 +52,8 @@ def scan_data(argv: list[str]) -> list[str] | None:
     Raises:
         UserError: a file would stop the run.
     """
-    from megatron_bvpo.data.rows import RowRules, require_rows
+    from megatron_bvpo.data.handover import Reading
+    from megatron_bvpo.data.rows import RowRules
     from megatron_bvpo.data.scan import scan_files
 
     if os.environ.get("NODE_RANK", "0") != "0" or flags.wants_help(argv):
@@ -60,9 +62,9 @@ def scan_data(argv: list[str]) -> list[str] | None:
         return None
     if flags.option_values(argv, "external_plugins"):
         return None
+    columns = _columns((flags.option_values(argv, "columns") or ["{}"])[-1])
     try:
         alpha = (flags.option_values(argv, "bvpo_alpha") or ["auto"])[-1].lower()
-        columns = json.loads((flags.option_values(argv, "columns") or ["{}"])[-1])
         empty = (flags.option_values(argv, "bvpo_empty") or ["strip"])[-1]
         rules = RowRules(empty=empty, streams=RowRules.streams_for(alpha if alpha == "auto" else float(alpha)))
     except ValueError:
@@ -70,11 +72,38 @@ def scan_data(argv: list[str]) -> list[str] | None:
     specs = [*flags.option_list(argv, "dataset"), *flags.option_list(argv, "val_dataset")]
     if not specs:
         return None
-    mapped = not flags.is_true(argv, "disable_auto_column_mapping")
-    report = scan_files(specs, rules, columns=columns, auto_mapping=mapped)
-    if not report.skipped:
-        require_rows(report.tally, report.files)
-    return report.lines()
+    reading = Reading(rules, columns, auto_mapping=not flags.is_true(argv, "disable_auto_column_mapping"))
+    return scan_files(specs, reading, fresh=not flags.is_true(argv, "load_from_cache_file")).lines()
+
+
+def _columns(text: str) -> dict[str, str]:
+    """The value of `--columns`: a JSON object of texts, in the command or in a file."""
+    try:
+        if os.path.exists(text):
+            text = Path(text).read_text(encoding="utf-8")
+        columns = _parsed(text)
+        if (
+            isinstance(columns, dict)
+            and (columns or text.strip() == "{}")
+            and all(isinstance(name, str) for name in columns.values())
+        ):
+            return columns
+    except (OSError, ValueError):
+        pass
+    raise UserError(
+        f"expected a JSON object from the file's column names to ms-swift's, found {text!r}",
+        field="--columns",
+        remedy="""Write it like '{"prompt": "query", "worse": "rejected_response"}'.""",
+    )
+
+
+def _parsed(text: str):
+    try:
+        return json.loads(text)
+    except ValueError:
+        import json_repair  # as ms-swift does: single quotes and the like pass
+
+        return json_repair.loads(text)
 
 
 def help_without_engine(argv: list[str]) -> bool:

@@ -11,12 +11,14 @@ from swift.utils import get_logger, is_last_rank, is_master
 
 from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_bvpo_template
 from megatron_bvpo.data.empty_trace import empty_block
-from megatron_bvpo.data.loading import judge_dataset, length_lines
+from megatron_bvpo.data.encoded_stream import EncodedStream
+from megatron_bvpo.data.handover import FileReport, Reading
+from megatron_bvpo.data.loading import NumberedRows, judge_dataset, length_lines
 from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.rows import RowRules, require_rows
-from megatron_bvpo.data.scan import scan_files
+from megatron_bvpo.data.scan import local_file, scan_files
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.host.patches import apply_patches
+from megatron_bvpo.host.patches import apply_patches, no_row_lost, whole_cached_datasets
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations
 from megatron_bvpo.launching.error_output import handed_over_scan
@@ -45,6 +47,10 @@ class BvpoPipeline(MegatronRLHF):
         config = self.args.bvpo
         return RowRules(empty=config.empty, streams=config.streams)
 
+    @property
+    def reading(self) -> Reading:
+        return Reading(self.rules, self.args.columns, auto_mapping=not self.args.disable_auto_column_mapping)
+
     def _prepare_template(self) -> None:
         super()._prepare_template()
         args, config = self.args, self.args.bvpo
@@ -63,7 +69,11 @@ class BvpoPipeline(MegatronRLHF):
             )
         block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
         settings = TemplateSettings(
-            rules=self.rules, block=block, keep_items=config.alpha is None, pair_keys=config.ref_cache is not None
+            rules=self.rules,
+            block=block,
+            keep_items=config.alpha is None,
+            pair_keys=config.ref_cache is not None,
+            count_unused=bool(args.streaming or args.lazy_tokenize),
         )
         make_bvpo_template(self.template, settings)
         logger.info(f"The empty trace of template {args.template} is {block!r}.")
@@ -73,25 +83,32 @@ class BvpoPipeline(MegatronRLHF):
         args = self.args
         lines = handed_over_scan()
         if lines is None:
-            report = scan_files(
-                [*args.dataset, *args.val_dataset],
-                self.rules,
-                columns=args.columns,
-                auto_mapping=not args.disable_auto_column_mapping,
-            )
-            lines = report.lines()
+            fresh = not args.load_from_cache_file
+            lines = scan_files([*args.dataset, *args.val_dataset], self.reading, fresh=fresh).lines()
         return lines
 
     def _get_dataset(self):
         args = self.args
+        scanned = {local_file(spec)[0] for spec in (*args.dataset, *args.val_dataset)}
         if is_master():
             for line in self._scan():
                 logger.info(line)
+
+        def tell(path: str, report: FileReport) -> None:
+            for line in () if path in scanned else report.lines():
+                logger.info(f"{path}: {line}")
+
+        with no_row_lost(self.reading, tell):
+            datasets = super()._get_dataset()
         sources = {"training": args.dataset, "held-out": args.val_dataset or args.dataset}
         return [
             None if dataset is None else self._judged(name, dataset, list(sources[name]))
-            for name, dataset in zip(sources, super()._get_dataset(), strict=True)
+            for name, dataset in zip(sources, datasets, strict=True)
         ]
+
+    def _prepare_dataset(self):
+        with whole_cached_datasets(self.reading):
+            return super()._prepare_dataset()
 
     def _encode_dataset(self, train_dataset, val_dataset, pre_process=True):
         if self.args.streaming or self.args.lazy_tokenize:  # encoded while training
@@ -102,6 +119,8 @@ class BvpoPipeline(MegatronRLHF):
 
     def _post_process_datasets(self, datasets: list) -> list:
         args = self.args
+        if args.streaming:
+            return [None if rows is None else EncodedStream(rows, self.template, args.strict) for rows in datasets]
         named = dict(zip(("training", "held-out"), datasets, strict=True))
         if args.cached_dataset or args.cached_val_dataset:
             # Cached by ms-swift: rows unchecked, and lengths that know nothing of the empty-trace pair.
@@ -115,25 +134,28 @@ class BvpoPipeline(MegatronRLHF):
             if hasattr(dataset, "__len__") and "lengths" in columns:
                 for line in length_lines(dataset["lengths"], args.bvpo.streams):
                     logger.info(f"{name} data: {line}")
+        if args.lazy_tokenize:
+            named = {name: None if rows is None else NumberedRows(rows) for name, rows in named.items()}
         return super()._post_process_datasets(list(named.values()))
 
     def _judged(self, name: str, dataset, sources: list[str]):
         """The usable rows of a loaded dataset; says how many were lost and why."""
         args = self.args
-        dataset, tally = judge_dataset(
-            dataset, self.rules, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
+        dataset, report = judge_dataset(
+            dataset, self.reading, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )
-        for line in tally.lines():
+        if not hasattr(dataset, "__len__"):
+            logger.info(f"{name} data: a stream. Its rows are counted as they are read: rows/read and rows/unused.")
+            return dataset
+        # What local files lack was listed when they were read.
+        for line in report.lines() if report.tally.dropped else report.tally.lines():
             logger.info(f"{name} data: {line}")
-        if hasattr(dataset, "__len__"):
-            require_rows(tally, sources, self.rules)
+        require_rows(report.tally, sources, self.rules)
         return dataset
 
     def _measured(self, name: str, dataset):
         """`dataset` with the lengths of all its sequences, without the rows that do not fit; says which those are."""
         args = self.args
-        if "lengths" in dataset.column_names:
-            dataset = dataset.remove_columns("lengths")
         dataset, lost = measure_dataset(
             dataset, self.template, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )
@@ -152,6 +174,7 @@ class BvpoPipeline(MegatronRLHF):
             row = train_dataset[0]
             for line in encoded_examples(row[0] if isinstance(row, list) else row, self.template):
                 logger.info(line)
+        self.template.unused.clear()  # of the look at the first rows; they are read again while training
 
     def _require_a_row(self, flag: str, dataset) -> None:
         try:

@@ -53,6 +53,7 @@ from megatron_bvpo.objective.streams import (
 from megatron_bvpo.training.passes import Pass, PassMixin
 from megatron_bvpo.training.probing import ProbeMixin
 from megatron_bvpo.training.referencing import ReferenceCacheMixin
+from megatron_bvpo.training.row_counts import RowCounts
 from megatron_bvpo.training.samplers import eval_dataloader_parts, train_sampler
 
 logger = get_logger()
@@ -70,6 +71,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         self._start_alpha()
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
+        self.row_counts = RowCounts() if args.streaming or args.lazy_tokenize else None
         super().__init__(args, template)
         self.callbacks.append(StopCallback(self))
         self._router_configs = router_configs(self.unwrapped_models)
@@ -168,6 +170,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
 
     def train_step(self, train_data_iterator):
         chunks = self._take_global_batch(train_data_iterator)
+        if self.row_counts is not None:
+            self.row_counts.add(batch[LAYOUT_KEY] for batch in chunks[0])
         self._reference_hits = (0, 0)
         probe = self._plan_probe(chunks[0])
         loss_sums = router_loss_sums()
@@ -261,9 +265,17 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         self.setup_model_training()
         self._fill_reference_cache({"training": train_dataset, "held-out": val_dataset})
 
+    def on_log(self, logs, prefix=""):
+        if self.row_counts is not None and not prefix:
+            logs.update(self.row_counts.over(self.groups.dp).numbers())
+        super().on_log(logs, prefix)
+
     def finalize_training(self):
         super().finalize_training()
         self._flush_references()
+        if self.row_counts is not None:
+            for line in self.row_counts.over(self.groups.dp).lines():
+                logger.info(line)
 
     # ---- evaluation
 

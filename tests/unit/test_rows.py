@@ -329,9 +329,8 @@ def test_tally():
     ]
     other = RowTally()
     other.add(check_row({}, RULES))
-    other.add_unchecked()
     assert tally.merge(other) is tally
-    assert (tally.rows, tally.kept, tally.unchecked) == (8, 3, 1)
+    assert (tally.rows, tally.kept) == (7, 3)
     assert tally.dropped["messages: missing"] == 2
 
 
@@ -357,6 +356,8 @@ def test_nothing_left_is_an_error():
     require_rows(tally, ["a.jsonl"], RULES)
     with pytest.raises(UserError, match="no row is left"):
         require_rows(RowTally(), ["a.jsonl"])
-    unread = RowTally()
-    unread.add_unchecked()
-    require_rows(unread, ["a.jsonl"], RULES)
+
+
+@pytest.mark.parametrize("blank", [{"empty_response": ""}, {"empty_rejected_response": "", "empty_response": None}])
+def test_a_blank_cell_beside_a_missing_column_is_no_answer(blank):
+    assert check_row(row(**blank), RULES).empty_source == "stripped"

@@ -11,10 +11,21 @@ from hypothesis import strategies as st
 
 from megatron_bvpo.data import readers
 from megatron_bvpo.data.aliases import canonical_row
+from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.data.scan import local_file, scan_files
 from megatron_bvpo.errors import UserError
 from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, RULES, row, talk
+
+READING = Reading(RULES)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Where kept rows are left for the loading."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(folder))
+    return folder
 
 
 def jsonl(*rows):
@@ -56,7 +67,6 @@ FATAL = {
     ),
     "cut in a character": ("a.json", b'[{"a": "\xc3', 1, None, ["UTF-8", "0xc3", "byte 8 "]),
     "utf-16": ("a.jsonl", '{"a": 1}'.encode("utf-16"), None, None, ["UTF-16", "Save the file as UTF-8"]),
-    "mark before a list": ("a.json", b"\xef\xbb\xbf[]", 1, None, ["byte order mark", "without it"]),
     "half an object": ("a.jsonl", GOOD + b'{"messages": [', 2, None, ["broken JSON", "column 15", "JSONL"]),
     "no comma": ("a.jsonl", GOOD + b'{"a": 1 "b": 2}\n', 2, None, ["broken JSON at column 9", "','"]),
     "two objects on a line": ("a.jsonl", GOOD + b"{} {}\n", 2, None, ["column 4", "Extra data"]),
@@ -108,12 +118,12 @@ FATAL = {
         ["expected text, found a list", "Write the message as one text."],
     ),
     "rejected is a number": ("a.jsonl", jsonl(row(rejected=5)), 1, "rejected_response", ["the number 5"]),
-    "rejected is a list of texts": (
+    "several rejected responses": (
         "a.jsonl",
-        jsonl(row(rejected=["a"])),
-        1,
-        "rejected_response[0]",
-        ["expected an object"],
+        jsonl(row(), row(rejected=[REJECTED, "another", "a third"])),
+        2,
+        "rejected_response",
+        ["several responses in one list, found 3", "write a row for each"],
     ),
     "rejected conversation is text": (
         "a.jsonl",
@@ -129,26 +139,12 @@ FATAL = {
         "empty_response",
         ["expected text, found the number 12"],
     ),
-    "rejected side spelled in two ways": (
-        "a.jsonl",
-        jsonl(row(), {"messages": talk(), "rejected_messages": talk(REJECTED)}),
-        2,
-        None,
-        ["rejected_messages", "rejected_response at line 1", "two files"],
-    ),
-    "prompt spelled in two ways": (
-        "a.jsonl",
-        jsonl(row(), {"query": "q", "response": CHOSEN, "rejected_response": REJECTED}),
-        2,
-        None,
-        ["query and response", "messages at line 1", "two files"],
-    ),
     "csv without rows": ("a.csv", b"messages,rejected_response\n", None, None, ["no rows"]),
     "csv without the columns": (
         "a.csv",
         b"prompt,good,bad\nq,a,b\n",
         1,
-        "header",
+        "columns",
         ["found prompt, good, bad", "--columns"],
     ),
     "csv with messages that are no JSON": (
@@ -175,14 +171,6 @@ FATAL = {
     ),
     "csv column twice": ("a.csv", b"query,query\n1,2\n", 1, None, ["'query' stands twice", "Rename"]),
     "csv latin-1": ("a.csv", b"query,response\nq,\xe9\n", 2, None, ["UTF-8", "0xe9", "byte 17 "]),
-    "csv of numbers": (
-        "a.csv",
-        b"query,response,rejected_response,empty_response,empty_rejected_response\n"
-        b"q,<think>a</think>4,<think>b</think>5,4,five\nq,<think>a</think>4,<think>b</think>5, 4.5e1 ,5\n",
-        1,
-        "empty_response",
-        ["looks like numbers", "JSONL"],
-    ),
 }
 
 
@@ -191,7 +179,7 @@ def test_file_that_stops_the_run(case, write):
     name, content, line, field, fragments = FATAL[case]
     path = write(content, name)
     with pytest.raises(UserError) as caught:
-        scan_files([path], RULES)
+        scan_files([path], READING)
     error = caught.value
     assert (error.file, error.line, error.field) == (path, line, field)
     for fragment in fragments:
@@ -202,7 +190,7 @@ def test_file_that_stops_the_run(case, write):
 def test_more_bad_rows_are_counted_and_the_first_is_told(write):
     path = write(jsonl(row(), 1, row(rejected=5)) + b"{\n" + GOOD)
     with pytest.raises(UserError, match="2 more bad rows in this file") as caught:
-        scan_files([path], RULES)
+        scan_files([path], READING)
     assert caught.value.line == 2
 
 
@@ -225,7 +213,7 @@ def test_entry_that_names_no_readable_file(spec, told, tmp_path, write):
     for name in ("pairs.jsonl", "pairs.jsonl.gz", "plain"):
         write(GOOD, name)
     with pytest.raises(UserError) as caught:
-        scan_files([spec.format(dir=tmp_path)], RULES)
+        scan_files([spec.format(dir=tmp_path)], READING)
     assert told.format(dir=tmp_path) in str(caught.value)
     assert caught.value.remedy
 
@@ -238,7 +226,7 @@ def test_file_that_cannot_be_opened(write, monkeypatch):
 
     monkeypatch.setattr(readers, "open", refuse, raising=False)
     with pytest.raises(UserError, match="cannot be read: Permission denied") as caught:
-        scan_files([path], RULES)
+        scan_files([path], READING)
     assert caught.value.file == path
 
 
@@ -252,7 +240,7 @@ JSON = st.recursive(
 
 def test_report_for_a_person(write):
     path = write(jsonl(row(), row(rejected="<think>cut"), row(empty_response="4")))
-    report = scan_files([path, "org/data:sub#10", "hf::org/data"], RULES)
+    report = scan_files([path, "org/data:sub#10", "hf::org/data"], READING)
     lines = report.lines()
     assert lines[0] == f"{path}: 3 rows"
     assert lines[1] == "3 rows read, 2 kept."
@@ -266,15 +254,15 @@ def test_report_for_a_person(write):
 
 def test_listing_is_limited_and_counts_are_not(write):
     path = write(jsonl(row(), *[row(chosen="x")] * 5))
-    report = scan_files([path], RULES, max_listed=2)
+    report = scan_files([path], READING, max_listed=2)
     assert len(report.listed) == 2 and report.not_listed == 3 and report.tally.dropped.total() == 5
     assert "… and 3 more problems." in report.lines()
 
 
 def test_entries_that_are_left_to_ms_swift(tmp_path, write):
-    entries = [str(tmp_path), write(b"x", "a.txt"), write(b"x", "a.parquet"), "org/data", "ms::org/data#5"]
-    report = scan_files(entries, RULES)
-    assert len(report.skipped) == 5 and not report.files and report.tally.rows == 0
+    entries = [str(tmp_path), write(b"x", "a.txt"), "org/data", "ms::org/data#5"]
+    report = scan_files(entries, READING)
+    assert len(report.skipped) == 4 and not report.files and report.tally.rows == 0
 
 
 def test_sampled_and_subset_entries_are_local_files(write):
@@ -296,6 +284,13 @@ LAYOUTS = {
     "a list": ("a.json", b"\n[" + GOOD + b",\n\n" + GOOD + b"]\n", [2, 5]),
     "a list in one line": ("a.jsonl", json.dumps([row(), row()]).encode(), [1, 1]),
     "lines in a .json file": ("a.json", GOOD * 2, [1, 2]),
+    "byte order mark before a list": ("a.json", b"\xef\xbb\xbf[" + GOOD + b"]", [1]),
+    "rows in an object": ("a.json", b'{"data": [\n' + GOOD + b",\n" + GOOD + b"]}", [2, 4]),
+    "rows in an object with more": (
+        "a.json",
+        b' {\n"rows" : [' + GOOD + b'], "version": {"a": [1]}, "by": "x"}\n',
+        [2],
+    ),
     "unicode line ends": ("a.jsonl", ODD_LINE + b"\n" + GOOD, [1, 2]),
 }
 
@@ -329,7 +324,7 @@ def test_a_list_is_read_as_json_reads_it(write, entries):
 def test_a_very_long_line(write):
     long = row(chosen="<think>\n" + "so 2+2 is 4. " * 400_000 + "</think>4")
     path = write(jsonl(row(), long, row(rejected="x")))
-    report = scan_files([path], RULES)
+    report = scan_files([path], READING)
     assert report.tally.kept == 2 and report.listed[0].startswith(f"{path}:3: rejected_response: no trace")
 
 
@@ -345,7 +340,7 @@ def test_memory_does_not_grow_with_the_file(name, write):
     path, size = write(content, name), len(content)
     assert size > 20_000_000
     tracemalloc.start()
-    report = scan_files([path], RULES)
+    report = scan_files([path], READING)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert report.tally.kept == count
@@ -367,7 +362,7 @@ def test_csv(write):
         [json.dumps(talk()), "no\ntags", "4", "5 "],
     ]
     path = write(b"\xef\xbb\xbf" + csv_bytes(header, *rows, [*rows[0][:2], "", ""]), "a.csv")
-    report = scan_files([path], RULES)
+    report = scan_files([path], READING)
     assert csv.field_size_limit() == 131_072, "the limit is raised for the scan only"
     assert (report.tally.rows, report.tally.trace_pairs, report.tally.own) == (5, 4, 2)
     # Rows 1 and 3 hold line breaks; the fourth row starts after them.
@@ -392,8 +387,8 @@ def test_other_spellings_are_read_as_ms_swift_reads_them(name, write):
     entry = {**ALIASES[name], "rejected_response": REJECTED}
     standard = canonical_row(entry)
     assert standard["messages"] == [{"role": "user", "content": "q"}, talk()[1]]
-    report = scan_files([write(jsonl(entry))], RULES)
-    assert report.tally.kept == 1 and report.tally.unchecked == 0
+    report = scan_files([write(jsonl(entry))], READING)
+    assert report.tally.kept == 1
 
 
 def test_system_and_history():
@@ -402,16 +397,19 @@ def test_system_and_history():
     assert [m["content"] for m in full["messages"]] == ["s", "a", "b", "q", CHOSEN]
     both = canonical_row({"messages": talk(), "rejected_messages": talk(REJECTED), "system": "s"})
     assert both["messages"][0] == {"role": "system", "content": "s"}
-    # ms-swift gives the system column to the chosen side alone, so such rows do differ in their prompts.
-    assert "system message" in str(check_row(both, RULES).problems[0])
+    # ms-swift gives the system column to the chosen side alone; the two prompts would differ.
+    assert both["rejected_messages"][0] == both["messages"][0] and check_row(both, RULES).kept
 
 
 def test_columns_of_the_user(write):
     path = write(jsonl({"dialogue": talk(), "worse": REJECTED}))
     columns = {"dialogue": "messages", "worse": "rejected_response"}
-    assert scan_files([path], RULES, columns=columns).tally.kept == 1
-    unknown = scan_files([path], RULES)
-    assert unknown.tally.unchecked == 1 and "1 row in a form that is checked after loading." in unknown.lines()
+    assert scan_files([path], Reading(RULES, columns)).tally.kept == 1
+    told = """--columns '{"dialogue": "messages", "worse": "rejected_response"}'."""
+    with pytest.raises(UserError, match="found dialogue, worse") as caught:
+        scan_files([path], READING)
+    assert caught.value.remedy.endswith(told)
     named = write(jsonl({"conversations": talk(), "rejected_response": REJECTED}), "b.jsonl")
-    assert scan_files([named], RULES).tally.kept == 1
-    assert scan_files([named], RULES, auto_mapping=False).tally.kept == 0
+    assert scan_files([named], READING).tally.kept == 1
+    with pytest.raises(UserError, match="no row is left"):
+        scan_files([named], Reading(RULES, auto_mapping=False))
