@@ -10,10 +10,13 @@ subclass, so every model's own encoding stays in force.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
 from megatron_bvpo.data.rows import RowRules, check_row, normalise_row
 
@@ -21,7 +24,9 @@ LAYOUT_KEY = "bvpo_layout"
 ITEMS_KEY = "bvpo_items"
 ROW_KEY = "bvpo_row"
 WEIGHT_KEY = "bvpo_weight"
+ACCOUNT_KEY = "bvpo_account"
 SIDES = ("chosen", "rejected")
+PREFIXES = {"trace": "", "empty": "empty_"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class TemplateSettings:
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
         keep_items: hand the uncollated rows on with the batch, for probe steps.
         pair_keys: compute what stands for each tokenised pair, for the cache of reference log-probs.
+        tell_losses: say which pairs are lost when a row is encoded; for runs that do not measure their rows ahead.
     """
 
     rules: RowRules
@@ -73,6 +79,7 @@ class TemplateSettings:
     mask_block: bool = True
     keep_items: bool = False
     pair_keys: bool = False
+    tell_losses: bool = False
 
 
 class Items(list):
@@ -88,38 +95,74 @@ class BvpoTemplateMixin:
     bvpo: TemplateSettings
 
     def encode(self, inputs, return_template_inputs: bool = False, return_length: bool = False):
+        """The row's pairs, tokenised. Raises ms-swift's MaxLengthError where none is left: that one it passes over."""
+        from swift.template import MaxLengthError  # here: the names of this module are used without ms-swift, too
+
+        encoded, account = self.encode_with_account(inputs, return_template_inputs, return_length)
+        if self.bvpo.tell_losses and account.lost:
+            self._tell(inputs, account)
+        if not account.pairs:
+            raise MaxLengthError("; ".join(f"{stream} pair: {loss}" for stream, loss in account.lost.items()))
+        return encoded
+
+    def encode_with_account(
+        self, inputs, return_template_inputs: bool = False, return_length: bool = False
+    ) -> tuple[dict[str, Any], Account]:
+        """The row's pairs as `encode` gives them, none where none is left, and what became of each."""
         row = None
         if isinstance(inputs, dict):
             rules = self.bvpo.rules
             verdict = check_row(inputs, rules)
-            if not (verdict.trace_ok or verdict.empty_ok):
-                raise ValueError("; ".join(f"{p.field}: {p.problem}" for p in verdict.problems))
+            if not verdict.kept:
+                loss = Loss(verdict.problems[0].reason, str(verdict.problems[0]))
+                return {}, Account(lost=dict.fromkeys(rules.streams, loss))
             row = inputs.get(ROW_KEY)
             inputs = normalise_row(inputs, verdict, rules)
         encoded = super().encode(inputs, return_template_inputs, return_length)
         encoded[ROW_KEY] = -1 if row is None else int(row)
-        return encoded
+        return encoded, encoded.pop(ACCOUNT_KEY)
+
+    def _tell(self, inputs, account: Account) -> None:
+        """One line for each of the first rows that lose a pair in this process, later for every thousandth."""
+        from swift.utils import get_logger
+
+        self._told = getattr(self, "_told", 0) + 1
+        if self._told > 10 and self._told % 1000:
+            return
+        name = row_in_words(inputs) if isinstance(inputs, dict) and "messages" in inputs else "a row"
+        losses = "; ".join(f"its {stream} pair is not trained: {loss}" for stream, loss in account.lost.items())
+        get_logger().warning(f"{name}: {losses} ({self._told} such rows in this process so far)")
 
     def _rlhf_encode(self, inputs, check_rejected: bool = True) -> dict[str, Any]:
-        from swift.template import MaxLengthError  # here: the names of this module are used without ms-swift, too
-
         streams = self.bvpo.rules.streams
-        answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
-        encoded: dict[str, Any] = {}
-        if "empty" in streams and None not in answers:
-            try:
-                for side, answer in zip(SIDES, answers, strict=True):
-                    encoded_answer = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
-                    encoded.update({f"empty_{side}_{k}": v for k, v in encoded_answer.items()})
-            except MaxLengthError:
-                if "trace" not in streams:
-                    raise
-                encoded = {}  # the trace pair may still fit
-        if "trace" in streams:
-            encoded = {**super()._rlhf_encode(inputs, check_rejected), **encoded}
-        if not encoded:
-            raise ValueError("the row has no usable pair")
+        with self._without_limit():
+            whole = self._whole_pairs(inputs)
+        pairs, account = check_pairs(whole, self._pair_rules)
+        if "trace" not in streams:
+            account = account.only(streams)
+        encoded: dict[str, Any] = {ACCOUNT_KEY: account}
+        for stream in streams:
+            for side in SIDES:
+                sequence = pairs[stream][side] if stream in pairs else {"length": 0}
+                encoded.update({f"{PREFIXES[stream]}{side}_{key}": value for key, value in sequence.items()})
         return encoded
+
+    def _whole_pairs(self, inputs) -> dict[str, Pair]:
+        """The row's pairs by stream; the trace pair also where only its prompts are needed."""
+        if inputs.rejected is None:
+            raise ValueError("the row has no rejected response")
+        answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
+        whole: dict[str, Pair] = {}
+        # First, because encoding changes the messages of the others.
+        empty = {}
+        if "empty" in self.bvpo.rules.streams and None not in answers:
+            for side, answer in zip(SIDES, answers, strict=True):
+                empty[side] = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
+        if "trace" in self.bvpo.rules.streams or _prompt_fields(inputs.chosen) != _prompt_fields(inputs.rejected):
+            whole["trace"] = {
+                side: self._encode_truncated(_count_responses_only(getattr(inputs, side), 1)) for side in SIDES
+            }
+        return {**whole, "empty": empty} if empty else whole
 
     def _empty_inputs(self, chosen, answer: str):
         """The prompt of `chosen` with an empty trace and `answer` as its response."""
@@ -128,13 +171,34 @@ class BvpoTemplateMixin:
             inputs.messages.pop()
         # Two messages, because ms-swift then tokenises them apart: that is how the answer was generated
         # (the block stood in the prompt), and it makes the block's last token known.
-        inputs.messages += [
-            {"role": "assistant", "content": self.bvpo.block, "loss": False if self.bvpo.mask_block else None},
-            {"role": "assistant", "content": answer},
-        ]
-        return inputs
+        inputs.messages += [{"role": "assistant", "content": text} for text in (self.bvpo.block, answer)]
+        return _count_responses_only(inputs, 1 if self.bvpo.mask_block else 2)
+
+    @contextmanager
+    def _without_limit(self) -> Iterator[None]:
+        """Pairs are cut as pairs, and judged before: ms-swift must not cut their sequences one by one."""
+        limit, self.max_length = self.max_length, None
+        try:
+            yield
+        finally:
+            self.max_length = limit
+
+    @property
+    def _pair_rules(self) -> PairRules:
+        if not hasattr(self, "_frame_tokens"):
+            self._frame_tokens = frame_tokens(self)
+            self._closing_tokens = tuple(self._encode_context_list(self.template_meta.suffix)[0])
+        return PairRules(
+            max_length=self.max_length,
+            truncation=self.truncation_strategy,
+            block_tokens=len(self._tokenize(self.bvpo.block)),
+            frame=self._frame_tokens,
+            closing=self._closing_tokens,
+            decode=self.tokenizer.decode,
+        )
 
     def data_collator(self, batch, *, padding_to: int | None = None) -> dict[str, Any]:
+        batch = [[_present(row) for row in item] if isinstance(item, list) else _present(item) for item in batch]
         collated = super().data_collator(batch, padding_to=padding_to)
         if self.bvpo.keep_items:
             collated[ITEMS_KEY] = Items(batch)
@@ -145,7 +209,7 @@ class BvpoTemplateMixin:
         weights: dict[str, tuple] = {}
         keys: dict[str, tuple] = {}
         sequences: list[dict[str, Any]] = []
-        for stream, prefix in (("trace", ""), ("empty", "empty_")):
+        for stream, prefix in PREFIXES.items():
             members = [row for row in batch if f"{prefix}chosen_input_ids" in row]
             rows[stream] = tuple(row.get(ROW_KEY, -1) for row in members)
             weights[stream] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
@@ -165,6 +229,50 @@ class BvpoTemplateMixin:
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle (packing workers, dataset fingerprints) must be told how.
         return _rebuild_template, (type(self)._model_template, self.__getstate__())
+
+
+def _count_responses_only(inputs, responses: int):
+    """Marks the last messages, so many of them, as what counts: each token once, and nothing else of the talk.
+
+    Left to itself, ms-swift leaves out an empty trace of a hybrid model's response (`ignore_empty_think`), follows
+    `loss` fields, and counts earlier turns. The log-prob of a response is that of all its tokens after one prompt.
+    """
+    first = len(inputs.messages) - responses
+    for i, message in enumerate(inputs.messages):
+        if i >= first:
+            message["loss"], message["loss_scale"] = True, 1.0
+        elif message["role"] not in ("system", "user"):
+            message["loss"] = False
+    return inputs
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that a stream of rows fills with None, such as those of a pair that was lost."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def row_in_words(row: dict[str, Any], length: int = 60) -> str:
+    """A row's number and the start of its prompt: the data are shuffled, so the number alone finds nothing."""
+    asked = [message.get("content") for message in row["messages"] if message.get("role") == "user"]
+    text = " ".join(str(asked[-1]).split()) if asked else ""
+    shown = text if len(text) <= length else f"{text[:length]}…"
+    return f"row {row.get(ROW_KEY, '?')} ({shown!r})"
+
+
+def _prompt_fields(inputs) -> tuple:
+    """What a template can write a prompt from."""
+    spoken = [(message["role"], message["content"]) for message in inputs.messages[:-1]]
+    return inputs.system, inputs.tools, inputs.chat_template_kwargs, inputs.objects, spoken
+
+
+def frame_tokens(template) -> frozenset[int]:
+    """Control tokens (no tags, no words) that the template writes around messages."""
+    meta, tokenizer = template.template_meta, template.tokenizer
+    control = set(tokenizer.all_special_ids)
+    control |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    parts = [part for part in (meta.prefix, meta.system_prefix, meta.prompt, meta.chat_sep, meta.suffix) if part]
+    written = [template._encode_context_list(part)[0] for part in parts]
+    return frozenset(token for tokens in written for token in tokens if token in control)
 
 
 _CLASSES: dict[type, type] = {}

@@ -77,12 +77,16 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class RowVerdict:
-    """Which pairs of a row are used, where its empty answers come from, and what is wrong with it."""
+    """Which pairs of a row are used, where its empty answers come from, and what is wrong with it.
+
+    `many_tags`: one of its responses holds an opening or a closing think tag more than once.
+    """
 
     trace_ok: bool
     empty_ok: bool
     empty_source: Literal["own", "stripped"] | None = None
     problems: tuple[RowProblem, ...] = ()
+    many_tags: bool = False
 
     @property
     def kept(self) -> bool:
@@ -107,6 +111,7 @@ class RowTally:
     own: int = 0
     stripped: int = 0
     unchecked: int = 0
+    many_tags: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     empty_lost: Counter[str] = field(default_factory=Counter)
 
@@ -124,6 +129,7 @@ class RowTally:
         self.trace_pairs += verdict.trace_ok
         self.own += verdict.empty_source == "own"
         self.stripped += verdict.empty_source == "stripped"
+        self.many_tags += verdict.many_tags
         if not verdict.kept:
             problems = [p for p in verdict.problems if p.drops == "row"] or list(verdict.problems)
             self.dropped[problems[0].reason] += 1
@@ -137,7 +143,7 @@ class RowTally:
 
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""
-        for name in ("rows", "trace_pairs", "own", "stripped", "unchecked"):
+        for name in ("rows", "trace_pairs", "own", "stripped", "unchecked", "many_tags"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dropped.update(other.dropped)
         self.empty_lost.update(other.empty_lost)
@@ -152,6 +158,8 @@ class RowTally:
         )
         if self.unchecked:
             lines.append(f"{_count(self.unchecked, 'row')} in a form that is checked after loading.")
+        if self.many_tags:
+            lines.append(f"{_count(self.many_tags, 'row')} with an opening or closing tag twice or more in a response.")
         for title, counts in (("dropped", self.dropped), ("kept without the empty pair", self.empty_lost)):
             if counts:
                 lines.append(f"{_count(counts.total(), 'row')} {title}:")

@@ -51,7 +51,11 @@ class BvpoPipeline(MegatronRLHF):
             )
         block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
         settings = TemplateSettings(
-            rules=self.rules, block=block, keep_items=config.alpha is None, pair_keys=config.ref_cache is not None
+            rules=self.rules,
+            block=block,
+            keep_items=config.alpha is None,
+            pair_keys=config.ref_cache is not None,
+            tell_losses=args.streaming or args.lazy_tokenize,
         )
         make_bvpo_template(self.template, settings)
         logger.info(f"The empty trace of template {args.template} is {block!r}.")
@@ -118,16 +122,16 @@ class BvpoPipeline(MegatronRLHF):
         return dataset
 
     def _measured(self, name: str, dataset):
-        """`dataset` with the lengths of all its sequences, without the rows that do not fit; says which those are."""
+        """`dataset` with the lengths of all its sequences, without the rows that have no pair to train; names those."""
         args = self.args
         if "lengths" in dataset.column_names:
             dataset = dataset.remove_columns("lengths")
-        dataset, lost = measure_dataset(
+        dataset, found = measure_dataset(
             dataset, self.template, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )
-        for line in lost.lines():
+        for line in found.lines():
             logger.info(f"{name} data: {line}")
-        lost.require_rows(len(dataset), args.dataset if name == "training" else args.val_dataset)
+        found.require_pairs(args.bvpo.streams, args.dataset if name == "training" else args.val_dataset)
         return dataset
 
     def _show_dataset(self, train_dataset, val_dataset):

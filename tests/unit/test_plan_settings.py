@@ -135,6 +135,10 @@ REFUSED = {
     "use_megatron_fsdp": True,
     "mtp_num_layers": 1,
     "fp8_param_gather": True,
+    "loss_scale": "default",
+    "truncation_strategy": "split",
+    "freeze_parameters_ratio": 1.0,
+    "lora_alpha": {"tuner_type": "lora", "lora_alpha": 0},
 }
 
 
