@@ -114,7 +114,8 @@ class BvpoTemplateMixin:
             rules = self.bvpo.rules
             verdict = check_row(inputs, rules)
             if not verdict.kept:
-                loss = Loss(verdict.problems[0].reason, str(verdict.problems[0]))
+                problem = verdict.problems[0]
+                loss = Loss(problem.reason, problem.remedy, problem.found)
                 return {}, Account(lost=dict.fromkeys(rules.streams, loss))
             row = inputs.get(ROW_KEY)
             inputs = normalise_row(inputs, verdict, rules)
@@ -191,7 +192,7 @@ class BvpoTemplateMixin:
         return PairRules(
             max_length=self.max_length,
             truncation=self.truncation_strategy,
-            block_tokens=len(self._tokenize(self.bvpo.block)),
+            block=tuple(self._tokenize(self.bvpo.block)) if self.bvpo.mask_block else (),
             frame=self._frame_tokens,
             closing=self._closing_tokens,
             decode=self.tokenizer.decode,

@@ -105,7 +105,7 @@ class MeasureRows(AddLengthPreprocessor):
         try:
             encoded, account = self.template.encode_with_account(row, return_length=True)
         except Exception as error:  # whatever a template raises for a row, the row is lost and must be counted
-            loss = Loss(f"cannot be encoded ({type(error).__name__})", _in_short(error))
+            loss = Loss(f"cannot be encoded ({type(error).__name__})", "mend the row or leave it out", _in_short(error))
             account = Account(lost=dict.fromkeys(self.template.bvpo.rules.streams, loss))
         else:
             row["lengths"] = encoded.get("lengths", [])

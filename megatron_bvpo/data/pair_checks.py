@@ -26,13 +26,15 @@ Pair = dict[str, Sequence]  # by side, 'chosen' and 'rejected'
 
 @dataclass(frozen=True)
 class Loss:
-    """Why a pair is not trained: a reason that can be counted over rows, and what is particular to this row."""
+    """Why a pair is not trained: a reason that can be counted over rows, what to do, what is particular to this row."""
 
     reason: str
+    remedy: str = ""
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.reason}{detail}{f': {self.remedy}' if self.remedy else ''}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Account:
         return Account(tuple(pairs), lost, tuple(cut))
 
     def to_json(self) -> str:
-        lost = {stream: [loss.reason, loss.detail] for stream, loss in self.lost.items()}
+        lost = {stream: [loss.reason, loss.remedy, loss.detail] for stream, loss in self.lost.items()}
         return json.dumps({"pairs": self.pairs, "lost": lost, "cut": self.cut})
 
     @classmethod
@@ -73,7 +75,7 @@ class PairRules:
     Attributes:
         max_length: most tokens of a sequence; None: any number.
         truncation: what happens to longer ones: 'raise' (lost), 'right' or 'left' (cut).
-        block_tokens: tokens of the empty trace, which must survive a cut.
+        block: tokens of the empty trace that ends an empty pair's prompt; none where it counts.
         frame: control tokens that the template writes around messages.
         closing: tokens that the template writes behind a response that does not end with them.
         decode: token ids to text.
@@ -81,7 +83,7 @@ class PairRules:
 
     max_length: int | None
     truncation: str
-    block_tokens: int
+    block: tuple[int, ...]
     frame: frozenset[int]
     closing: tuple[int, ...]
     decode: Callable[[list[int]], str]
@@ -109,10 +111,12 @@ def check_pairs(whole: Mapping[str, Pair], rules: PairRules) -> tuple[dict[str, 
     for stream, pair in whole.items():
         if stream in lost:
             continue
-        found = _framed(pair, rules) or _fitted(pair, rules, rules.block_tokens if stream == "empty" else 0)
+        found = _framed(pair, rules) or _fitted(pair, rules, len(rules.block) if stream == "empty" else 0)
         if isinstance(found, dict) and not _differ(found, rules.closing):
-            where = f" within --max_length {rules.max_length}" if found is not pair else ""
-            found = Loss(f"the same tokens on both sides{where}")
+            where, remedy = "", "leave the row out: it prefers nothing"
+            if found is not pair:
+                where, remedy = f" within --max_length {rules.max_length}", "raise it, or shorten the row"
+            found = Loss(f"the same tokens on both sides{where}", remedy)
         if isinstance(found, Loss):
             lost[stream] = found
             continue
@@ -137,14 +141,19 @@ def _other_prompts(whole: Mapping[str, Pair], rules: PairRules) -> dict[str, Los
     for stream, sides in prompts.items():
         if sides["chosen"] != sides["rejected"]:
             detail = _difference(sides["chosen"], sides["rejected"], rules.decode)
-            loss = Loss("the rejected response has another prompt than the chosen", detail)
+            remedy = "give both the same system message, tools and earlier turns"
+            loss = Loss("the rejected response has another prompt than the chosen", remedy, detail)
             return dict.fromkeys(whole if stream == "trace" else [stream], loss)
     if len(prompts) == 2:
-        trace, empty = prompts["trace"]["chosen"], prompts["empty"]["chosen"]
-        # As text where the tokens differ: the prompt's last characters may join the first ones of an empty block.
-        if empty[: len(trace)] != trace and not rules.decode(empty).startswith(rules.decode(trace)):
-            detail = _difference(trace, empty, rules.decode)
-            return {"empty": Loss("the empty pair has another prompt than the trace pair", detail)}
+        expected, empty = [*prompts["trace"]["chosen"], *rules.block], prompts["empty"]["chosen"]
+        # As text where the tokens differ: the prompt's last characters may join the block's first ones.
+        if empty != expected and rules.decode(empty) != rules.decode(expected):
+            detail = _difference(expected, empty, rules.decode)
+            reason, remedy = (
+                "the empty pair's prompt is not the trace pair's with an empty trace",
+                "check --bvpo_empty_block",
+            )
+            return {"empty": Loss(reason, remedy, detail)}
     return {}
 
 
@@ -164,7 +173,11 @@ def _framed(pair: Pair, rules: PairRules) -> Loss | None:
         response = _without_closing(sequence["input_ids"][response_start(sequence) :], rules.closing)
         found = next((token for token in response if token in rules.frame), None)
         if found is not None:
-            return Loss(f"control tokens of the template in the {side} response", repr(rules.decode([found])))
+            reason, remedy = (
+                f"control tokens of the template in the {side} response",
+                "give the response's own text alone",
+            )
+            return Loss(reason, remedy, repr(rules.decode([found])))
     return None
 
 
@@ -177,15 +190,17 @@ def _fitted(pair: Pair, rules: PairRules, block_tokens: int) -> Pair | Loss:
     prompt = response_start(pair["chosen"])
     if rules.truncation == "right":
         if prompt >= limit:
-            return Loss(f"no response within --max_length {limit}", f"the prompt alone has {prompt} tokens")
+            detail = f"the prompt alone has {prompt} tokens"
+            return Loss(f"no response within --max_length {limit}", "raise it, or shorten the prompt", detail)
         return {side: _slice(sequence, slice(limit)) for side, sequence in pair.items()}
     if rules.truncation == "left":
         # The same cut on both sides: cut each for itself, the two would answer different prompts.
         over = longest - limit
         if over >= prompt - block_tokens:
-            return Loss(f"no prompt within --max_length {limit}", f"the response alone has {longest - prompt} tokens")
+            detail = f"the response alone has {longest - prompt} tokens"
+            return Loss(f"no prompt within --max_length {limit}", "raise it, or shorten the response", detail)
         return {side: _slice(sequence, slice(over, None)) for side, sequence in pair.items()}
-    return Loss(f"longer than --max_length {limit}", f"{longest} tokens")
+    return Loss(f"longer than --max_length {limit}", "raise it, or cut with --truncation_strategy", f"{longest} tokens")
 
 
 def _slice(sequence: Sequence, part: slice) -> Sequence:

@@ -4,9 +4,9 @@ A row is an ms-swift DPO row: `messages`, whose last message is the chosen respo
 (text, or a list of messages) or `rejected_messages` (a whole conversation). Two optional fields hold answers
 that were generated with thinking off: `empty_response` and `empty_rejected_response`.
 
-A row gives a trace pair and an empty pair. It can lose the empty pair and keep the trace pair. It cannot
-lose the trace pair alone: then the row is dropped. A stream that the run does not use (α fixed at 1 or 0)
-asks nothing of the rows. `check_row` never raises; it reports.
+A row gives a trace pair and an empty pair. As text it can lose the empty pair and keep the trace pair. It cannot
+lose the trace pair alone: then the row is dropped. (As tokens it can, pair_checks.py.) A stream that the run does
+not use (α fixed at 1 or 0) asks nothing of the rows. `check_row` never raises; it reports.
 """
 
 from dataclasses import dataclass, field, replace

@@ -21,11 +21,13 @@ class RowRules:
             'require' refuses the row.
         streams: the streams that are run, of 'trace' and 'empty'.
         tags: the model's think tags.
+        version: of the rules as the code has them. Verdicts are kept on disk by the text of this object.
     """
 
     empty: Literal["strip", "require"] = "strip"
     streams: tuple[str, ...] = STREAMS
     tags: ThinkTags = DEFAULT_TAGS
+    version: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:
         if self.empty not in ("strip", "require"):

@@ -33,11 +33,12 @@ def make(workshop):
     logging.getLogger("swift").setLevel(logging.ERROR)
 
     def make(name="qwen3_thinking", streams=("trace", "empty"), loss_scale="last_round", **given):
-        ours = {key: given.pop(key) for key in ("tell_losses", "mask_block") if key in given}
+        ours = {"tell_losses": given.pop("tell_losses", False)}
+        block = given.pop("block", None)
         processor = get_processor(str(workshop.dense), model_type="qwen3")
         template = get_template(processor, template_type=name, loss_scale=loss_scale, **given)
         template.set_mode("rlhf")
-        block = empty_block(template.template_meta.non_thinking_prefix)
+        block = empty_block(template.template_meta.non_thinking_prefix, block)
         return make_bvpo_template(template, TemplateSettings(RowRules(streams=streams), block, **ours))
 
     return make
@@ -131,6 +132,15 @@ def test_a_template_that_prefixes_one_side_only(make, monkeypatch):
     assert set(losses(template, row())) == {"trace", "empty"}
     # Here the responses agree, and the answers of the empty pair do not.
     assert set(losses(template, row(rejected=REJECTED.replace("5", "6"), **OWN))) == {"empty"}
+
+
+def test_a_template_that_adds_its_own_empty_trace(make):
+    """A hybrid's template does not know the tags of --bvpo_empty_block, and writes its own block in front of them."""
+    template = make("qwen3", loss_scale="last_round+ignore_empty_think", block="<thought>\n</thought>\n")
+    (loss,) = losses(template, row()).values()
+    assert loss.reason == "the empty pair's prompt is not the trace pair's with an empty trace"
+    assert "<thought>" in loss.detail and "<think>" in loss.detail
+    assert not losses(make(block="<thought>\n</thought>\n"), row())
 
 
 # --- what counts ---
@@ -242,7 +252,7 @@ def test_what_is_kept_can_be_trained(prompt, chosen, rejected, limit, truncation
         ids = [*prompts[side], 7, *response, 8, 9]
         labels = [IGNORED] * (len(prompts[side]) + 1) + [*response, 8, 9]
         pair[side] = {"input_ids": ids, "labels": labels, "length": len(ids), "loss_scale": None}
-    rules = PairRules(limit, truncation, 0, frozenset([8]), (8, 9), decode=str)
+    rules = PairRules(limit, truncation, (), frozenset([8]), (8, 9), decode=str)
     kept, account = check_pairs({"trace": pair}, rules)
     assert (account.pairs == ("trace",)) == bool(kept) != bool(account.lost)
     assert Account.from_json(account.to_json()) == account
@@ -297,7 +307,7 @@ def measured(template, rows):
 
 # strategy: (trace pairs left, empty pairs left, rows left, a line)
 ACCOUNTS = {
-    "right": (4, 5, 6, "1 rows kept without the trace pair: the same tokens on both sides within --max_length 64"),
+    "right": (4, 5, 6, "2 rows kept without the trace pair: the same tokens on both sides within --max_length 64"),
     "left": (4, 5, 6, "2 rows kept without the trace pair: no prompt within --max_length 64"),
     "raise": (3, 4, 5, "2 rows kept without the trace pair: longer than --max_length 64"),
 }
