@@ -130,9 +130,10 @@ class BvpoTemplateMixin:
         self._told = getattr(self, "_told", 0) + 1
         if self._told > 10 and self._told % 1000:
             return
-        name = row_in_words(inputs) if isinstance(inputs, dict) and "messages" in inputs else "a row"
+        name = row_in_words(inputs) if isinstance(inputs, dict) else "a row"
         losses = "; ".join(f"its {stream} pair is not trained: {loss}" for stream, loss in account.lost.items())
-        get_logger().warning(f"{name}: {losses} ({self._told} such rows in this process so far)")
+        # `_if`: ms-swift's logger is quiet on all but the first rank of a node, and each rank reads rows of its own.
+        get_logger().warning_if(f"{name}: {losses} ({self._told} such rows in this process so far)", cond=True)
 
     def _rlhf_encode(self, inputs, check_rejected: bool = True) -> dict[str, Any]:
         streams = self.bvpo.rules.streams
@@ -254,7 +255,8 @@ def _present(row: dict[str, Any]) -> dict[str, Any]:
 
 def row_in_words(row: dict[str, Any], length: int = 60) -> str:
     """A row's number and the start of its prompt: the data are shuffled, so the number alone finds nothing."""
-    asked = [message.get("content") for message in row["messages"] if message.get("role") == "user"]
+    messages = [message for message in row.get("messages") or [] if isinstance(message, dict)]
+    asked = [message.get("content") for message in messages if message.get("role") == "user"]
     text = " ".join(str(asked[-1]).split()) if asked else ""
     shown = text if len(text) <= length else f"{text[:length]}…"
     return f"row {row.get(ROW_KEY, '?')} ({shown!r})"
@@ -271,6 +273,8 @@ def frame_tokens(template) -> frozenset[int]:
     meta, tokenizer = template.template_meta, template.tokenizer
     control = set(tokenizer.all_special_ids)
     control |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tags = template.bvpo.rules.tags
+    control -= {token for tag in (tags.open, tags.close) for token in template._tokenize(tag)}
     parts = [part for part in (meta.prefix, meta.system_prefix, meta.prompt, meta.chat_sep, meta.suffix) if part]
     written = [template._encode_context_list(part)[0] for part in parts]
     return frozenset(token for tokens in written for token in tokens if token in control)

@@ -148,12 +148,8 @@ def _other_prompts(whole: Mapping[str, Pair], rules: PairRules) -> dict[str, Los
         expected, empty = [*prompts["trace"]["chosen"], *rules.block], prompts["empty"]["chosen"]
         # As text where the tokens differ: the prompt's last characters may join the block's first ones.
         if empty != expected and rules.decode(empty) != rules.decode(expected):
-            detail = _difference(expected, empty, rules.decode)
-            reason, remedy = (
-                "the empty pair's prompt is not the trace pair's with an empty trace",
-                "check --bvpo_empty_block",
-            )
-            return {"empty": Loss(reason, remedy, detail)}
+            reason = "the empty pair's prompt is not the trace pair's with an empty trace"
+            return {"empty": Loss(reason, "check --bvpo_empty_block", _difference(expected, empty, rules.decode))}
     return {}
 
 
@@ -173,11 +169,8 @@ def _framed(pair: Pair, rules: PairRules) -> Loss | None:
         response = _without_closing(sequence["input_ids"][response_start(sequence) :], rules.closing)
         found = next((token for token in response if token in rules.frame), None)
         if found is not None:
-            reason, remedy = (
-                f"control tokens of the template in the {side} response",
-                "give the response's own text alone",
-            )
-            return Loss(reason, remedy, repr(rules.decode([found])))
+            reason = f"control tokens of the template in the {side} response"
+            return Loss(reason, "give the response's own text alone", repr(rules.decode([found])))
     return None
 
 

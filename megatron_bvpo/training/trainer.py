@@ -13,6 +13,7 @@ The step is taken only if every rank's loss and gradient are finite.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
+        if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
+            template.bvpo = replace(template.bvpo, tell_losses=False)
         self._start_alpha()
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
