@@ -11,11 +11,14 @@ subclass, so every model's own encoding stays in force.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_bvpo.data.handover import VERDICT_KEY
+from megatron_bvpo.data.handover import SOURCE_KEY, VERDICT_KEY
+from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
 from megatron_bvpo.data.rows import RowRules, RowVerdict, check_row, normalise_row
 
@@ -24,7 +27,10 @@ ITEMS_KEY = "bvpo_items"
 ROW_KEY = "bvpo_row"
 WEIGHT_KEY = "bvpo_weight"
 UNUSED_KEY = "bvpo_unused"
+WHOLE_ROW = "row"
+ACCOUNT_KEY = "bvpo_account"
 SIDES = ("chosen", "rejected")
+PREFIXES = {"trace": "", "empty": "empty_"}
 
 
 @dataclass(frozen=True)
@@ -35,15 +41,15 @@ class PairLayout:
         rows: for each stream, the row numbers of its pairs, in the batch's order.
         weights: for each stream, 1.0 a pair; 0.0 for a pair that only fills the batch up.
         keys: for each stream, what stands for a tokenised pair (data/reference_cache.py); only where wanted.
-        unused: rows that were read before these and could not be used, by reason; only where rows are encoded while
-            training.
+        unused: what was lost of rows that were read before these, and of these, by (`row`, or the stream of a pair
+            alone; reason); only where rows are encoded while training.
         members: how many rows the batch holds.
     """
 
     rows: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     keys: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
-    unused: dict[str, int] = field(default_factory=dict)
+    unused: dict[tuple[str, str], int] = field(default_factory=dict)
     members: int = 0
 
     def all_keys(self) -> list[bytes]:
@@ -74,7 +80,7 @@ class TemplateSettings:
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
         keep_items: hand the uncollated rows on with the batch, for probe steps.
         pair_keys: compute what stands for each tokenised pair, for the cache of reference log-probs.
-        count_unused: rows are encoded while training; what cannot be used travels with the next row that can.
+        count_unused: rows are encoded while training: what is lost is told, and travels with the next row that is used.
     """
 
     rules: RowRules
@@ -83,10 +89,6 @@ class TemplateSettings:
     keep_items: bool = False
     pair_keys: bool = False
     count_unused: bool = False
-
-
-class UnusableRow(ValueError):
-    """A row without a usable pair; the text is the reason, without what is particular to the row."""
 
 
 class Items(list):
@@ -100,64 +102,91 @@ class BvpoTemplateMixin:
     """Encodes and collates both streams; sits in front of the model's own template class."""
 
     bvpo: TemplateSettings
-    unused: Counter[str]  # rows that could not be used since the last that could
+    unused: Counter[tuple[str, str]]  # what was lost since the last row that was used
 
     def encode(self, inputs, return_template_inputs: bool = False, return_length: bool = False):
-        if not self.bvpo.count_unused:
-            return self._encode_row(inputs, return_template_inputs, return_length)
+        """The row's pairs, tokenised. Raises ms-swift's MaxLengthError where none is left: that one it passes over."""
+        from swift.template import MaxLengthError  # here: the names of this module are used without ms-swift, too
+
+        counts = self.unused if self.bvpo.count_unused else Counter()
         try:
-            encoded = self._encode_row(inputs, return_template_inputs, return_length)
+            encoded, account = self.encode_with_account(inputs, return_template_inputs, return_length)
         except Exception as error:  # whoever asked deals with it; here it is counted
-            self.unused[self._reason(error)] += 1
+            counts[WHOLE_ROW, f"cannot be encoded ({type(error).__name__})"] += 1
             raise
-        encoded[UNUSED_KEY] = dict(self.unused)
-        self.unused.clear()
+        if account.lost and self.bvpo.count_unused:
+            self._tell(inputs, account)
+        if not account.pairs:
+            counts[WHOLE_ROW, next(iter(account.lost.values())).reason] += 1
+            raise MaxLengthError("; ".join(f"{stream} pair: {loss}" for stream, loss in account.lost.items()))
+        if self.bvpo.count_unused:
+            counts.update((stream, loss.reason) for stream, loss in account.lost.items())
+            counts.update(_lost_when_judged(inputs))
+            encoded[UNUSED_KEY] = dict(counts)
+            counts.clear()
         return encoded
 
-    def _reason(self, error: Exception) -> str:
-        """Why a row cannot be used, in words that do not change from row to row."""
-        from swift.template import MaxLengthError
-
-        if isinstance(error, MaxLengthError):
-            return f"longer than --max_length {self.max_length}"
-        if isinstance(error, UnusableRow):
-            return str(error)
-        return f"cannot be encoded ({type(error).__name__})"
-
-    def _encode_row(self, inputs, return_template_inputs: bool, return_length: bool):
+    def encode_with_account(
+        self, inputs, return_template_inputs: bool = False, return_length: bool = False
+    ) -> tuple[dict[str, Any], Account]:
+        """The row's pairs as `encode` gives them, none where none is left, and what became of each."""
         row = None
         if isinstance(inputs, dict):
             rules = self.bvpo.rules
             said = inputs.get(VERDICT_KEY)  # of streams; others have lost their bad rows by now
             verdict = RowVerdict.from_json(said) if said else check_row(inputs, rules)
             if not verdict.kept:
-                raise UnusableRow("; ".join(problem.reason for problem in verdict.problems))
+                problem = verdict.problems[0]
+                loss = Loss(problem.reason, problem.remedy, problem.found)
+                return {}, Account(lost=dict.fromkeys(rules.streams, loss))
             row = inputs.get(ROW_KEY)
             inputs = normalise_row(inputs, verdict, rules)
         encoded = super().encode(inputs, return_template_inputs, return_length)
         encoded[ROW_KEY] = -1 if row is None else int(row)
-        return encoded
+        return encoded, encoded.pop(ACCOUNT_KEY)
+
+    def _tell(self, inputs, account: Account) -> None:
+        """One line for each of the first rows that lose a pair in this process, later for every thousandth."""
+        from swift.utils import get_logger
+
+        self._told = getattr(self, "_told", 0) + 1
+        if self._told > 10 and self._told % 1000:
+            return
+        name = row_in_words(inputs) if isinstance(inputs, dict) else "a row"
+        losses = "; ".join(f"its {stream} pair is not trained: {loss}" for stream, loss in account.lost.items())
+        # `_if`: ms-swift's logger is quiet on all but the first rank of a node, and each rank reads rows of its own.
+        get_logger().warning_if(f"{name}: {losses} ({self._told} such rows in this process so far)", cond=True)
 
     def _rlhf_encode(self, inputs, check_rejected: bool = True) -> dict[str, Any]:
-        from swift.template import MaxLengthError  # here: the names of this module are used without ms-swift, too
-
         streams = self.bvpo.rules.streams
-        answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
-        encoded: dict[str, Any] = {}
-        if "empty" in streams and None not in answers:
-            try:
-                for side, answer in zip(SIDES, answers, strict=True):
-                    encoded_answer = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
-                    encoded.update({f"empty_{side}_{k}": v for k, v in encoded_answer.items()})
-            except MaxLengthError:
-                if "trace" not in streams:
-                    raise
-                encoded = {}  # the trace pair may still fit
-        if "trace" in streams:
-            encoded = {**super()._rlhf_encode(inputs, check_rejected), **encoded}
-        if not encoded:
-            raise ValueError("the row has no usable pair")
+        with self._without_limit():
+            whole = self._whole_pairs(inputs)
+        pairs, account = check_pairs(whole, self._pair_rules)
+        if "trace" not in streams:
+            account = account.only(streams)
+        encoded: dict[str, Any] = {ACCOUNT_KEY: account}
+        for stream in streams:
+            for side in SIDES:
+                sequence = pairs[stream][side] if stream in pairs else {"length": 0}
+                encoded.update({f"{PREFIXES[stream]}{side}_{key}": value for key, value in sequence.items()})
         return encoded
+
+    def _whole_pairs(self, inputs) -> dict[str, Pair]:
+        """The row's pairs by stream; the trace pair also where only its prompts are needed."""
+        if inputs.rejected is None:
+            raise ValueError("the row has no rejected response")
+        answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
+        whole: dict[str, Pair] = {}
+        # First, because encoding changes the messages of the others.
+        empty = {}
+        if "empty" in self.bvpo.rules.streams and None not in answers:
+            for side, answer in zip(SIDES, answers, strict=True):
+                empty[side] = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
+        if "trace" in self.bvpo.rules.streams or _prompt_fields(inputs.chosen) != _prompt_fields(inputs.rejected):
+            whole["trace"] = {
+                side: self._encode_truncated(_count_responses_only(getattr(inputs, side), 1)) for side in SIDES
+            }
+        return {**whole, "empty": empty} if empty else whole
 
     def _empty_inputs(self, chosen, answer: str):
         """The prompt of `chosen` with an empty trace and `answer` as its response."""
@@ -166,13 +195,34 @@ class BvpoTemplateMixin:
             inputs.messages.pop()
         # Two messages, because ms-swift then tokenises them apart: that is how the answer was generated
         # (the block stood in the prompt), and it makes the block's last token known.
-        inputs.messages += [
-            {"role": "assistant", "content": self.bvpo.block, "loss": False if self.bvpo.mask_block else None},
-            {"role": "assistant", "content": answer},
-        ]
-        return inputs
+        inputs.messages += [{"role": "assistant", "content": text} for text in (self.bvpo.block, answer)]
+        return _count_responses_only(inputs, 1 if self.bvpo.mask_block else 2)
+
+    @contextmanager
+    def _without_limit(self) -> Iterator[None]:
+        """Pairs are cut as pairs, and judged before: ms-swift must not cut their sequences one by one."""
+        limit, self.max_length = self.max_length, None
+        try:
+            yield
+        finally:
+            self.max_length = limit
+
+    @property
+    def _pair_rules(self) -> PairRules:
+        if not hasattr(self, "_frame_tokens"):
+            self._frame_tokens = frame_tokens(self)
+            self._closing_tokens = tuple(self._encode_context_list(self.template_meta.suffix)[0])
+        return PairRules(
+            max_length=self.max_length,
+            truncation=self.truncation_strategy,
+            block=tuple(self._tokenize(self.bvpo.block)) if self.bvpo.mask_block else (),
+            frame=self._frame_tokens,
+            closing=self._closing_tokens,
+            decode=self.tokenizer.decode,
+        )
 
     def data_collator(self, batch, *, padding_to: int | None = None) -> dict[str, Any]:
+        batch = [[_present(row) for row in item] if isinstance(item, list) else _present(item) for item in batch]
         collated = super().data_collator(batch, padding_to=padding_to)
         if self.bvpo.keep_items:
             collated[ITEMS_KEY] = Items(batch)
@@ -183,7 +233,7 @@ class BvpoTemplateMixin:
         weights: dict[str, tuple] = {}
         keys: dict[str, tuple] = {}
         sequences: list[dict[str, Any]] = []
-        for stream, prefix in (("trace", ""), ("empty", "empty_")):
+        for stream, prefix in PREFIXES.items():
             members = [row for row in batch if f"{prefix}chosen_input_ids" in row]
             rows[stream] = tuple(row.get(ROW_KEY, -1) for row in members)
             weights[stream] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
@@ -197,7 +247,7 @@ class BvpoTemplateMixin:
                     for sequence in self._fetch_inputs_startswith(members, f"{prefix}{side}_")
                 ]
         collated = self._data_collator(sequences, padding_to=padding_to)
-        unused: Counter[str] = Counter()
+        unused: Counter[tuple[str, str]] = Counter()
         for row in batch:
             unused.update(row.get(UNUSED_KEY) or {})
         collated[LAYOUT_KEY] = PairLayout(rows, weights, keys, dict(unused), len(batch))
@@ -206,6 +256,60 @@ class BvpoTemplateMixin:
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle (packing workers, dataset fingerprints) must be told how.
         return _rebuild_template, (type(self)._model_template, self.__getstate__())
+
+
+def _count_responses_only(inputs, responses: int):
+    """Marks the last messages, so many of them, as what counts: each token once, and nothing else of the talk.
+
+    Left to itself, ms-swift leaves out an empty trace of a hybrid model's response (`ignore_empty_think`), follows
+    `loss` fields, and counts earlier turns. The log-prob of a response is that of all its tokens after one prompt.
+    """
+    first = len(inputs.messages) - responses
+    for i, message in enumerate(inputs.messages):
+        if i >= first:
+            message["loss"], message["loss_scale"] = True, 1.0
+        elif message["role"] not in ("system", "user"):
+            message["loss"] = False
+    return inputs
+
+
+def _lost_when_judged(inputs) -> list[tuple[str, str]]:
+    """The empty pair of a stream's row that was judged as it was read and keeps its trace pair alone."""
+    said = inputs.get(VERDICT_KEY) if isinstance(inputs, dict) else None
+    problems = RowVerdict.from_json(said).problems if said else ()
+    return [("empty", problem.reason) for problem in problems[:1]]
+
+
+def _present(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the columns that a stream of rows fills with None, such as those of a pair that was lost."""
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def row_in_words(row: dict[str, Any], length: int = 60) -> str:
+    """Where a row came from, its number, and the start of its prompt: the data are shuffled."""
+    asked = [m.get("content") for m in row.get("messages") or [] if m.get("role") == "user"]
+    text = " ".join(str(asked[-1]).split()) if asked else ""
+    shown = text if len(text) <= length else f"{text[:length]}…"
+    place = f"{row[SOURCE_KEY]}: " if row.get(SOURCE_KEY) else ""
+    return f"{place}row {row.get(ROW_KEY, '?')} ({shown!r})"
+
+
+def _prompt_fields(inputs) -> tuple:
+    """What a template can write a prompt from."""
+    spoken = [(message["role"], message["content"]) for message in inputs.messages[:-1]]
+    return inputs.system, inputs.tools, inputs.chat_template_kwargs, inputs.objects, spoken
+
+
+def frame_tokens(template) -> frozenset[int]:
+    """Control tokens (no tags, no words) that the template writes around messages."""
+    meta, tokenizer = template.template_meta, template.tokenizer
+    control = set(tokenizer.all_special_ids)
+    control |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tags = template.bvpo.rules.tags
+    control -= {token for tag in (tags.open, tags.close) for token in template._tokenize(tag)}
+    parts = [part for part in (meta.prefix, meta.system_prefix, meta.prompt, meta.chat_sep, meta.suffix) if part]
+    written = [template._encode_context_list(part)[0] for part in parts]
+    return frozenset(token for tokens in written for token in tokens if token in control)
 
 
 _CLASSES: dict[type, type] = {}

@@ -3,12 +3,15 @@
 A response of a thinking model is `<think>` trace `</think>` answer. BVPO needs both readings of it: the
 whole text for the trace stream, and the answer alone behind an empty think block for the empty stream.
 
-Three choices, made once here:
+The rule, made once here (docs/rows.md tells it to users):
 
-- The **last** `</think>` ends the trace, as in ms-swift's `Template._remove_thinking_content`, so that
-  a trace that quotes the tag is cut where ms-swift would cut it.
-- A text **opens** its trace only when it starts with `<think>` (white space aside). A `<think>` further in
-  is text: traces do talk about think tags, and the Thinking-2507 models never write the opening one.
+- A text **opens** its trace only when it starts with `<think>` (white space aside). The Thinking-2507 models never
+  write the opening tag: it stands in their prompt.
+- Its **one** `</think>` ends the trace. Of several, no reader can tell the end from a tag that the trace, or the
+  answer, speaks of: such an answer is not used (`data/rows.py`). Where a split is needed all the same, the last
+  one is taken, as in ms-swift's `Template._remove_thinking_content`.
+- A `<think>` behind the end of the trace, or inside a trace that was opened, is text.
+- A trace that is opened twice, and a `<think>` after something else, are no response of a model (`unclear_opening`).
 - Answers lose their outer white space, again as ms-swift does with answers that it takes out of texts.
 """
 
@@ -79,6 +82,25 @@ def has_open_think(text: str, tags: ThinkTags = DEFAULT_TAGS) -> bool:
     return text.lstrip().startswith(tags.open)
 
 
+def unclear_opening(text: str, tags: ThinkTags = DEFAULT_TAGS) -> str | None:
+    """What is wrong with where the trace opens, in words; None where nothing is.
+
+    `<think><think>` is a prompt's tag and the response's own put together. A text in front of `<think>` may be the
+    prompt once more, or a trace that lacks its opening tag and speaks of it.
+    """
+    opened = has_open_think(text, tags)
+    body = text.lstrip()[len(tags.open) :] if opened else text
+    if opened:
+        return f"{tags.open} twice at the start" if has_open_think(body, tags) else None
+    before, close, _ = body.partition(tags.close)
+    return f"text in front of {tags.open}" if close and tags.open in before else None
+
+
+def many_tags(text: str, tags: ThinkTags = DEFAULT_TAGS) -> bool:
+    """Whether the text holds an opening or a closing tag more than once."""
+    return text.count(tags.open) > 1 or text.count(tags.close) > 1
+
+
 def strip_answer(text: str, tags: ThinkTags = DEFAULT_TAGS) -> str:
     """The answer without its trace and without outer white space; '' where the trace was cut off."""
     return split_trace(text, tags).answer.strip()
@@ -88,10 +110,13 @@ def with_think_prefix(text: str, tags: ThinkTags = DEFAULT_TAGS) -> str:
     """Puts the opening tag in front of a response whose generation prompt held it.
 
     The prompt of a Thinking-2507 model ends in `<think>\\n`, so what it generates has `</think>` alone, and
-    ms-swift does not add the missing part in training. Texts that open their trace, and texts without a
-    trace, come back unchanged.
+    ms-swift does not add the missing part in training. A text that opens its trace loses what white space stands
+    in front: ms-swift looks for the tag at the very start, and would put an empty think block before it on that
+    side alone. Texts without a trace come back unchanged.
     """
-    if tags.close not in text or has_open_think(text, tags):
+    if has_open_think(text, tags):
+        return text.lstrip()
+    if tags.close not in text:
         return text
     return tags.open + tags.after_open + text
 

@@ -10,7 +10,7 @@ import torch.utils.data
 from swift.template import MaxLengthError
 from swift.utils import get_logger
 
-from megatron_bvpo.data.batches import UNUSED_KEY, UnusableRow
+from megatron_bvpo.data.batches import UNUSED_KEY
 from megatron_bvpo.data.handover import SOURCE_KEY
 
 logger = get_logger()
@@ -36,7 +36,7 @@ class EncodedStream(torch.utils.data.IterableDataset):
         for row in self.rows:
             try:
                 encoded = self.template.encode(row, return_length=True)
-            except (MaxLengthError, UnusableRow):
+            except MaxLengthError:  # counted and told by the template
                 continue
             except Exception as error:  # whatever a template raises for a row, the row is lost
                 if self.strict:

@@ -216,7 +216,7 @@ def length_lines(lengths: Iterable[list[int]], streams: tuple[str, ...]) -> list
         # `lengths` lists the row's sequences in encoding order: the trace pair first, where there is one.
         parts = [row] if len(streams) == 1 else [row[:2], row[2:]]
         for stream, part in zip(streams, parts, strict=True):
-            by_stream[stream] += part
+            by_stream[stream] += [length for length in part if length]  # 0: a pair that was lost
     lines = []
     for stream, values in by_stream.items():
         if values:

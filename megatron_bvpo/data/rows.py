@@ -4,20 +4,23 @@ A row is an ms-swift DPO row: `messages`, whose last message is the chosen respo
 (text, or a list of messages) or `rejected_messages` (a whole conversation). Two optional fields hold answers
 that were generated with thinking off: `empty_response` and `empty_rejected_response`.
 
-A row gives a trace pair and an empty pair. It can lose the empty pair and keep the trace pair. It cannot
-lose the trace pair alone: then the row is dropped. A stream that the run does not use (α fixed at 1 or 0)
-asks nothing of the rows. `check_row` never raises; it reports.
+A row gives a trace pair and an empty pair. As text it can lose the empty pair and keep the trace pair. It cannot
+lose the trace pair alone: then the row is dropped. (As tokens it can, pair_checks.py.) A stream that the run does
+not use (α fixed at 1 or 0) asks nothing of the rows. `check_row` never raises; it reports.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_bvpo.data.empty_trace import (
+    DEFAULT_TAGS,
     ThinkTags,
     Trace,
+    many_tags,
     own_answer,
     split_trace,
     strip_answer,
+    unclear_opening,
     with_think_prefix,
 )
 from megatron_bvpo.data.verdicts import RowProblem, RowRules, RowTally, RowVerdict, require_rows
@@ -27,6 +30,9 @@ __all__ = ["RowProblem", "RowRules", "RowTally", "RowVerdict", "check_row", "nor
 ROLES = frozenset({"system", "user", "assistant", "tool", "tool_call", "tool_response"})
 TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response"})
 MEDIA_FIELDS = ("images", "videos", "audios", "rejected_images", "rejected_videos", "rejected_audios")
+
+# What a prompt is written from beside the messages. Either side's stands for both where the other names none.
+PROMPT_FIELDS = ("tools", "chat_template_kwargs")
 
 _CUT_OFF = "generation was cut off; raise the generation limit, or leave the row out"
 _LEAVE_OUT = "mend the row or leave it out"
@@ -47,6 +53,12 @@ def check_row(row: Any, rules: RowRules) -> RowVerdict:
     pair = _check_shape(row)
     if pair.problems:
         return RowVerdict(False, False, None, tuple(pair.problems))
+    texts = [pair.chosen, pair.rejected, row.get("empty_response"), row.get("empty_rejected_response")]
+    many = any(many_tags(text, rules.tags) for text in texts if isinstance(text, str))
+    return replace(_check_pairs(row, pair, rules), many_tags=many)
+
+
+def _check_pairs(row: dict[str, Any], pair: _Pair, rules: RowRules) -> RowVerdict:
     problems = _trace_problems(pair, rules.tags) if "trace" in rules.streams else []
     if problems or "empty" not in rules.streams:
         return RowVerdict(not problems, False, None, tuple(problems))
@@ -66,9 +78,9 @@ def is_pair(row: Any) -> bool:
 def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> dict[str, Any]:
     """The row as the template should see it; the input is not changed.
 
-    The opening think tag stands in both responses, the rejected side is given in one way only, and
-    `empty_response` and `empty_rejected_response` are both texts, or both None where there is no empty pair.
-    Other columns stay. Doing it twice with one verdict changes nothing.
+    The opening think tag stands in both responses, the rejected side is given in one way only, tools that one side
+    alone names are both sides', and `empty_response` and `empty_rejected_response` are both texts, or both None where
+    there is no empty pair. Other columns stay. Doing it twice with one verdict changes nothing.
     """
     assert verdict.kept, "a dropped row has no normal form"
     new = dict(row)
@@ -84,6 +96,13 @@ def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> 
         prefixed = with_think_prefix(response, rules.tags) if is_text else _prefixed(response, rules.tags)
         new["rejected_response"] = prefixed
         new.pop("rejected_messages", None)
+    for name in PROMPT_FIELDS:
+        mine, other = row.get(name), row.get(f"rejected_{name}")
+        if other and not mine:
+            new[name] = other
+        elif mine and not other and (response is None or f"rejected_{name}" in row):
+            # Only beside a rejected_response, and where there is no such column, ms-swift does this itself.
+            new[f"rejected_{name}"] = mine
     if verdict.empty_source == "own":
         answers = [own_answer(row[name], rules.tags) for name in ("empty_response", "empty_rejected_response")]
     elif verdict.empty_source == "stripped":
@@ -203,7 +222,34 @@ def _conversation_problems(messages: Any, name: str, prompt: list[dict[str, Any]
     if len(response) > 1:
         problem, found = "several messages after the last user turn", str(len(response))
         return [RowProblem(name, problem, "join them into one assistant message", found=found)]
+    return _loss_problems(response[0], name) or _history_problems(messages[: max(last_user, 0)], name)
+
+
+def _loss_problems(response: dict[str, Any], name: str) -> list[RowProblem]:
+    """A response that its row does not want counted, or not as it is, cannot be preferred."""
+    for key, fine in (("loss", "true"), ("loss_scale", "1")):
+        value = response.get(key)
+        if value is not None and value != 1:
+            problem, remedy = f"{key} on the response is not {fine}", f"take {key} off it, or leave the row out"
+            return [RowProblem(name, problem, remedy, found=kind_of(value))]
     return []
+
+
+def _history_problems(earlier: list[dict[str, Any]], name: str) -> list[RowProblem]:
+    """ms-swift takes the traces off earlier turns, too: up to the last closing tag, whoever speaks of it."""
+    for i, message in enumerate(earlier):
+        text = message.get("content")
+        if message["role"] != "assistant" or not isinstance(text, str):
+            continue
+        if problem := _many_ends(text, DEFAULT_TAGS) or unclear_opening(text):
+            return [RowProblem(f"{name}[{i}].content", problem, "give earlier turns without their traces")]
+    return []
+
+
+def _many_ends(text: str, tags: ThinkTags) -> str | None:
+    if text.count(tags.close) < 2:
+        return None
+    return f"more than one {tags.close}, so where the answer begins cannot be told"
 
 
 def _message_problem(message: Any, where: str, is_first: bool) -> RowProblem | None:
@@ -263,7 +309,8 @@ def _trace_problems(pair: _Pair, tags: ThinkTags) -> list[RowProblem]:
     if texts[0] == texts[1]:
         return [_same_text(pair.rejected_field)]
     # One empty trace is a sample like any other: some models skip thinking, and that can be preferred or not.
-    if not any(split_trace(text, tags).trace.strip() for text in texts):
+    # Up to the first closing tag: what follows it may be an answer that speaks of the tags.
+    if not any(split_trace(text.partition(tags.close)[0] + tags.close, tags).trace.strip() for text in texts):
         remedy = "generate with thinking on; answers without thinking belong in empty_response"
         return [RowProblem("messages", "neither response has a trace", remedy)]
     return []
@@ -273,6 +320,9 @@ def _response_problem(name: str, text: str, tags: ThinkTags) -> RowProblem | Non
     parts = split_trace(text, tags)
     if not parts.trace.strip() and not parts.answer.strip():
         return RowProblem(name, "blank response", _LEAVE_OUT)
+    if unclear := unclear_opening(text, tags):
+        remedy = "a trace opens once, at the very start; mend the row or leave it out"
+        return RowProblem(name, unclear, remedy)
     if parts.closed:
         if _reopened(parts, tags):
             return RowProblem(name, f"no {tags.close} after the second {tags.open}", _CUT_OFF)
@@ -323,7 +373,7 @@ def _own_problems(answers: dict[str, Any], tags: ThinkTags, drops: str) -> list[
         texts.append(text)
         if text is None:
             remedy = "generate it with thinking off"
-            problems.append(RowProblem(name, "holds a trace", remedy, drops))
+            problems.append(RowProblem(name, f"holds a trace, or speaks of {tags.close}", remedy, drops))
         elif not text:
             remedy = "leave both empty answers out of the row to use the stripped ones"
             problems.append(RowProblem(name, "blank", remedy, drops))
@@ -337,11 +387,13 @@ def _own_problems(answers: dict[str, Any], tags: ThinkTags, drops: str) -> list[
 
 def _stripped_problems(pair: _Pair, tags: ThinkTags, drops: str) -> list[RowProblem]:
     add = "add empty_response and empty_rejected_response"
-    sides = [("messages", split_trace(pair.chosen, tags))]
-    sides.append((pair.rejected_field, split_trace(pair.rejected, tags)))
+    texts = (pair.chosen, pair.rejected)
+    sides = list(zip(("messages", pair.rejected_field), (split_trace(text, tags) for text in texts), strict=True))
     problems = []
-    for name, parts in sides:
-        if parts.cut_off or _reopened(parts, tags):
+    for text, (name, parts) in zip(texts, sides, strict=True):
+        if many := _many_ends(text, tags):
+            problems.append(RowProblem(name, many, add, drops))
+        elif parts.cut_off or _reopened(parts, tags):
             problems.append(RowProblem(name, f"no {tags.close}, so no answer", _CUT_OFF, drops))
         elif not parts.answer.strip():
             problems.append(RowProblem(name, f"no answer after {tags.close}", add, drops))

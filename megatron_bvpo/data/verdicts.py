@@ -21,11 +21,13 @@ class RowRules:
             'require' refuses the row.
         streams: the streams that are run, of 'trace' and 'empty'.
         tags: the model's think tags.
+        version: of the rules as the code has them. Verdicts are kept on disk by the text of this object.
     """
 
     empty: Literal["strip", "require"] = "strip"
     streams: tuple[str, ...] = STREAMS
     tags: ThinkTags = DEFAULT_TAGS
+    version: int = field(default=2, init=False)
 
     def __post_init__(self) -> None:
         if self.empty not in ("strip", "require"):
@@ -77,12 +79,16 @@ class RowProblem:
 
 @dataclass(frozen=True)
 class RowVerdict:
-    """Which pairs of a row are used, where its empty answers come from, and what is wrong with it."""
+    """Which pairs of a row are used, where its empty answers come from, and what is wrong with it.
+
+    `many_tags`: one of its responses holds an opening or a closing think tag more than once.
+    """
 
     trace_ok: bool
     empty_ok: bool
     empty_source: Literal["own", "stripped"] | None = None
     problems: tuple[RowProblem, ...] = ()
+    many_tags: bool = False
 
     @property
     def kept(self) -> bool:
@@ -106,6 +112,7 @@ class RowTally:
     trace_pairs: int = 0
     own: int = 0
     stripped: int = 0
+    many_tags: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     empty_lost: Counter[str] = field(default_factory=Counter)
 
@@ -123,6 +130,7 @@ class RowTally:
         self.trace_pairs += verdict.trace_ok
         self.own += verdict.empty_source == "own"
         self.stripped += verdict.empty_source == "stripped"
+        self.many_tags += verdict.many_tags
         if not verdict.kept:
             problems = [p for p in verdict.problems if p.drops == "row"] or list(verdict.problems)
             self.dropped[problems[0].reason] += 1
@@ -131,7 +139,7 @@ class RowTally:
 
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""
-        for name in ("rows", "trace_pairs", "own", "stripped"):
+        for name in ("rows", "trace_pairs", "own", "stripped", "many_tags"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dropped.update(other.dropped)
         self.empty_lost.update(other.empty_lost)
@@ -144,6 +152,8 @@ class RowTally:
             f"{_count(self.trace_pairs, 'trace pair')}, {_count(self.empty_pairs, 'empty pair')} "
             f"({self.own} with their own answers, {self.stripped} with stripped answers)."
         )
+        if self.many_tags:
+            lines.append(f"{_count(self.many_tags, 'row')} with an opening or closing tag twice or more in a response.")
         for title, counts in (("dropped", self.dropped), ("kept without the empty pair", self.empty_lost)):
             if counts:
                 lines.append(f"{_count(counts.total(), 'row')} {title}:")

@@ -84,6 +84,7 @@ def refusals(args: Any) -> list[tuple]:
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
     ]
     found += silent_refusals(args) + (lora_refusals(args) if adapts(args) else full_refusals(args))
+    found += counting_refusals(args)
     if args.optimizer_cpu_offload:
         found += offload_refusals(args)
     if parse_alpha(args.bvpo_alpha) is None:
@@ -117,6 +118,40 @@ def silent_refusals(args: Any) -> list[tuple]:
         *(
             (no_reference and getattr(args, flag), flag, "this loss has no reference, so nothing would read it", leave)
             for flag in ("ref_model", "mcore_ref_model")
+        ),
+    ]
+
+
+def counting_refusals(args: Any) -> list[tuple]:
+    """Settings under which other tokens would count than the responses', or nothing could learn."""
+    leave = "leave the flag out"
+    frozen = getattr(args, "freeze_parameters_ratio", 0.0)  # a plan refuses any value of it
+    trained = getattr(args, "trainable_parameters", None) or getattr(args, "trainable_parameters_regex", None)
+    return [
+        (
+            # ms-swift adds the second name for hybrid models.
+            args.loss_scale not in (None, "last_round", "last_round+ignore_empty_think"),
+            "loss_scale",
+            "BVPO counts the two responses, each token once: no earlier turn, no prompt, no weights",
+            leave,
+        ),
+        (
+            args.truncation_strategy == "split",
+            "truncation_strategy",
+            "a piece of a response cannot be preferred to a piece of another",
+            "use delete (the default), right or left; docs/rows.md says what they do to a pair",
+        ),
+        (
+            args.tuner_type == "full" and frozen >= 1 and not trained,
+            "freeze_parameters_ratio",
+            "every parameter is frozen, so nothing would be trained",
+            "lower it, or name what is trained in --trainable_parameters",
+        ),
+        (
+            args.tuner_type != "full" and args.lora_alpha == 0,
+            "lora_alpha",
+            "the adapters' output is multiplied by 0, so nothing would be trained",
+            leave,
         ),
     ]
 

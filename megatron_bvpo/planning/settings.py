@@ -55,6 +55,7 @@ class RunSettings:
     tuner_type: str = "full"
     target_modules: tuple[str, ...] = ("all-linear",)
     lora_rank: int = 8
+    lora_alpha: float = 32.0
     lora_dropout: float = 0.05
     ref_adapters: tuple[str, ...] = ()
     freeze_parameters_regex: str | None = None
@@ -107,6 +108,8 @@ class RunSettings:
     dist_ckpt_optim_fully_reshardable: bool = False
     calculate_per_token_loss: bool = False
     task_type: str | None = None
+    loss_scale: str | None = "last_round"
+    truncation_strategy: str | None = None
     streaming: bool = False
     group_by_length: bool = False
     fp8_param_gather: bool = False

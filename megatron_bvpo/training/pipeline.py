@@ -60,13 +60,6 @@ class BvpoPipeline(MegatronRLHF):
                 field="--template_backend",
                 remedy="leave the flag out",
             )
-        binary = self.template.is_binary_loss_scale
-        if not (self.template.loss_scale.is_binary_loss_scale if binary is None else binary):
-            raise UserError(
-                f"loss_scale is {args.loss_scale!r}: a sequence's log-prob is a plain sum: weights of tokens are lost",
-                field="--loss_scale",
-                remedy="leave the flag out, or add --is_binary_loss_scale true: weights above 0 then count as 1",
-            )
         block = empty_block(self.template.template_meta.non_thinking_prefix, config.empty_block)
         settings = TemplateSettings(
             rules=self.rules,
@@ -154,14 +147,14 @@ class BvpoPipeline(MegatronRLHF):
         return dataset
 
     def _measured(self, name: str, dataset):
-        """`dataset` with the lengths of all its sequences, without the rows that do not fit; says which those are."""
+        """`dataset` with the lengths of all its sequences, without the rows that have no pair to train; names those."""
         args = self.args
-        dataset, lost = measure_dataset(
+        dataset, found = measure_dataset(
             dataset, self.template, num_proc=args.dataset_num_proc, load_from_cache_file=args.load_from_cache_file
         )
-        for line in lost.lines():
+        for line in found.lines():
             logger.info(f"{name} data: {line}")
-        lost.require_rows(len(dataset), args.dataset if name == "training" else args.val_dataset)
+        found.require_pairs(args.bvpo.streams, args.dataset if name == "training" else args.val_dataset)
         return dataset
 
     def _show_dataset(self, train_dataset, val_dataset):

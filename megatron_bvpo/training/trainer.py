@@ -13,6 +13,7 @@ The step is taken only if every rank's loss and gradient are finite.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
+        if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
+            template.bvpo = replace(template.bvpo, tell_losses=False)
         self._start_alpha()
         self.skipped_in_a_row = 0
         self._val_dataloaders: list = []
@@ -109,6 +112,18 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
+        if not self.bvpo.refs_only:
+            self._require_something_to_train()
+
+    def _require_something_to_train(self) -> None:
+        """A run that trains nothing ends like any other, with exit code 0 and weights as they were."""
+        trained = any(p.requires_grad for model in self.unwrapped_models for p in model.parameters())
+        if not self.groups.any_rank(trained, get_current_device()):
+            raise UserError(
+                "every parameter is frozen, so nothing would be trained",
+                field="--freeze_parameters",
+                remedy="freeze less, or name what is trained in --trainable_parameters",
+            )
 
     # ---- data
 

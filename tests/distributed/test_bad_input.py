@@ -227,6 +227,23 @@ FLAGS = {
         1,
         r".*train.jsonl: --max_length: no row is left: 16 longer than .* 12. .*",
     ),
+    "a loss scale": ({"loss_scale": "default"}, 1, "--loss_scale: .* is 'default': BVPO counts the two responses, .*"),
+    "truncation into pieces": (
+        {"truncation_strategy": "split"},
+        1,
+        "--truncation_strategy: .* is 'split': a piece .* right or left; .*",
+    ),
+    "all frozen": (
+        {"tuner_type": "full", "freeze_parameters_ratio": 1.0},
+        1,
+        "--freeze_parameters_ratio: .* is 1.0: every parameter is frozen, so nothing would be trained; .*",
+    ),
+    "all frozen by name": (
+        {"tuner_type": "full", "freeze_parameters_regex": ".*"},
+        1,
+        "--freeze_parameters: every parameter is frozen, so nothing would be trained; .*",
+    ),
+    "adapters times 0": ({"lora_alpha": 0}, 1, "--lora_alpha: .* is 0.*: the adapters' output .* by 0, .*"),
     "a jinja template": ({"template_backend": "jinja"}, 1, "--template_backend: .* is 'jinja': .*"),
     "no such checkpoint": (
         {"mcore_adapter": "/no/such/checkpoint-1", "finetune": "false"},
@@ -316,7 +333,8 @@ ROWS = {
     ),
 }
 TOO_LONG = {
-    "rows dropped": row(chosen=f"<think>\n{LONG}\n</think>\n\n4", prompt="Think long."),
+    "rows dropped": row(prompt=f"Read long. {LONG}"),
+    "rows kept without the trace pair": row(chosen=f"<think>\n{LONG}\n</think>\n\n4", prompt="Think long."),
     "rows kept without the empty pair": row(empty_response=LONG, empty_rejected_response="5", prompt="Answer long."),
 }
 
@@ -330,13 +348,49 @@ def test_rows_that_are_left_out_are_counted_and_listed(workshop, tmp_path):
     for number, (what, (_, counted)) in enumerate(ROWS.items()):
         assert counted in said, what
         assert f"{file}:{len(good) + number + 1}: " in said, f"{what} is not listed"
-    kept = len(good) + 4  # two without their empty pair, and two that are too long to be encoded
+    kept = len(good) + 5  # two without their empty pair, and three with something that is too long to be encoded
     assert f"{len(good) + len(ROWS) + len(TOO_LONG)} rows read, {kept} kept." in said
     for what in TOO_LONG:
         assert f"training data: 1 {what}: longer than --max_length 512" in said
-    assert re.search(r"training data: row \d+ \('Think long.'\): Current length of row\(\d+\) is larger", said)
-    assert re.search(r"training data: row \d+ \('Answer long.'\): its empty pair is longer", said)
-    assert re.search(rf"trace stream: {kept - 1} pairs", said) and re.search(rf"empty stream: {kept - 4} pairs", said)
+    too_long = r"longer than --max_length 512 \(\d+ tokens\): raise it, or cut with --truncation_strategy"
+    assert re.search(
+        rf"data: row \d+ \('Read long. Hm.*…'\): its trace pair: {too_long}; its empty pair: {too_long}", said
+    )
+    assert re.search(r"training data: row \d+ \('Think long.'\): its trace pair: longer than", said)
+    assert re.search(r"training data: row \d+ \('Answer long.'\): its empty pair: longer than", said)
+    assert f"training data: trace stream: {kept} pairs encoded, {kept - 2} left and 2 lost." in said
+    assert re.search(rf"trace stream: {kept - 2} pairs,", said) and re.search(rf"empty stream: {kept - 4} pairs,", said)
+
+
+def test_pairs_that_are_cut_are_counted(workshop, tmp_path):
+    """Cut on the right: what is left without a response or a difference is lost by name, and the rest is trained."""
+    good = make_sample_rows(4, seed=1)
+    behind = f"<think>\n{LONG}\n</think>\n\n"
+    rows = [
+        row(prompt=f"Read long. {LONG}"),
+        row(f"{behind}4", f"{behind}5", prompt="Differ late."),
+        row(f"<think>\nSo {LONG}</think>4", f"<think>\nOr {LONG}</think>5", prompt="Differ at once."),
+    ]
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(jsonl(*good, *rows))
+    more = {"truncation_strategy": "right", "global_batch_size": 6, "save_safetensors": "false"}
+    run = zygotes().run(tmp_path / "out", flags(workshop, dataset=file, **more)).require_success()
+    said = re.sub(r"\[INFO:swift\] ", "", run.stderr[0])
+    for line in (
+        "trace stream: 1 pairs cut to --max_length.",
+        "trace stream: 7 pairs encoded, 5 left and 2 lost.",
+        "empty stream: 7 pairs encoded, 6 left and 1 lost.",
+        "1 rows dropped: no response within --max_length 512",
+        "1 rows kept without the trace pair: the same tokens on both sides within --max_length 512",
+    ):
+        assert f"training data: {line}" in said, line
+    assert re.search("trace stream: 5 pairs,", said) and re.search("empty stream: 6 pairs,", said)
+    assert len(step_losses(tmp_path / "out")) == 1
+
+
+def step_losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "logging.jsonl").read_text().splitlines())
+    return [line["loss/trace"] for line in lines if "loss/trace" in line]
 
 
 # --- the commands themselves ---

@@ -9,9 +9,11 @@ from megatron_bvpo.data.empty_trace import (
     ThinkTags,
     empty_block,
     has_open_think,
+    many_tags,
     own_answer,
     split_trace,
     strip_answer,
+    unclear_opening,
     with_think_prefix,
 )
 from megatron_bvpo.errors import UserError
@@ -75,7 +77,7 @@ def test_prefix_is_put_once(text):
     once = with_think_prefix(text)
     assert with_think_prefix(once) == once
     assert strip_answer(once) == strip_answer(text)
-    assert once in (text, "<think>\n" + text)
+    assert once in (text.lstrip() if has_open_think(text) else text, "<think>\n" + text)
     if "</think>" in text:
         assert has_open_think(once)
 
@@ -86,13 +88,41 @@ def test_prefix_is_put_once(text):
         ("r</think>y", "<think>\nr</think>y"),
         ("a <think> tag</think>y", "<think>\na <think> tag</think>y"),
         ("<think>r</think>y", "<think>r</think>y"),
-        ("\n<think>r</think>y", "\n<think>r</think>y"),
+        # ms-swift looks for the tag at the very start, and puts an empty block in front of what it does not see.
+        ("\n<think>r</think>y", "<think>r</think>y"),
         ("y", "y"),
         ("<think>cut", "<think>cut"),
     ],
 )
 def test_prefix(text, expected):
     assert with_think_prefix(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("<think>r</think>y", None),
+        ("r</think>y", None),
+        ("y", None),
+        ("<think>the <think> tag</think>y", None),
+        ("r</think>put <think> first", None),
+        ("<think>r</think>put <think> and </think>", None),
+        ("<think>\n<think>r</think>y", "<think> twice at the start"),
+        (" <think><think>", "<think> twice at the start"),
+        ("What is 2+2?\n<think>\nr</think>y", "text in front of <think>"),
+        ("the <think> tag</think>y", "text in front of <think>"),
+    ],
+)
+def test_where_a_trace_opens(text, wrong):
+    assert unclear_opening(text) == wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "many"),
+    [("<think>r</think>y", False), ("y", False), ("<think><think>", True), ("a</think>b</think>", True)],
+)
+def test_many_tags(text, many):
+    assert many_tags(text) == many
 
 
 @pytest.mark.parametrize(

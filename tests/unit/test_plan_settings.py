@@ -149,6 +149,9 @@ REFUSED = {
     "use_rslora": True,
     "target_regex": ".*qkv",
     "modules_to_save": ["embedding"],
+    "loss_scale": "default",
+    "truncation_strategy": "split",
+    "freeze_parameters_ratio": 1.0,
 }
 ADAPTERS = {"tuner_type": "lora"}
 REFUSED_WITH_ADAPTERS = {
@@ -164,6 +167,7 @@ REFUSED_WITH_ADAPTERS = {
     "freeze_parameters_ratio": ADAPTERS | {"freeze_parameters_ratio": 0.5},
     "trainable_parameters": ADAPTERS | {"trainable_parameters": ["embedding"]},
     "trainable_parameters_regex": ADAPTERS | {"trainable_parameters_regex": ".*norm"},
+    "lora_alpha": ADAPTERS | {"lora_alpha": 0},
 }
 
 

@@ -1,6 +1,7 @@
 """Rows: what is refused, what is dropped, what is kept, and what people are told about it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -27,6 +28,8 @@ def without(name, **more):
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"role": "tool_call", "content": "{}"}
+
+SPEAKS = "Open with <think>, write 0, and close with </think> before the answer."
 
 # name: (row, field of the problem, fragments of problem and remedy)
 DROPPED = {
@@ -88,6 +91,47 @@ DROPPED = {
     "equal": (row(rejected=CHOSEN), "rejected_response", ["the same text"]),
     "equal but for the prefix": (row(rejected=CHOSEN[8:]), "rejected_response", ["the same text"]),
     "equal but for white space": (row(rejected=f"{CHOSEN}\n"), "rejected_response", ["the same text"]),
+    "opened twice": (row(chosen="<think>\n<think>a</think>4"), "messages", ["<think> twice at the start", "once"]),
+    "the prompt once more": (
+        row(rejected=f"What is 2+2?{REJECTED}"),
+        "rejected_response",
+        ["text in front of <think>"],
+    ),
+    "a trace only if its answer is one": (
+        row("<think></think>Close with </think>!", "<think></think>5"),
+        "messages",
+        ["neither response has a trace"],
+    ),
+    "chosen that does not count": (
+        {**row(), "messages": [talk()[0], {**talk()[1], "loss": False}]},
+        "messages",
+        ["loss on the response is not true, found true or false", "take loss off"],
+    ),
+    "a word for false": (
+        {**row(), "messages": [talk()[0], {**talk()[1], "loss": "false"}]},
+        "messages",
+        ["loss on the response is not true, found text 'false'"],
+    ),
+    "rejected that does not count": (
+        row(rejected=[{**talk(REJECTED)[1], "loss": 0}]),
+        "rejected_response",
+        ["loss on the response", "the number 0"],
+    ),
+    "rejected that counts half": (
+        {"messages": talk(), "rejected_messages": [talk()[0], {**talk(REJECTED)[1], "loss_scale": 0.5}]},
+        "rejected_messages",
+        ["loss_scale on the response is not 1", "the number 0.5"],
+    ),
+    "an earlier answer that speaks of tags": (
+        {**row(), "messages": [*talk(SPEAKS), *talk()]},
+        "messages[1].content",
+        ["text in front of <think>", "earlier turns without their traces"],
+    ),
+    "an earlier turn with several ends": (
+        {**row(), "messages": [*talk(f"<think>a</think>{SPEAKS}"), *talk()]},
+        "messages[1].content",
+        ["more than one </think>"],
+    ),
     "both traces empty": (
         row("<think></think>4", "<think>\n</think>5"),
         "messages",
@@ -128,6 +172,11 @@ EMPTY_LOST = {
     ),
     "own answer cut off": (row(**{**OWN, "empty_response": "<think>so"}), "empty_response", ["a trace"]),
     "own answer of another type": (row(**{**OWN, "empty_response": 4}), "empty_response", ["expected text"]),
+    "own answer that speaks of tags": (
+        row(**{**OWN, "empty_response": SPEAKS}),
+        "empty_response",
+        ["holds a trace, or speaks of </think>"],
+    ),
     "no answer to strip": (row(chosen="<think>so</think>\n"), "messages", ["no answer after </think>"]),
     "equal stripped answers": (
         row(rejected="<think>hm</think> It is 4."),
@@ -153,6 +202,30 @@ def test_lost_empty_pair(case):
     assert check_row(bad, RowRules(streams=("trace",))) == RowVerdict(True, False)
 
 
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        (row(chosen=f"<think>\nHm.\n</think>\n\n{SPEAKS}"), "messages"),
+        (row(chosen="<think>say </think> and</think>4"), "messages"),
+        (row(rejected=f"Hm.\n</think>\n\n{SPEAKS}"), "rejected_response"),
+    ],
+)
+def test_an_answer_that_cannot_be_told_from_its_trace(entry, field):
+    """It loses the stripped answers, not its whole responses, and none of its own answers."""
+    verdict = check_row(entry, RULES)
+    assert (verdict.trace_ok, verdict.empty_ok, verdict.many_tags) == (True, False, True)
+    (problem,) = verdict.problems
+    assert problem.field == field and problem.drops == "empty"
+    assert "more than one </think>, so where the answer begins cannot be told" in str(problem)
+    assert check_row({**entry, **OWN}, RULES) == RowVerdict(True, True, "own", many_tags=True)
+    assert not check_row(entry, RowRules(streams=("empty",))).kept
+    assert check_row(entry, RowRules(streams=("trace",))) == RowVerdict(True, False, many_tags=True)
+    tally = RowTally()
+    tally.add(verdict)
+    tally.merge(tally)
+    assert "2 rows with an opening or closing tag twice or more in a response." in tally.lines()
+
+
 def test_require_refuses_rows_without_own_answers():
     rules = RowRules(empty="require")
     verdict = check_row(row(), rules)
@@ -176,16 +249,18 @@ def test_unknown_rule_is_refused():
         (row(empty_response="<think>\n\n</think>\n\n4", empty_rejected_response="5"), "own"),
         (row(chosen="so</think>4"), "stripped"),
         (row(chosen="<think></think>4"), "stripped"),
-        (row(chosen="<think>say </think> and</think>4"), "stripped"),
         (row(rejected=[{"role": "assistant", "content": REJECTED}]), "stripped"),
         (row(rejected_messages=talk(REJECTED)), "stripped"),
+        (row(chosen="<think>so</think>4, behind <think>"), "stripped"),
+        (row(rejected=[{**talk(REJECTED)[1], "loss": True, "loss_scale": 1.0}]), "stripped"),
+        ({**row(), "messages": [*talk("<think>a</think>b"), *talk()]}, "stripped"),
         (row(rejected_messages=None, images=[], videos=None, tools=[{"name": "f"}], label=1), "stripped"),
         ({"messages": [SYSTEM, *talk()], "rejected_messages": [SYSTEM, *talk(REJECTED)]}, "stripped"),
         ({"messages": [*talk(), CALL, *talk()], "rejected_response": REJECTED}, "stripped"),
     ],
 )
 def test_good_row(good, source):
-    assert check_row(good, RULES) == RowVerdict(True, True, source)
+    assert replace(check_row(good, RULES), many_tags=False) == RowVerdict(True, True, source)
 
 
 def test_a_stream_that_is_not_used_asks_nothing():
@@ -233,6 +308,27 @@ def test_normal_form_of_other_spellings():
     normal = normalise_row(as_list, check_row(as_list, RULES), RULES)
     assert normal["rejected_response"] == talk("<think>\nor</think>5")[1:]
     assert (normal["empty_response"], normal["empty_rejected_response"]) == ("4", "5")
+
+
+TOOLS, OTHERS = [{"name": "f"}], [{"name": "g"}]
+
+
+@pytest.mark.parametrize(
+    ("given_row", "chosen", "rejected"),
+    [
+        ({"messages": talk(), "rejected_messages": talk(REJECTED), "tools": TOOLS}, TOOLS, TOOLS),
+        ({"messages": talk(), "rejected_messages": talk(REJECTED), "rejected_tools": TOOLS}, TOOLS, TOOLS),
+        (row(rejected_tools=TOOLS), TOOLS, TOOLS),
+        (row(tools=TOOLS, rejected_tools=[]), TOOLS, TOOLS),
+        (row(tools=TOOLS, rejected_tools=OTHERS), TOOLS, OTHERS),  # seen when the prompts are encoded
+        (row(tools=[], rejected_tools=None), [], None),
+        (row(tools=TOOLS), TOOLS, "absent"),  # ms-swift's own
+    ],
+)
+def test_tools_that_one_side_names_are_both_sides(given_row, chosen, rejected):
+    normal = normalise_row(given_row, check_row(given_row, RULES), RULES)
+    assert (normal["tools"], normal.get("rejected_tools", "absent")) == (chosen, rejected)
+    assert normalise_row(normal, check_row(given_row, RULES), RULES) == normal
 
 
 WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "a", "b", " "]), max_size=6).map("".join)
