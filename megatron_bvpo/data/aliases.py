@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
-from megatron_bvpo.data.messages import REASONING_KEYS, canonical_messages, parsed, with_reasoning
+from megatron_bvpo.data.messages import REASONING_KEYS, canonical_messages, is_talk, parsed, with_reasoning
 from megatron_bvpo.data.pair_forms import from_pair_form
 
 MESSAGES_KEYS = ("messages", "conversation", "conversations")
@@ -101,6 +101,8 @@ def _with_one_rejected_side(row: dict[str, Any], system: Any, tags: ThinkTags) -
     if conversation is not None:
         row["rejected_messages"] = canonical_messages(conversation, system, tags)
     response = row.get("rejected_response")
+    if isinstance(response, str) and is_talk(response):
+        response = parsed(response)
     if isinstance(response, str):
         if conversation is not None and not response.strip():
             row["rejected_response"] = None

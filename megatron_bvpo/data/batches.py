@@ -136,7 +136,7 @@ class BvpoTemplateMixin:
             said = inputs.get(VERDICT_KEY)  # of streams; others have lost their bad rows by now
             verdict = RowVerdict.from_json(said) if said else check_row(inputs, rules)
             if not verdict.kept:
-                problem = verdict.problems[0]
+                problem = verdict.decisive
                 loss = Loss(problem.reason, problem.remedy, problem.found)
                 return {}, Account(lost=dict.fromkeys(rules.streams, loss))
             row = inputs.get(ROW_KEY)
@@ -276,8 +276,8 @@ def _count_responses_only(inputs, responses: int):
 def _lost_when_judged(inputs) -> list[tuple[str, str]]:
     """The empty pair of a stream's row that was judged as it was read and keeps its trace pair alone."""
     said = inputs.get(VERDICT_KEY) if isinstance(inputs, dict) else None
-    problems = RowVerdict.from_json(said).problems if said else ()
-    return [("empty", problem.reason) for problem in problems[:1]]
+    verdict = RowVerdict.from_json(said) if said else None
+    return [("empty", verdict.decisive.reason)] if verdict and verdict.problems else []
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:

@@ -31,11 +31,10 @@ from megatron_bvpo.errors import UserError
 
 SOURCE_KEY = "bvpo_source"
 VERDICT_KEY = "bvpo_verdict"
-TEXT_COLUMNS = ("rejected_response", "empty_response", "empty_rejected_response", SOURCE_KEY, VERDICT_KEY)
-LIST_COLUMNS = ("messages", "rejected_messages", "tools")  # lists of objects, each stored as JSON
-OBJECT_COLUMNS = ("chat_template_kwargs",)
-COLUMNS = ("messages", *TEXT_COLUMNS[:1], "rejected_messages", *TEXT_COLUMNS[1:3], *LIST_COLUMNS[2:], *OBJECT_COLUMNS)
-COLUMNS += (SOURCE_KEY, VERDICT_KEY)
+LIST_COLUMNS = ("messages", "rejected_messages", "tools", "rejected_tools")  # lists of objects, each stored as JSON
+OBJECT_COLUMNS = ("chat_template_kwargs", "rejected_chat_template_kwargs")
+ANSWER_COLUMNS = ("empty_response", "empty_rejected_response")
+COLUMNS = (*LIST_COLUMNS, *OBJECT_COLUMNS, "rejected_response", *ANSWER_COLUMNS, SOURCE_KEY, VERDICT_KEY)
 
 _REPORT = b"bvpo_report"
 _STEERING = ("loss", "loss_scale")
@@ -69,13 +68,14 @@ class Reading:
 def _in_one_form(row: dict[str, Any]) -> dict[str, Any]:
     """The columns that are handed over, with the rejected side in one of its two."""
     new = {name: row.get(name) for name in COLUMNS[:-2]}
-    for name in ("empty_response", "empty_rejected_response"):
+    for name in ANSWER_COLUMNS:
         new[name] = new[name] if isinstance(new[name], str) else None  # the verdict has told of anything else
-    for name in ("tools", "chat_template_kwargs"):
+    for name in (*LIST_COLUMNS[2:], *OBJECT_COLUMNS):
         if isinstance(new[name], str):
             new[name] = _loaded(new[name])
-    if new["tools"] is not None and not isinstance(new["tools"], list):
-        new["tools"] = [new["tools"]]
+    for name in LIST_COLUMNS[2:]:
+        if new[name] is not None and not isinstance(new[name], list):
+            new[name] = [new[name]]
     response, messages = new["rejected_response"], new["messages"]
     if isinstance(response, str):
         new["rejected_messages"] = None

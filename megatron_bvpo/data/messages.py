@@ -56,6 +56,15 @@ def with_reasoning(content: Any, reasoning: Any, tags: ThinkTags = DEFAULT_TAGS)
     return trace + "\n" + tags.close + "\n\n" + content.lstrip("\n")
 
 
+def is_talk(text: str) -> bool:
+    """Whether a text is messages written as JSON, which is how a cell of a table holds them. No response is that."""
+    if not text.lstrip().startswith("[") or not any(f'"{key}"' in text for key in ("content", "value")):
+        return False
+    found = parsed(text)
+    keys = ({"role", "content"}, {"from", "value"})
+    return isinstance(found, list) and all(isinstance(m, dict) and any(k <= m.keys() for k in keys) for m in found)
+
+
 def parsed(value: Any) -> Any:
     """Text as JSON, or else as a Python literal, like ms-swift; text that is neither as it is."""
     if not isinstance(value, str):

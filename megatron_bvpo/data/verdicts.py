@@ -94,6 +94,12 @@ class RowVerdict:
     def kept(self) -> bool:
         return self.trace_ok or self.empty_ok
 
+    @property
+    def decisive(self) -> RowProblem:
+        """The problem that a row, or its empty pair, is counted under: of several, the first that decides."""
+        dropping = [] if self.kept else [problem for problem in self.problems if problem.drops == "row"]
+        return (dropping or self.problems)[0]
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -132,10 +138,9 @@ class RowTally:
         self.stripped += verdict.empty_source == "stripped"
         self.many_tags += verdict.many_tags
         if not verdict.kept:
-            problems = [p for p in verdict.problems if p.drops == "row"] or list(verdict.problems)
-            self.dropped[problems[0].reason] += 1
+            self.dropped[verdict.decisive.reason] += 1
         elif verdict.problems:
-            self.empty_lost[verdict.problems[0].reason] += 1
+            self.empty_lost[verdict.decisive.reason] += 1
 
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""

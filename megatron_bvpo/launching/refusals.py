@@ -147,12 +147,6 @@ def counting_refusals(args: Any) -> list[tuple]:
             "every parameter is frozen, so nothing would be trained",
             "lower it, or name what is trained in --trainable_parameters",
         ),
-        (
-            args.tuner_type != "full" and args.lora_alpha == 0,
-            "lora_alpha",
-            "the adapters' output is multiplied by 0, so nothing would be trained",
-            leave,
-        ),
     ]
 
 

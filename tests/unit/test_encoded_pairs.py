@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_bvpo.data.batches import LAYOUT_KEY, ROW_KEY, SIDES, TemplateSettings, make_bvpo_template
 from megatron_bvpo.data.empty_trace import DEFAULT_EMPTY_BLOCK, empty_block
-from megatron_bvpo.data.loading import EMPTY_COLUMNS, judge_dataset, length_lines
+from megatron_bvpo.data.handover import Reading
+from megatron_bvpo.data.loading import OUR_COLUMNS, judge_dataset, length_lines
 from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.pair_checks import IGNORED, Account, Loss, PairRules, check_pairs, response_start
 from megatron_bvpo.data.rows import RowRules
@@ -33,7 +34,7 @@ def make(workshop):
     logging.getLogger("swift").setLevel(logging.ERROR)
 
     def make(name="qwen3_thinking", streams=("trace", "empty"), loss_scale="last_round", **given):
-        ours = {"tell_losses": given.pop("tell_losses", False)}
+        ours = {"count_unused": given.pop("count_unused", False)}
         block = given.pop("block", None)
         processor = get_processor(str(workshop.dense), model_type="qwen3")
         template = get_template(processor, template_type=name, loss_scale=loss_scale, **given)
@@ -291,7 +292,7 @@ def columns(monkeypatch):
     """Our columns pass ms-swift's loader, as host/patches.py has it."""
     from swift.dataset import RowPreprocessor
 
-    known = [*RowPreprocessor.standard_keys, *EMPTY_COLUMNS, ROW_KEY]
+    known = [*RowPreprocessor.standard_keys, *OUR_COLUMNS, ROW_KEY]
     monkeypatch.setattr(RowPreprocessor, "standard_keys", known)
 
 
@@ -301,8 +302,8 @@ def table(rows) -> Dataset:
 
 
 def measured(template, rows):
-    judged, tally = judge_dataset(table(rows), template.bvpo.rules, num_proc=1, load_from_cache_file=False)
-    return tally, *measure_dataset(judged, template, num_proc=1, load_from_cache_file=False)
+    judged, report = judge_dataset(table(rows), Reading(template.bvpo.rules), num_proc=1, load_from_cache_file=False)
+    return report.tally, *measure_dataset(judged, template, num_proc=1, load_from_cache_file=False)
 
 
 # strategy: (trace pairs left, empty pairs left, rows left, a line)
@@ -356,7 +357,7 @@ def test_a_stream_without_a_pair_is_refused(make, columns):
 
 
 def told_by(make, caplog, **given):
-    template = make(tell_losses=True, **given)
+    template = make(count_unused=True, **given)
     logger = logging.getLogger("swift")
     logger.setLevel(logging.ERROR)  # as ms-swift has it on all but the first rank of a node
     logger.addHandler(caplog.handler)

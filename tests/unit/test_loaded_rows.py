@@ -118,7 +118,11 @@ KINDS = {
         },
         Fate(empty=False, too_long=True),
     ),
-    "long trace": (lambda q: {"messages": ask(q, think(LONG, "4")), "rejected_response": BAD}, TOO_LONG),
+    "long trace": (
+        lambda q: {"messages": ask(q, think(LONG, "4")), "rejected_response": BAD},
+        Fate(trace=False, too_long=True),
+    ),
+    "long prompt": (lambda q: {"messages": ask(q + LONG, GOOD), "rejected_response": BAD}, TOO_LONG),
     "no rejected side": (lambda q: {"messages": ask(q, GOOD)}, lost("rejected_response: missing")),
     "equal": (
         lambda q: {"messages": ask(q, GOOD), "rejected_response": GOOD},
@@ -160,11 +164,17 @@ class Rows:
     @property
     def dropped(self):
         """Rows that are lost to the row checks, by reason."""
-        return Counter(fate.reason for fate in self.fates.values() if fate.reason and not fate.trace)
+        return Counter(fate.reason for fate in self.fates.values() if fate.reason and not (fate.trace or fate.empty))
 
     @property
     def too_long(self):
-        return sum(fate.too_long and not fate.trace for fate in self.fates.values())
+        return sum(fate.too_long and not (fate.trace or fate.empty) for fate in self.fates.values())
+
+    def too_long_alone(self, stream):
+        """Rows that lose this stream's pair to their length and keep the other one."""
+        return sum(
+            fate.too_long and (fate.trace or fate.empty) and not getattr(fate, stream) for fate in self.fates.values()
+        )
 
 
 # --- files ---
@@ -260,10 +270,15 @@ def assert_accounted(rows: Rows, loaded, mode):
     if mode == "stream":
         assert loaded.counts.unused.total() == rows.too_long
         assert loaded.counts.used + rows.too_long == kept
+        for stream in ("trace", "empty"):
+            named = {why: n for (lost_by, why), n in loaded.counts.lost.items() if lost_by == stream}
+            assert sum(named.values()) == loaded.counts.used - rows.count(stream)
+            assert sum(n for why, n in named.items() if "longer" in why) == rows.too_long_alone(stream)
     else:
         assert sum(n for (n,) in loaded.numbers(r"(\d+) rows dropped: longer")) == rows.too_long
-        only = sum(fate.trace and fate.too_long for fate in rows.fates.values())
-        assert sum(n for (n,) in loaded.numbers(r"(\d+) rows kept without the empty pair: longer")) == only
+        for stream in ("trace", "empty"):
+            alone = loaded.numbers(rf"(\d+) rows kept without the {stream} pair: longer")
+            assert sum(n for (n,) in alone) == rows.too_long_alone(stream)
 
 
 ANY_KINDS = st.lists(st.sampled_from(sorted(KINDS)), max_size=9)
@@ -414,6 +429,7 @@ def test_a_data_set_of_the_hub(template, tmp_path, mode, monkeypatch):
     if mode == "stream":  # bad rows are met while training
         unused = Counter(loaded.counts.unused)
         assert unused.pop(f"longer than --max_length {MAX_LENGTH}") == rows.too_long and unused == rows.dropped
+        assert sum(loaded.counts.lost.values()) == 2 * len(rows.trained) - rows.count("trace") - rows.count("empty")
     else:
         assert loaded.numbers(r"training data: (\d+) rows read, (\d+) kept") == [(len(rows.rows), kept)]
         assert loaded.lost("dropped") == rows.dropped
@@ -470,7 +486,7 @@ def test_a_data_set_that_ms_swift_has_cached(template, tmp_path, with_file):
     loaded = load(DataOnly(cached_dataset=[str(tmp_path / "cached")], max_length=MAX_LENGTH, **more), template)
     assert sorted(loaded.rows) == sorted([*rows.trained, *(["more"] if with_file else [])])
     assert loaded.lost("dropped") == rows.dropped
-    assert loaded.numbers(r"(\d+) rows dropped: longer") == [(rows.too_long,)]
+    assert loaded.numbers(r"(\d+) rows kept without the trace pair: longer") == [(rows.too_long_alone("trace"),)]
 
 
 def test_a_folder_with_a_file_of_no_use_names_it(template, tmp_path):

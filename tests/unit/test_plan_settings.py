@@ -167,7 +167,6 @@ REFUSED_WITH_ADAPTERS = {
     "freeze_parameters_ratio": ADAPTERS | {"freeze_parameters_ratio": 0.5},
     "trainable_parameters": ADAPTERS | {"trainable_parameters": ["embedding"]},
     "trainable_parameters_regex": ADAPTERS | {"trainable_parameters_regex": ".*norm"},
-    "lora_alpha": ADAPTERS | {"lora_alpha": 0},
 }
 
 
@@ -177,7 +176,14 @@ def test_the_list_of_refusals_is_the_runs():
 
     always = flags() & flags(**ADAPTERS)
     assert flags() == set(REFUSED)
-    either = {"ref_model", "mcore_ref_model", "lora_bias", "lora_dtype", "target_regex"}  # for different reasons
+    either = {
+        "ref_model",
+        "mcore_ref_model",
+        "lora_bias",
+        "lora_dtype",
+        "target_regex",
+        "freeze_parameters_ratio",
+    }  # for different reasons
     assert (flags(**ADAPTERS) - always) | either == set(REFUSED_WITH_ADAPTERS)
 
 
