@@ -133,8 +133,11 @@ def rounds(options, cache: Path) -> list[list[Cell]]:
 
 def measure(options, folder: Path) -> list[dict]:
     """Run all rounds in `folder`; the rows of the table."""
+    parts = rounds(options, folder / "refs")
+    if not options.forked:  # loading the stack anew for each round would take longer than the rounds
+        parts = [[cell for part in parts for cell in part]]
     found: dict = {}
-    for cells in rounds(options, folder / "refs"):
+    for cells in parts:
         found |= run_cells(options.ranks, cells, folder / "runs", rehearsal=options.stand_ins, forked=options.forked)
     return table(found, options)
 

@@ -14,13 +14,6 @@ PACKAGES = (
     "torch triton transformers peft ms-swift mcore-bridge megatron-core transformer-engine liger-kernel "
     "cut-cross-entropy quack-kernels verl"
 ).split()
-STATE = {
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "temperature.gpu": "celsius",
-    "power.draw": "watts",
-    "clocks_throttle_reasons.active": "throttled",
-}
 
 
 def smi(query: str) -> list[str] | None:
@@ -33,8 +26,25 @@ def smi(query: str) -> list[str] | None:
     return [part.strip() for part in done.stdout.strip().split(",")] if done.returncode == 0 else None
 
 
-def card_state() -> dict[str, str]:
-    return dict(zip(STATE.values(), smi(",".join(STATE)) or (), strict=False))
+def card_state() -> dict:
+    """Clocks in MHz, temperature, power and why the card holds back, read through NVML: nvidia-smi can take a second.
+
+    Empty where there is no card, or no nvidia-ml-py.
+    """
+    try:
+        import pynvml as nvml
+
+        nvml.nvmlInit()
+        card = nvml.nvmlDeviceGetHandleByIndex(0)
+        return {
+            "sm_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
+            "memory_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
+            "celsius": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
+            "watts": nvml.nvmlDeviceGetPowerUsage(card) // 1000,
+            "throttled": hex(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(card)),
+        }
+    except Exception as error:  # what a card does not tell is no reason to lose its figure
+        return {"unknown": type(error).__name__}
 
 
 def name(tiny: bool) -> str:

@@ -24,14 +24,15 @@ from benchmarks.gpu.wheels import FOLDER
 from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 from tests.distributed.cells import Cell, run_cells
 
-# About 0.5 B parameters: made, saved and loaded within seconds, and large enough to keep a GPU busy.
+# About 0.5 B parameters, made within a quarter of a minute: enough to keep a GPU busy. And 0.1 B, to be saved.
 MIDDLE = steps.BIG | dict(num_layers=8, hidden_size=1024, head_dim=64, moe_intermediate_size=512)
+SMALL = steps.BIG | dict(num_layers=4, hidden_size=256, head_dim=32, moe_intermediate_size=128)
 
 
 def resume(tiny: bool) -> dict:
     """Four steps with a save after two, twice; and steps three and four from the first run's checkpoint."""
     with tempfile.TemporaryDirectory(prefix="gpu-stack-") as name:
-        options = settings(tiny, Path(name), train_steps=4, rounds=1)
+        options = settings(tiny, Path(name), SMALL, train_steps=4)
         ours = [*steps.shared_flags(options), "--save_steps", "2", "--bvpo_alpha", "0.3", "--bvpo_logp_memory", "0.25"]
         exact = "tests.distributed.exact_recorder:record_exactly"
         runs = Path(name) / "runs"
@@ -50,9 +51,9 @@ def resume(tiny: bool) -> dict:
             "steps": len(whole),
             "repeats_bit_for_bit": repeated == whole,
             "resumes_bit_for_bit": len(resumed) == 2 and resumed == whole[2:],
-            "losses": [read(line.get("loss")) for line in whole],
-            "losses_repeated": [read(line.get("loss")) for line in repeated],
-            "losses_resumed": [read(line.get("loss")) for line in resumed],
+            "losses": losses(whole),
+            "losses_repeated": losses(repeated),
+            "losses_resumed": losses(resumed),
         }
 
 
@@ -62,38 +63,38 @@ def numbers(folder: Path) -> list[dict]:
     return [line for line in lines if "step" in line]
 
 
-def read(value):
-    """A hexadecimal float as a number, whatever else as it is."""
-    return float.fromhex(value) if isinstance(value, str) else value
+def losses(lines: list[dict]) -> list[float]:
+    return [float.fromhex(line["metrics"]["loss"]) for line in lines]
 
 
 def step(tiny: bool) -> dict:
-    """benchmarks/step.py's three ways, two rounds of them."""
+    """benchmarks/step.py's three ways, one round of them: the first steps of each, which compile, do not count."""
     with tempfile.TemporaryDirectory(prefix="gpu-stack-") as name:
-        options = settings(tiny, Path(name), train_steps=3 if tiny else 8, rounds=1 if tiny else 2)
+        options = settings(tiny, Path(name), MIDDLE, train_steps=3 if tiny else 10)
         rows = steps.measure(options, Path(name))
         ways = {row.pop("mode"): row for row in rows}
-        return {"versions": about()["versions"], "ways": ways, "warm-up": options.warmup, "rounds": options.rounds}
+        return {"versions": about()["versions"], "ways": ways, "steps": options.steps, "warm-up": options.warmup}
 
 
-def settings(tiny: bool, folder: Path, *, train_steps: int, rounds: int) -> Namespace:
+def settings(tiny: bool, folder: Path, sizes: dict, *, train_steps: int) -> Namespace:
     gpu = torch.cuda.is_available() and not tiny
-    sizes = MIDDLE if gpu else {}
+    vocab, sizes = ("real", sizes) if gpu else ("trimmed", {})
+    global_batch = 16 if gpu else 2
     return Namespace(
         gpu=gpu,
         stand_ins=True,
         forked=False,  # as on a GPU
         steps=train_steps,
-        rounds=rounds,
+        rounds=1,
         warmup=3 if gpu else 1,
         ranks=1,
         length=4096 if gpu else 512,
         micro_batch=4 if gpu else 1,
-        global_batch=16 if gpu else 2,
+        global_batch=global_batch,
         flags="",
         bf16=True,
-        model=make_tiny_model(folder / "model", kind="moe", vocab="real" if gpu else "trimmed", **sizes),
-        rows=rows_of(folder / "rows.jsonl", train_steps * (16 if gpu else 2), scale=8 if gpu else 1),
+        model=make_tiny_model(folder / "model", kind="moe", vocab=vocab, **sizes),
+        rows=rows_of(folder / "rows.jsonl", train_steps * global_batch, scale=8 if gpu else 1),
     )
 
 

@@ -17,7 +17,15 @@ def tables(lines: list[dict]) -> str:
 def of_one_card(card: str, lines: list[dict]) -> str:
     figures = {line["key"]: line for line in lines if "key" in line}
     runs = [line for line in lines if "started" in line]
-    parts = [f"# {card}", "", *map(of_run, runs), "", of_ceilings(figures), of_tests(figures.get("tests"))]
+    parts = [
+        f"# {card}",
+        "",
+        *map(of_run, runs),
+        *of_card(figures),
+        "",
+        of_ceilings(figures),
+        of_tests(figures.get("tests")),
+    ]
     parts += [of_cells(figures, vocab, setting) for vocab in vocabs(figures) for setting in PRODUCTS]
     parts += [of_stack(figures)]
     return "\n".join(part for part in parts if part is not None)
@@ -26,6 +34,15 @@ def of_one_card(card: str, lines: list[dict]) -> str:
 def of_run(run: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version != "not installed")
     return f"- run {run['run']}, {run['started']}, commit {run['commit']}, kernels {run['kernels']}: {versions}"
+
+
+def of_card(figures: dict) -> list[str]:
+    """The range of what the card said of itself."""
+    states = [line["card"] for line in figures.values() if "sm_mhz" in line.get("card", {})]
+    if not states:
+        return []
+    ranges = [f"{name} {min(s[name] for s in states)} – {max(s[name] for s in states)}" for name in states[0]]
+    return [f"- after each figure: {', '.join(ranges)}"]
 
 
 def of_ceilings(figures: dict) -> str:
@@ -106,12 +123,19 @@ def cell(line: dict, floor_ms: float | None) -> str:
 
 
 def of_stack(figures: dict) -> str:
-    rows = []
-    for key in ("stack/resume", "stack/step"):
-        line = figures.get(key, {"failed": "not run"})
-        shown = {name: value for name, value in line.items() if name not in ("key", "on", "run", "card")}
-        rows.append((key, line.get("failed") or "; ".join(f"{name} {value}" for name, value in shown.items())))
+    rows = [(key, told_of_stack(figures.get(key, {"failed": "not run"}))) for key in ("stack/resume", "stack/step")]
     return table("The whole stack, bf16, stand-ins in Transformer Engine's place", ("", ""), rows)
+
+
+def told_of_stack(line: dict) -> str:
+    if "failed" in line:
+        return line["failed"]
+    hidden = ("key", "on", "run", "card", "versions", "ways")
+    parts = [f"{name.replace('_', ' ')} {value}" for name, value in line.items() if name not in hidden]
+    for mode, way in line.get("ways", {}).items():
+        peak = "" if way["peak_gib"] is None else f", peak {way['peak_gib']:.2f} GiB"
+        parts.append(f"{mode}: {way['step_ms']:.0f} ms, {way['ratio_to_dpo'][1]:.2f} of DPO{peak}")
+    return "; ".join(parts)
 
 
 def table(title: str, head: tuple, rows: list[tuple]) -> str:

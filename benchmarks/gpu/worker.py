@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from benchmarks.gpu.lines import Lines
+from benchmarks.gpu.machine import card_state
 
 TIME_IS_UP = 75  # exit code: what is left does not fit; nothing failed
 DEVICE_LOST = 76
@@ -71,11 +72,7 @@ def told(error: Exception) -> str:
 def clocks() -> dict:
     """What the card says of itself right after a figure; nothing without one."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    from benchmarks.gpu.machine import card_state
-
-    return {"card": card_state()}
+    return {"card": card_state()} if torch is not None and torch.cuda.is_available() else {}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu import plan
+from benchmarks.gpu.__main__ import forget
 from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.plan import Phase
 from benchmarks.gpu.tables import tables
@@ -138,11 +140,12 @@ def test_tables_need_nothing_but_the_lines():
     product = "logits 32768 × 4096 × 151936, bf16"
     versions = {"torch": "2.11.0", "quack-kernels": "not installed"}
     head = {"run": "r", "started": "now", "commit": "abc", "kernels": "def", "versions": versions}
+    states = [dict(sm_mhz=mhz, celsius=50, throttled="0x0") for mhz in (1755, 1980)]
     lines = [
         head,
-        {"key": f"ceiling/{product}", **time_of, "tflops": 800.0},
+        {"key": f"ceiling/{product}", **time_of, "tflops": 800.0, "card": states[0]},
         {"key": "ours/32768/151936/frozen", **cell, "ms": 120.0},
-        {"key": "ours/32768/151936/frozen", **cell, "ms": 110.0},  # measured again
+        {"key": "ours/32768/151936/frozen", **cell, "ms": 110.0, "card": states[1]},  # measured again
         {"key": "peer/quack/32768/151936/frozen", "failed": "Unavailable: quack"},
         {"key": "tests", "passed": 3, "failures": {"test_a": "boom"}, "skipped": {}, "measured": {}},
         {"key": "stack/resume", "resumes_bit_for_bit": True},
@@ -152,10 +155,29 @@ def test_tables_need_nothing_but_the_lines():
     assert f"| floor: the products alone | {floor:.2f} ms |" in text
     assert f"110.00 ms (9.50 – 11.00, 7 runs), {110 / floor:.2f}×, 1.50 GiB, logp 1e-06, dX 2e-03 |" in text
     assert "120.00" not in text
+    assert "sm_mhz 1755 – 1980, celsius 50 – 50, throttled 0x0 – 0x0" in text
     assert "| quack | Unavailable: quack |" in text
     assert f"| {product} | 800 TFLOP/s, 10.00 ms (9.50 – 11.00, 7 runs) | not measured |" in text
     assert "3 passed, 1 failed" in text and "boom" in text
-    assert "resumes_bit_for_bit True" in text and "| stack/step | not run |" in text
+    assert "resumes bit for bit True" in text and "| stack/step | not run |" in text
+
+
+def test_again_measures_anew_and_only_what_was_named(tmp_path):
+    phases = [Phase("a", 5, [job("a", figure("a/1", "fine", value=1), figure("b/1", "fine", value=1))])]
+    run(tmp_path, phases)
+    forget(Lines(tmp_path / "gpu.jsonl"), "a card", ["a/"])
+    phases = [Phase("a", 5, [job("a", figure("a/1", "fine", value=2), figure("b/1", "fine", value=2))])]
+    _, found = run(tmp_path, phases)
+    assert found["a/1"]["ms"] == 2 and found["b/1"]["ms"] == 1
+
+
+def test_two_starts_in_one_folder_are_refused(tmp_path):
+    with (tmp_path / "gpu.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [ROOT / "benchmarks" / "gpu.sh", "--tiny", "--out", str(tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: another start writes to")
+    assert not (tmp_path / "gpu.jsonl").exists()
 
 
 def test_the_command_refuses_in_one_line_without_a_gpu_or_a_place(tmp_path):
