@@ -23,11 +23,11 @@ class Unavailable(RuntimeError):
     """The peer, or the version of it that has the function, is not installed."""
 
 
-def attribute(module: str, name: str, why: str = ""):
+def attribute(module: str, name: str):
     try:
         return getattr(__import__(module, fromlist=[name]), name)
     except Exception as error:  # not only ImportError: some need a GPU, or another version, to be imported
-        raise Unavailable(f"{module}.{name} ({type(error).__name__}){why}") from error
+        raise Unavailable(f"{module}.{name} ({type(error).__name__})") from error
 
 
 def group_of_one():
@@ -98,30 +98,26 @@ def cut_cross_entropy():
 
 def quack():
     """Sums over the tokens: no per-token losses in its chunked form."""
-    too_large = "; its nvidia-cutlass-dsl libraries are 92 MB, more than can be carried to a bare machine"
-    function = attribute("quack.linear_cross_entropy", "chunked_linear_cross_entropy", too_large)
+    function = attribute("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     return lambda x, weight, targets: -function(x, weight, targets, reduction="sum")
 
 
 def verl():
     """Its Triton kernel of loss and entropy. `import verl` would want Ray, so its packages are entered without
     running their __init__."""
-    spec = importlib.util.find_spec("verl")
-    if spec is None:
-        raise Unavailable("verl (not installed)")
     for name in ("verl", "verl.utils", "verl.utils.kernel"):
-        module = types.ModuleType(name)
-        module.__path__ = [
-            folder + name.removeprefix("verl").replace(".", "/") for folder in spec.submodule_search_locations
-        ]
-        sys.modules.setdefault(name, module)
+        spec = importlib.util.find_spec(name)  # of a module that is loaded: its own
+        if spec is None:
+            raise Unavailable("verl (not installed)")
+        if name not in sys.modules:
+            sys.modules[name] = module = types.ModuleType(name)
+            module.__spec__, module.__path__ = spec, spec.submodule_search_locations
     function = attribute("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
     return lambda x, weight, targets: first(function(x, weight, targets, 1.0, "none", None))
 
 
 def transformer_engine():
-    built = "; it is built from source against the machine's torch, which takes longer than a lease"
-    function = attribute("transformer_engine.pytorch.cross_entropy", "parallel_cross_entropy", built)
+    function = attribute("transformer_engine.pytorch.cross_entropy", "parallel_cross_entropy")
 
     def cross_entropy(logits_NV, targets_N):
         return function(logits_NV[:, None], targets_N[:, None], 0.0, False, group_of_one()).view(-1)

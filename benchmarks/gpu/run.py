@@ -18,11 +18,15 @@ from pathlib import Path
 
 from benchmarks.gpu.lines import Lines
 from benchmarks.gpu.machine import ROOT
-from benchmarks.gpu.plan import Figure, Job, Phase
+from benchmarks.gpu.plan import NOT_CARRIED, Figure, Job, Phase
 from benchmarks.gpu.wheels import Wheels
 from benchmarks.gpu.worker import TIME_IS_UP
 
 FAILURES_OF_A_JOB = 2  # then the rest of its figures is given up: each try costs a start
+ALONE = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "GLOO_SOCKET_IFNAME": "lo",
+}  # ranks are alone
 LAST_SECONDS = 3.0  # to stop a process and write a line
 SLACK = 0.5  # a phase that is kept just what its first figure needs still comes to it
 
@@ -87,6 +91,10 @@ class Run:
     # ------------------------------------------------------------------------------------------- one job
 
     def job(self, job: Job, until: float) -> None:
+        if job.needs and not self.wheels.found(job.needs, until):
+            why = f"{job.needs} is not installed"
+            for figure in self.missing(job.figures):
+                self.give_up(figure, f"{why}: {NOT_CARRIED[job.needs]}" if job.needs in NOT_CARRIED else why)
         for _ in range(FAILURES_OF_A_JOB):
             left = self.missing(job.figures)
             if not left or time.monotonic() + job.start + left[0].seconds > until:
@@ -112,7 +120,7 @@ class Run:
         spec.write_text(
             json.dumps({"figures": figures, "lines": str(self.lines.file), "until": until, "about": self.about})
         )
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **job.env}
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **ALONE, **job.env}
         env["PYTHONPATH"] = self.wheels.path(until) if job.wheels else env["PYTHONPATH"]
         print(f"[{self.clock()}] {job.name}: {len(left)} figures", flush=True)
         command = [sys.executable, "-m", "benchmarks.gpu.worker", str(spec)]

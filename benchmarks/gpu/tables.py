@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-PRODUCTS = {"no grad": 1, "frozen": 2, "trainable": 4}  # matrix products that the setting needs in our way
+from benchmarks.gpu.plan import SETTINGS
+
 CELL = re.compile(r"(?P<who>.+)/(?P<n>\d+)/(?P<vocab>\d+)/(?P<setting>no grad|frozen|trainable)")
 
 
@@ -26,7 +27,7 @@ def of_one_card(card: str, lines: list[dict]) -> str:
         of_ceilings(figures),
         of_tests(figures.get("tests")),
     ]
-    parts += [of_cells(figures, vocab, setting) for vocab in vocabs(figures) for setting in PRODUCTS]
+    parts += [of_cells(figures, vocab, setting) for vocab in vocabs(figures) for setting in SETTINGS]
     parts += [of_stack(figures)]
     return "\n".join(part for part in parts if part is not None)
 
@@ -92,7 +93,7 @@ def of_cells(figures: dict, vocab: int, setting: str) -> str | None:
         match = CELL.fullmatch(key)
         if match and int(match["vocab"]) == vocab and match["setting"] == setting:
             n = int(match["n"])
-            floor = PRODUCTS[setting] * 2 * n * hidden * vocab / best / 1e9 if best and hidden else None
+            floor = SETTINGS[setting] * 2 * n * hidden * vocab / best / 1e9 if best and hidden else None
             cells.setdefault(match["who"].removeprefix("peer/"), {})[n] = cell(line, floor)
             if floor:
                 cells.setdefault("floor: the products alone", {})[n] = f"{floor:.2f} ms"

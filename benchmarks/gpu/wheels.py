@@ -5,6 +5,7 @@ They go to a folder of their own in front of what the machine has, while the fir
 
 from __future__ import annotations
 
+import importlib.machinery
 import os
 import subprocess
 import sys
@@ -38,6 +39,11 @@ class Wheels:
             except subprocess.TimeoutExpired:
                 pass
         return os.pathsep.join(str(part) for part in (self.site, ROOT) if part)
+
+    def found(self, package: str, until: float) -> bool:
+        """Whether a job of ours could import it; nothing is imported."""
+        folders = [*self.path(until).split(os.pathsep), *sys.path]
+        return importlib.machinery.PathFinder.find_spec(package, folders) is not None
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:

@@ -16,7 +16,7 @@ import pytest
 from benchmarks.gpu import plan
 from benchmarks.gpu.__main__ import forget
 from benchmarks.gpu.lines import Lines
-from benchmarks.gpu.plan import Phase
+from benchmarks.gpu.plan import Job, Phase
 from benchmarks.gpu.tables import tables
 from tests.unit.fake_figures import HERE, figure, job, run, slow_phases
 
@@ -76,6 +76,8 @@ def test_a_peer_that_raises_crashes_hangs_or_is_missing_is_marked_and_the_rest_g
         job("hanging", figure("hanging/1", "hangs"), figure("hanging/2", "fine", value=3)),
         job("missing", figure("missing/1", "missing"), figure("missing/2", "fine", value=4)),
         job("hopeless", *(figure(f"hopeless/{i}", "crashes") for i in range(5))),
+        Job("absent", [figure("absent", "fine", value=6)], needs="quack"),
+        Job("present", [figure("present", "fine", value=7)], start=0.5, needs="json"),
         job("last", figure("last", "fine", value=5)),
     ]
     left, found = run(tmp_path, [Phase("peers", 60, peers)])
@@ -88,7 +90,8 @@ def test_a_peer_that_raises_crashes_hangs_or_is_missing_is_marked_and_the_rest_g
     said = [found[f"hopeless/{i}"]["failed"] for i in range(5)]
     assert [text.startswith("process ended with 13") for text in said] == [True, True, False, False, False]
     assert said[4] == "not tried: 2 figures of this process had failed"
-    assert found["last"]["ms"] == 5
+    assert found["last"]["ms"] == 5 and found["present"]["ms"] == 7
+    assert found["absent"]["failed"].startswith("quack is not installed: its nvidia-cutlass-dsl")
 
 
 def test_the_budget_is_kept_and_later_phases_have_their_seconds(tmp_path):
@@ -119,7 +122,7 @@ def test_the_plan_fits_its_budget_and_names_every_peer():
     phases = plan.whole_plan(tiny=False)
     assert sum(phase.seconds for phase in phases) <= 540
     assert len(set(keys(phases))) == len(keys(phases))
-    assert all(callable(getattr(peers, name)) for name in plan.PEERS.values())
+    assert all(callable(getattr(peers, name)) for name, _ in plan.PEERS.values())
     assert [phase.name for phase in plan.whole_plan(tiny=True)] == [phase.name for phase in phases]
 
 
