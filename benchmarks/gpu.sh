@@ -1,20 +1,7 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the kernels against float64, the log-prob benchmark with its peers, and
-# whole steps where ms-swift and Transformer Engine are installed. Tables go to benchmarks/results/.
-#
-#   benchmarks/gpu.sh
-#   STEP_FLAGS="--ranks 8 --flags …"  # more arguments for benchmarks/step.py
-set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+# Everything that needs a GPU, in ten minutes on one: benchmarks/METHOD.md. --help lists the options.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device is visible"' || exit 2
-failed=0
-python -m pytest -q tests/kernels || failed=1
-python benchmarks/logprob.py --out benchmarks/results || failed=1
-if python -c 'import swift.megatron, transformer_engine' 2>/dev/null; then
-  # shellcheck disable=SC2086
-  python benchmarks/step.py ${STEP_FLAGS:-} || failed=1
-else
-  echo "Whole steps are not measured: ms-swift's Megatron backend or Transformer Engine is not installed."
-fi
-exit "$failed"
+if ! nvidia-smi -L >/dev/null 2>&1; then export TRITON_INTERPRET=1; fi # only --tiny runs without a GPU
+exec python3 -m benchmarks.gpu "$@"

@@ -48,6 +48,13 @@ GPU_FLAGS = (
     "--torch_dtype bfloat16 --attention_backend flash --check_model false --add_version false --report_to none "
     "--recompute_granularity selective"
 ).split()
+# The stand-ins have no fused kernels, and one process reads the rows.
+STAND_IN_FLAGS = (
+    "--gradient_accumulation_fusion false --masked_softmax_fusion false --bias_dropout_fusion false "
+    "--moe_permute_fusion false --dataloader_num_workers 0 --dataloader_persistent_workers false "
+    "--load_from_cache_file false"
+).split()
+BF16_FLAGS = "--bf16 true --torch_dtype bfloat16".split()
 
 
 def record_times(base, folder):
@@ -87,27 +94,52 @@ def record_times(base, folder):
     return Timed
 
 
-def rounds(options, model: Path, rows: Path, cache: Path) -> list[list[Cell]]:
-    """The cells of each round; the first one fills the cache, and does not count."""
-    own = GPU_FLAGS if options.gpu else CPU_FLAGS
+def shared_flags(options) -> list[str]:
+    """What every run is given, the stock one too."""
+    own = [*GPU_FLAGS, *(STAND_IN_FLAGS if options.stand_ins else ())] if options.gpu else [*CPU_FLAGS]
+    if options.bf16 and not options.gpu:
+        own = merged(own, BF16_FLAGS)
     shared = (
-        f"--model {model} --model_type qwen3_moe --template qwen3_thinking --dataset {rows} --tuner_type lora "
-        f"--lora_rank 16 --lora_dropout 0 --lr 1e-5 --beta 0.1 --micro_batch_size {options.micro_batch} "
-        f"--global_batch_size {options.global_batch} --train_iters {options.steps} --logging_steps 1 "
-        f"--max_length {options.length} --save_steps 100000 {options.flags}"
+        f"--model {options.model} --model_type qwen3_moe --template qwen3_thinking --dataset {options.rows} "
+        f"--tuner_type lora --lora_rank 16 --lora_dropout 0 --lr 1e-5 --beta 0.1 "
+        f"--micro_batch_size {options.micro_batch} --global_batch_size {options.global_batch} "
+        f"--train_iters {options.steps} --logging_steps 1 --max_length {options.length} {options.flags}"
     )
-    ours = [*shared.split(), *own, "--bvpo_alpha", "0.5"]
+    return [*shared.split(), *own]
+
+
+def merged(flags: list[str], more: list[str]) -> list[str]:
+    """`--flag value` pairs; the later one of a flag counts."""
+    found = dict(zip(flags[::2], flags[1::2], strict=True)) | dict(zip(more[::2], more[1::2], strict=True))
+    return [token for pair in found.items() for token in pair]
+
+
+def rounds(options, cache: Path) -> list[list[Cell]]:
+    """The cells of each round; the first one fills the cache, and does not count."""
+    stock = [*shared_flags(options), "--save_steps", "100000"]
+    ours = [*stock, "--bvpo_alpha", "0.5"]
     kept = ["--bvpo_ref_cache", str(cache)]
     hook = "benchmarks.step:record_times"
     found = [[Cell("refs", [*ours, *kept, "--bvpo_refs_only", "true"], hook=hook)]]
     for r in range(options.rounds):
         cells = [
-            Cell(f"dpo-{r}", [*shared.split(), *own], hook=hook, type="dpo"),
+            Cell(f"dpo-{r}", stock, hook=hook, type="dpo"),
             Cell(f"bvpo-{r}", ours, hook=hook),
             Cell(f"bvpo, warm cache-{r}", [*ours, *kept], hook=hook),
         ]
         found.append(cells[r % 3 :] + cells[: r % 3])
     return found
+
+
+def measure(options, folder: Path) -> list[dict]:
+    """Run all rounds in `folder`; the rows of the table."""
+    parts = rounds(options, folder / "refs")
+    if not options.forked:  # loading the stack anew for each round would take longer than the rounds
+        parts = [[cell for part in parts for cell in part]]
+    found: dict = {}
+    for cells in parts:
+        found |= run_cells(options.ranks, cells, folder / "runs", rehearsal=options.stand_ins, forked=options.forked)
+    return table(found, options)
 
 
 def table(found: dict, options) -> list[dict]:
@@ -161,6 +193,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="a tiny model on CPU ranks")
+    parser.add_argument("--stand-ins", action="store_true", help="on a GPU without Transformer Engine")
     options = parser.parse_args()
 
     import torch
@@ -168,24 +201,24 @@ def main() -> None:
     from megatron_bvpo.rehearsal.sample_data import make_sample_rows
     from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 
-    options.gpu = torch.cuda.is_available() and not options.tiny
+    options.gpu, options.bf16 = torch.cuda.is_available() and not options.tiny, False
     if not options.gpu and not options.tiny:
         parser.error("no GPU is visible; --tiny rehearses on a CPU")
+    options.stand_ins, options.forked = options.stand_ins or not options.gpu, True
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = BIG if options.gpu else {}
-        model = make_tiny_model(folder / "model", kind="moe", vocab="real" if options.gpu else "trimmed", **sizes)
-        rows = folder / "rows.jsonl"
+        vocab = "real" if options.gpu else "trimmed"
+        options.model = make_tiny_model(folder / "model", kind="moe", vocab=vocab, **sizes)
+        options.rows = folder / "rows.jsonl"
         n = options.steps * options.global_batch
-        rows.write_text("".join(json.dumps(row) + "\n" for row in make_sample_rows(n, seed=0)))
-        found: dict = {}
-        for cells in rounds(options, model, rows, folder / "refs"):
-            found |= run_cells(options.ranks, cells, folder / "runs", rehearsal=not options.gpu)
-    measured = table(found, options)
+        options.rows.write_text("".join(json.dumps(row) + "\n" for row in make_sample_rows(n, seed=0)))
+        measured = measure(options, folder)
     about = {
         "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "device": f"{options.ranks} × {torch.cuda.get_device_name(0) if options.gpu else 'CPU rank'}",
+        "Transformer Engine": "stand-ins of plain PyTorch" if options.stand_ins else "real",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "steps": f"{options.steps} a run, the first {options.warmup} left out, {options.rounds} rounds",
     }

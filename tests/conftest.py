@@ -7,13 +7,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis
 import pytest
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a bare GPU machine: what needs it is skipped
+    hypothesis = None
+
 # The same random cases at every run of CI; a person's runs draw new ones.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("ci", derandomize=True)
+    if os.environ.get("CI"):
+        hypothesis.settings.load_profile("ci")
 
 
 def pytest_addoption(parser):

@@ -25,6 +25,7 @@ with padding, R without, v of a tile.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -84,7 +85,7 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden_LH, weight_VH, targets_N, plan: Plan):
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         frozen = needs_hidden and not needs_weight
-        with torch.autocast(hidden_LH.device.type, enabled=False):
+        with on_device_of(hidden_LH), torch.autocast(hidden_LH.device.type, enabled=False):
             x_NH = plan.tp.gather_tokens(hidden_LH)
             weight_RH = weight_VH[: plan.rows]
             tokens = find_targets(x_NH, weight_RH, targets_N, plan)
@@ -109,7 +110,7 @@ class TargetLogps(torch.autograd.Function):
                 "kernels.reference"
             )
         plan = ctx.plan
-        with torch.autocast(upstream_N.device.type, enabled=False):
+        with on_device_of(upstream_N), torch.autocast(upstream_N.device.type, enabled=False):
             if ctx.frozen:
                 unscaled_LH, targets_N = ctx.saved_tensors
                 upstream_N = upstream_N.masked_fill(targets_N == plan.ignore_index, 0)
@@ -121,6 +122,11 @@ class TargetLogps(torch.autograd.Function):
                 hidden_LH, weight_VH, Tokens(*tokens), upstream_N, plan, needs_hidden=ctx.needs_input_grad[0]
             )
             return *grads, None, None
+
+
+def on_device_of(x: torch.Tensor):
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def find_targets(x_NH, weight_RH, targets_N, plan: Plan) -> Tokens:

@@ -75,20 +75,27 @@ class CellResult:
 
 
 def run_cells(
-    world_size: int, cells: list[Cell], folder: Path, *, timeout: float = 1500, rehearsal: bool = True
+    world_size: int,
+    cells: list[Cell],
+    folder: Path,
+    *,
+    timeout: float = 1500,
+    rehearsal: bool = True,
+    forked: bool = True,
 ) -> dict[str, CellResult]:
     """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs.
 
-    `rehearsal` puts the CPU stand-ins in place; benchmarks on GPUs run without them.
+    `rehearsal` puts the stand-ins in place; on a GPU those for Transformer Engine alone (benchmarks). Rehearsals are
+    `forked` unless there is a GPU, which a fork would not survive.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(cells), CELLS_A_PROCESS):
-        _run_batch(world_size, cells[first : first + CELLS_A_PROCESS], folder, timeout, rehearsal)
+        _run_batch(world_size, cells[first : first + CELLS_A_PROCESS], folder, timeout, rehearsal, forked)
     return {cell.name: _result(cell, folder) for cell in cells}
 
 
-def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float, rehearsal: bool) -> None:
+def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float, rehearsal: bool, forked: bool) -> None:
     for cell in cells:
         if not cell.keep_folder:
             shutil.rmtree(folder / cell.name, ignore_errors=True)
@@ -106,10 +113,10 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
             "MASTER_ADDR": "127.0.0.1",
             "BVPO_REHEARSAL": "1" if rehearsal else "0",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": python_path(),
         }
         log = folder / f"rank{rank}_of_{world_size}.log"
-        if rehearsal:
+        if rehearsal and forked and not torch.cuda.is_available():
             workers.append(nursery().start(spec, log, env))
         else:
             command = [sys.executable, "-m", "tests.distributed.cell_worker", str(spec)]
@@ -121,11 +128,16 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
     _wait(workers, folder, world_size, timeout)
 
 
+def python_path() -> str:
+    """This checkout first, and what the environment names behind it."""
+    return os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
+
+
 class Nursery:
     """The process that forks ranks."""
 
     def __init__(self):
-        env = {**os.environ, "BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         command = [sys.executable, "-m", "tests.distributed.nursery"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=env, cwd=ROOT, **pipes)

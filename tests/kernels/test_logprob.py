@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -212,7 +214,7 @@ def test_all_ignored_and_no_tokens(impl, frozen):
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_poisoned_memory_is_all_overwritten(impl, frozen, gpu_rounding):
     """Every torch.empty is filled with NaN, so an element that nobody writes shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # a GPU's scatter_add has no deterministic form
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
         for dtype in (F32, BF16):

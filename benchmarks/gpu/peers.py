@@ -6,8 +6,15 @@ all; what a peer raises later is reported as it is. Nothing here is used outside
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+import tempfile
+import types
+
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megatron_bvpo.kernels import target_logps
 
@@ -23,6 +30,15 @@ def attribute(module: str, name: str):
         raise Unavailable(f"{module}.{name} ({type(error).__name__})") from error
 
 
+def group_of_one():
+    """The process group that Megatron's and Transformer Engine's losses ask for."""
+    if not dist.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        meeting = f"file://{tempfile.mkdtemp(prefix='gpu-')}/store"
+        dist.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
+    return dist.group.WORLD
+
+
 def ours(**options):
     return lambda x, weight, targets: target_logps(x, weight, targets, **options)
 
@@ -34,6 +50,24 @@ def ours_torch(**options):
 def plain_torch():
     """Logits in bf16, cross-entropy in float32: three [N, V] tensors."""
     return lambda x, weight, targets: -F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
+
+
+def plain_torch_compiled():
+    return torch.compile(plain_torch(), dynamic=False)
+
+
+def chunks_with_recompute(rows: int = 2048):
+    """Whole rows of logits for a chunk of tokens at a time, computed again in the backward pass: what NeMo-RL's
+    chunked hidden-states-to-log-probs does, written here in its shortest form (NeMo-RL itself brings Ray along)."""
+
+    def chunk(x, weight, targets):
+        return -F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
+
+    def logps(x, weight, targets):
+        parts = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.cat([checkpoint(chunk, a, weight, b, use_reentrant=False) for a, b in parts])
+
+    return logps
 
 
 def torch_linear_cross_entropy():
@@ -54,7 +88,7 @@ def liger_scaled():
         return lambda x, weight, targets: -first(function.apply(x, weight, targets))
     except Unavailable:
         function = attribute("liger_kernel.ops", "LigerFusedLinearScaledCrossEntropyTPFunction")
-        return lambda x, weight, targets: -first(function.apply(x, weight, targets, dist.group.WORLD, 1.0, -100))
+        return lambda x, weight, targets: -first(function.apply(x, weight, targets, group_of_one(), 1.0, -100))
 
 
 def cut_cross_entropy():
@@ -68,11 +102,25 @@ def quack():
     return lambda x, weight, targets: -function(x, weight, targets, reduction="sum")
 
 
+def verl():
+    """Its Triton kernel of loss and entropy. `import verl` would want Ray, so its packages are entered without
+    running their __init__."""
+    for name in ("verl", "verl.utils", "verl.utils.kernel"):
+        spec = importlib.util.find_spec(name)  # of a module that is loaded: its own
+        if spec is None:
+            raise Unavailable("verl (not installed)")
+        if name not in sys.modules:
+            sys.modules[name] = module = types.ModuleType(name)
+            module.__spec__, module.__path__ = spec, spec.submodule_search_locations
+    function = attribute("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy")
+    return lambda x, weight, targets: first(function(x, weight, targets, 1.0, "none", None))
+
+
 def transformer_engine():
     function = attribute("transformer_engine.pytorch.cross_entropy", "parallel_cross_entropy")
 
     def cross_entropy(logits_NV, targets_N):
-        return function(logits_NV[:, None], targets_N[:, None], 0.0, False, dist.group.WORLD).view(-1)
+        return function(logits_NV[:, None], targets_N[:, None], 0.0, False, group_of_one()).view(-1)
 
     return ours(impl="te", cross_entropy=cross_entropy)
 
@@ -80,13 +128,14 @@ def transformer_engine():
 def megatron_native():
     """megatron-core's fused cross-entropy over whole logits: ms-swift's default, `cross_entropy_loss_fusion`."""
     function = attribute("megatron.core.fusions.fused_cross_entropy", "fused_vocab_parallel_cross_entropy")
-    return ours(impl="te", cross_entropy=lambda logits, targets: function(logits, targets, dist.group.WORLD))
+    return ours(impl="te", cross_entropy=lambda logits, targets: function(logits, targets, group_of_one()))
 
 
 def megatron_unfused():
     """megatron-core's plain one, ms-swift's way with `--cross_entropy_loss_fusion false`."""
     function = attribute("megatron.core.tensor_parallel", "vocab_parallel_cross_entropy")
     parallel_state = attribute("megatron.core", "parallel_state")
+    group_of_one()
 
     def cross_entropy(logits_NV, targets_N):
         if not parallel_state.model_parallel_is_initialized():
@@ -99,18 +148,3 @@ def megatron_unfused():
 
 def first(value):
     return value[0] if isinstance(value, (tuple, list)) else value
-
-
-PEERS = {
-    "ours": ours,
-    "ours, torch": ours_torch,
-    "plain torch": plain_torch,
-    "torch linear_cross_entropy": torch_linear_cross_entropy,
-    "Liger fused linear CE": liger,
-    "Liger scaled": liger_scaled,
-    "cut-cross-entropy": cut_cross_entropy,
-    "quack": quack,
-    "Transformer Engine": transformer_engine,
-    "Megatron fused (ms-swift default)": megatron_native,
-    "Megatron unfused (ms-swift)": megatron_unfused,
-}
