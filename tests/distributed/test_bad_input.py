@@ -92,12 +92,17 @@ FILES = {
         b'{"messages": [], "messages": []}\n',
         ":1: broken JSON: the key 'messages' stands twice.*",
     ),
-    "two spellings": (
+    "several rejected responses": (
         "a.jsonl",
-        jsonl(row(), {"query": "What?", "response": GOOD, "rejected_response": BAD}),
-        ":2: the prompt is in query and response, but in messages at line 1. .*",
+        jsonl(row(), row(rejected=[BAD, "<think>\nHm.\n</think>\n\n6"])),
+        ":2: rejected_response: several responses in one list, found 2. .* write a row for each.*",
     ),
-    "CSV of something else": ("a.csv", b"a,b\n1,2\n", ":1: header: expected the columns messages .*, found a, b. .*"),
+    "columns of other names": (
+        "a.jsonl",
+        jsonl({"dialogue": row()["messages"], "worse": BAD}),
+        """: columns: no messages .*, found dialogue, worse. .* --columns '{"dialogue": "messages", "worse": .*""",
+    ),
+    "CSV of something else": ("a.csv", b"a,b\n1,2\n", ":1: columns: no messages and no pair of responses, found a, b. .*"),
     "CSV with a cell too many": (
         "a.csv",
         b"query,response,rejected_response\na,b,c,d\n",
@@ -334,8 +339,9 @@ def test_rows_that_are_left_out_are_counted_and_listed(workshop, tmp_path):
     assert f"{len(good) + len(ROWS) + len(TOO_LONG)} rows read, {kept} kept." in said
     for what in TOO_LONG:
         assert f"training data: 1 {what}: longer than --max_length 512" in said
-    assert re.search(r"training data: row \d+ \('Think long.'\): Current length of row\(\d+\) is larger", said)
-    assert re.search(r"training data: row \d+ \('Answer long.'\): its empty pair is longer", said)
+    place = f"training data: {re.escape(str(file))}:\\d+: row \\d+"
+    assert re.search(rf"{place} \('Think long.'\): Current length of row\(\d+\) is larger", said)
+    assert re.search(rf"{place} \('Answer long.'\): its empty pair is longer", said)
     assert re.search(rf"trace stream: {kept - 1} pairs", said) and re.search(rf"empty stream: {kept - 4} pairs", said)
 
 
