@@ -102,7 +102,11 @@ FILES = {
         jsonl({"dialogue": row()["messages"], "worse": BAD}),
         """: columns: no messages .*, found dialogue, worse. .* --columns '{"dialogue": "messages", "worse": .*""",
     ),
-    "CSV of something else": ("a.csv", b"a,b\n1,2\n", ":1: columns: no messages and no pair of responses, found a, b. .*"),
+    "CSV of something else": (
+        "a.csv",
+        b"a,b\n1,2\n",
+        ":1: columns: no messages and no pair of responses, found a, b. .*",
+    ),
     "CSV with a cell too many": (
         "a.csv",
         b"query,response,rejected_response\na,b,c,d\n",
