@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,14 @@ def pytest_addoption(parser):
         action="store_true",
         help="run tests/cluster too: a real Slurm, and hosts in network namespaces (root; several minutes)",
     )
+
+
+def pytest_configure(config):
+    """What the tests' runs keep of their rows goes when the tests have ended, and never into a person's cache."""
+    if "MODELSCOPE_CACHE" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="bvpo-cache-", ignore_cleanup_errors=True)
+        os.environ["MODELSCOPE_CACHE"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ everything that has a say in the rows. It is written aside and renamed, so ranks
 counts of the file stand in it, too: who finds it needs not read the file.
 """
 
+import filecmp
 import hashlib
 import json
 import os
@@ -334,8 +335,10 @@ def _written_aside(target: Path, path: str) -> Iterator[str]:
         raise UserError(f"cannot be written: {error.strerror}", file=str(target.parent), remedy=remedy) from None
     try:
         yield part
-        os.chmod(part, 0o644)
-        os.replace(part, target)
+        # The same once more: the old one stays, and with it what datasets has computed from it.
+        if not (target.exists() and filecmp.cmp(part, target, shallow=False)):
+            os.chmod(part, 0o644)
+            os.replace(part, target)
     except OSError as error:
         remedy = f"It holds the rows of {path} once more; set MODELSCOPE_CACHE to a folder with room for them."
         raise UserError(f"cannot be written: {error.strerror}", file=str(target.parent), remedy=remedy) from None

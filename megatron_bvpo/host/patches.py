@@ -143,21 +143,30 @@ def no_row_lost(reading, tell):
         finally:
             del self.batched_preprocess
 
+    def rename(dataset, columns):
+        """A column that another is mapped to gives way; datasets raises KeyError."""
+        dataset = RowPreprocessor.get_features_dataset(dataset)
+        lower = {old.lower(): new for old, new in columns.items()}
+        targets = {lower[name.lower()] for name in dataset.features if name.lower() in lower}
+        stale = [name for name in dataset.features if name in targets and name.lower() not in lower]
+        return stock_rename(dataset.remove_columns(stale) if stale else dataset, columns)
+
     def load(self, *args, **kwargs):
         dataset = stock_load(self, *args, **kwargs)
         return judged(dataset, reading, num_proc=self.num_proc, load_from_cache_file=self.load_from_cache_file)
 
-    stock_auto = _target(AutoPreprocessor, "__call__")
+    stock_auto, stock_rename = _target(AutoPreprocessor, "__call__"), _target(RowPreprocessor, "safe_rename_columns")
     changes = [
         (loader, "_load_dataset_path", _load_dataset_path),
         (loader, "_load_repo_dataset", _load_repo_dataset),
         (loader, "load", load),
         (AutoPreprocessor, "__call__", auto),
         (RowPreprocessor, "__call__", call),
+        (RowPreprocessor, "safe_rename_columns", staticmethod(rename)),
         # The name of its data set on every row: teachers of other trainings need it; a stream loses its types by it.
         (swift_loader, "_inject_dataset_routing_tag", lambda dataset, name: dataset),
     ]
-    stock = [(owner, name, _target(owner, name)) for owner, name, _ in changes]
+    stock = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]  # static methods as such
     for owner, name, new in changes:
         setattr(owner, name, new)
     try:

@@ -149,6 +149,7 @@ def test_a_planted_circle_is_noticed():
         ("planning.command", HOSTS | {"torch", "transformers"}),
         ("launching.route", HOSTS | {"torch", "transformers", "packaging"}),
         ("launching.refusals", HOSTS | {"torch"}),
+        ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )

@@ -92,12 +92,21 @@ FILES = {
         b'{"messages": [], "messages": []}\n',
         ":1: broken JSON: the key 'messages' stands twice.*",
     ),
-    "two spellings": (
+    "several rejected responses": (
         "a.jsonl",
-        jsonl(row(), {"query": "What?", "response": GOOD, "rejected_response": BAD}),
-        ":2: the prompt is in query and response, but in messages at line 1. .*",
+        jsonl(row(), row(rejected=[BAD, "<think>\nHm.\n</think>\n\n6"])),
+        ":2: rejected_response: several responses in one list, found 2. .* write a row for each.*",
     ),
-    "CSV of something else": ("a.csv", b"a,b\n1,2\n", ":1: header: expected the columns messages .*, found a, b. .*"),
+    "columns of other names": (
+        "a.jsonl",
+        jsonl({"dialogue": row()["messages"], "worse": BAD}),
+        """: columns: no messages .*, found dialogue, worse. .* --columns '{"dialogue": "messages", "worse": .*""",
+    ),
+    "CSV of something else": (
+        "a.csv",
+        b"a,b\n1,2\n",
+        ":1: columns: no messages and no pair of responses, found a, b. .*",
+    ),
     "CSV with a cell too many": (
         "a.csv",
         b"query,response,rejected_response\na,b,c,d\n",
@@ -353,11 +362,12 @@ def test_rows_that_are_left_out_are_counted_and_listed(workshop, tmp_path):
     for what in TOO_LONG:
         assert f"training data: 1 {what}: longer than --max_length 512" in said
     too_long = r"longer than --max_length 512 \(\d+ tokens\): raise it, or cut with --truncation_strategy"
+    place = rf"training data: {re.escape(str(file))}:\d+: row \d+"
     assert re.search(
-        rf"data: row \d+ \('Read long. Hm.*…'\): its trace pair: {too_long}; its empty pair: {too_long}", said
+        rf"{place} \('Read long. Hm.*…'\): its trace pair: {too_long}; its empty pair: {too_long}", said
     )
-    assert re.search(r"training data: row \d+ \('Think long.'\): its trace pair: longer than", said)
-    assert re.search(r"training data: row \d+ \('Answer long.'\): its empty pair: longer than", said)
+    assert re.search(rf"{place} \('Think long.'\): its trace pair: longer than", said)
+    assert re.search(rf"{place} \('Answer long.'\): its empty pair: longer than", said)
     assert f"training data: trace stream: {kept} pairs encoded, {kept - 2} left and 2 lost." in said
     assert re.search(rf"trace stream: {kept - 2} pairs,", said) and re.search(rf"empty stream: {kept - 4} pairs,", said)
 

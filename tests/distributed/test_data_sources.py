@@ -33,6 +33,9 @@ def runs(workshop, tmp_path_factory):
         writer.writeheader()
         for row in rows:
             writer.writerow({k: json.dumps(row[k]) if k == "messages" else row.get(k, "") for k in columns})
+    long = {**rows[0], "rejected_response": f"<think>\n{'Hm. ' * 600}\n</think>\n\n5"}
+    mixed = folder / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], long, long, *rows[1:], long]))
     half = folder / "half.jsonl"
     half.write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
 
@@ -43,6 +46,14 @@ def runs(workshop, tmp_path_factory):
         "sample": argv(workshop, f"--dataset {workshop.train}#8"),
         "two-files": argv(workshop, f"--dataset {half} {workshop.train}"),
         "stream": argv(workshop, f"--dataset {workshop.train} --dataset_shuffle false", "--streaming true"),
+        "stream-mixed": argv(
+            workshop, f"--dataset {mixed} --dataset_shuffle false", "--streaming true --train_iters 4"
+        ),
+        "lazy-mixed": argv(
+            workshop,
+            f"--dataset {mixed} --dataset_shuffle false --train_dataloader_shuffle false",
+            "--lazy_tokenize true --train_iters 4",
+        ),
         "eval-4": argv(workshop, held_out),
         "eval-1": argv(workshop, held_out, "--global_batch_size 1 --train_iters 8 --eval_steps 8"),
         "eval-wide": argv(
@@ -64,6 +75,15 @@ def test_the_same_rows_from_another_source(runs, name):
 @pytest.mark.parametrize("name", ["sample", "two-files"])
 def test_trains(runs, name):
     assert len(runs[name].steps("loss/empty")) == 2
+
+
+def test_rows_that_prove_too_long_while_training_are_counted(runs):
+    """Three of 19 rows, in 4 steps of 4 that take all of a stream."""
+    stream, lazy = runs["stream-mixed"], runs["lazy-mixed"]
+    assert [stream.steps("rows/read")[i] for i in (0, 3)] == [6, 19]
+    assert [stream.steps("rows/unused")[i] for i in (0, 3)] == [2, 3]
+    assert len(lazy.steps("loss")) == 4 and lazy.steps("rows/unused")[-1] >= 2, "of the first 16 rows"
+    assert lazy.steps("rows/read")[-1] == 16 + lazy.steps("rows/unused")[-1]
 
 
 def evaluation(result) -> dict:

@@ -87,7 +87,6 @@ def test_columns_of_the_user_are_mapped(pairs):
         (["--custom_dataset_info", "mine.json"], {}),
         (["--external_plugins", "mine.py"], {}),
         (["--bvpo_alpha", "half"], {}),
-        (["--columns", "{"], {}),
         (["--help"], {}),
         ([], {"NODE_RANK": "1"}),
     ],

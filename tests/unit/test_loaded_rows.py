@@ -409,21 +409,13 @@ def test_a_file_for_training_and_evaluation(template, tmp_path):
 @pytest.mark.parametrize("mode", ["ahead", "stream", "lazy"])
 def test_a_data_set_of_the_hub(template, tmp_path, mode, monkeypatch):
     """Rows that come typed and padded by datasets, and are judged after loading."""
-    from datasets import Dataset
     from swift.dataset import loader
 
     kinds = [kind for kind in KINDS if kind not in ("rejected list", "other types of odd columns", "sides")]
     rows = Rows([*kinds, *kinds])
     columns = sorted({name for row in rows.rows for name in row})
     plain = [{name: row.get(name) or None for name in columns} for row in rows.rows]
-
-    class Hub:
-        @staticmethod
-        def load_dataset(name, subset, split, streaming=False, **_):
-            found = Dataset.from_list(plain)
-            return found.to_iterable_dataset() if streaming else found
-
-    monkeypatch.setattr(loader, "get_hub", lambda use_hf: Hub)
+    monkeypatch.setattr(loader, "get_hub", lambda use_hf: HubOf(plain))
     loaded = run(template, ["someone/pairs"], mode)
     kept = len(rows.rows) - rows.dropped.total()
     if mode == "stream":  # bad rows are met while training
@@ -437,6 +429,32 @@ def test_a_data_set_of_the_hub(template, tmp_path, mode, monkeypatch):
     if mode != "lazy":
         assert sorted(loaded.rows) == sorted(rows.trained)
         assert loaded.pairs == {stream: rows.count(stream) for stream in ("trace", "empty")}
+
+
+class HubOf:
+    """A hub with one data set."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def load_dataset(self, name, subset, split, streaming=False, **_):
+        from datasets import Dataset
+
+        found = Dataset.from_list(self.rows)
+        return found.to_iterable_dataset() if streaming else found
+
+
+@pytest.mark.parametrize("mode", ["ahead", "stream"])
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_a_column_that_is_mapped_to_gives_way(template, tmp_path, mode, source, monkeypatch):
+    """datasets: KeyError, or two columns of one name."""
+    from swift.dataset import loader
+
+    rows = [{"messages": ask(f"q{i}", GOOD), "rejected_response": "none of it", "worse": BAD} for i in range(3)]
+    monkeypatch.setattr(loader, "get_hub", lambda use_hf: HubOf(rows))
+    entries = ["someone/pairs"] if source == "hub" else write(tmp_path, "jsonl", rows)
+    loaded = run(template, entries, mode, columns='{"worse": "rejected_response"}')
+    assert loaded.pairs == {"trace": 3, "empty": 3}
 
 
 @pytest.mark.parametrize("mode", ["ahead", "stream"])
