@@ -13,7 +13,7 @@ Rule = tuple[Any, str, str, str | None]
 
 def check_combinations(args: Any) -> None:
     """Raise UserError for the first combination that cannot work; `args` has ms-swift's names as attributes."""
-    for rules in (_length, _stream, _rates, _precision, _columns, _elsewhere, _tuner):
+    for rules in (_length, _stream, _rates, _precision, _columns, _saving, _elsewhere, _tuner):
         _raise_first(rules(args))
     check_recomputation(args)
     check_optimizer(args)
@@ -161,6 +161,24 @@ def _columns(args: Any) -> list[Rule]:
     ]
 
 
+def _saving(args: Any) -> list[Rule]:
+    """What would end the run at its first save, or at its end."""
+    return [
+        (
+            args.dist_ckpt_save_pre_mcore_014,
+            "dist_ckpt_save_pre_mcore_014",
+            "is true, and megatron-core 0.16 cannot save in that form",
+            "leave the flag out; --dist_ckpt_optim_fully_reshardable true is what it was for",
+        ),
+        (
+            args.create_checkpoint_symlink,
+            "create_checkpoint_symlink",
+            "is true, and ms-swift's links fail without an evaluation, and where a run ends for the second time",
+            "leave the flag out: last-checkpoint always names the last whole checkpoint",
+        ),
+    ]
+
+
 def _elsewhere(args: Any) -> list[Rule]:
     """Flags of ms-swift's other backend, or of other models, that are there and do nothing."""
     images = [
@@ -239,10 +257,11 @@ def check_optimizer(args: Any) -> None:
     _raise_first(
         [
             (
-                args.optimizer == "sgd" and args.use_distributed_optimizer,
+                args.optimizer == "sgd",
                 "optimizer",
-                "is sgd, and Megatron's distributed optimizer knows Adam only",
-                "add --use_distributed_optimizer false, or use --optimizer adam",
+                "is sgd: Megatron's distributed optimizer does not know it, and without that one its checkpoints "
+                "cannot be loaded",
+                "use --optimizer adam",
             ),
             (
                 args.use_precision_aware_optimizer and not args.use_distributed_optimizer,

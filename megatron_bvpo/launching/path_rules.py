@@ -25,7 +25,7 @@ def check_paths(args: Any) -> None:
     """Raise UserError for the first path that a run with these arguments could not use."""
     for flag in MEGATRON_FOLDERS:
         if getattr(args, flag):
-            _check_megatron_folder(getattr(args, flag), flag)
+            check_megatron_folder(getattr(args, flag), flag)
     for flag in ("adapters", "ref_adapters"):
         for path in _several(getattr(args, flag)):
             _check_adapter(path, flag)
@@ -84,7 +84,7 @@ def _check_adapter(path: str, flag: str) -> None:
     )
 
 
-def _check_megatron_folder(path: str, flag: str) -> None:
+def check_megatron_folder(path: str, flag: str) -> None:
     """A folder with `latest_checkpointed_iteration.txt` and, in that iteration's folder, Megatron's weights."""
     _require(os.path.isdir(path), "no such folder", path, flag)
     tracker = Path(path, "latest_checkpointed_iteration.txt")

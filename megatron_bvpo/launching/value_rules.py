@@ -99,13 +99,16 @@ RANGES = {
     "bvpo_kappa": "(0, 1]",
     "bvpo_moment_decay": "[0, 0.9999]",
 }
-# Megatron's own lists, for what ms-swift takes as any text.
+# What no parser looks at: Megatron's own lists, for what ms-swift takes as any text, and the plugin's settings.
 CHOICES = {
     "torch_dtype": ("bfloat16", "float16", "float32"),
     "attention_backend": ("flash", "flash_2", "flash_3", "flash_4", "fused", "unfused", "local", "auto"),
     "cp_comm_type": ("p2p", "all_gather", "a2a", "a2a+p2p"),
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"),
     "recompute_modules": ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
+    "bvpo_criterion": ("mse", "sgd"),
+    "bvpo_empty": ("strip", "require"),
+    "bvpo_logp_impl": ("auto", "triton", "te", "torch"),
     "report_to": ("tensorboard", "wandb", "swanlab", "none"),
 }
 # Texts that hold a JSON object.

@@ -25,7 +25,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
-from megatron_bvpo.launching.path_rules import check_paths, saved_without_optimizer
+from megatron_bvpo.launching.path_rules import check_megatron_folder, check_paths, saved_without_optimizer
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
 from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
@@ -216,31 +216,12 @@ def check_names(args) -> None:
             )
 
 
-def _number(values: dict[str, Any], name: str, low: float, high: float, *, low_open: bool = False) -> float:
-    try:
-        number = float(values[name])
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (low < number if low_open else low <= number) or not number <= high:
-        bracket = "(" if low_open else "["
-        raise UserError(
-            f"{name} is {values[name]!r}; expected a number in {bracket}{low:g}, {high:g}]",
-            field=f"--{name}",
-            remedy="leave the flag out for its default",
-        )
-    return number
-
-
 def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
-    """The frozen configuration from argument values (`vars(args)`); raises UserError naming the flag."""
+    """The frozen configuration from argument values (`vars(args)`) whose ranges `check_values` has checked.
+
+    Raises UserError for values that do not go together.
+    """
     alpha = parse_alpha(values["bvpo_alpha"])
-    interval = values["bvpo_probe_interval"]
-    if int(interval) < 1:
-        raise UserError(
-            f"bvpo_probe_interval is {interval}; expected 1 or more",
-            field="--bvpo_probe_interval",
-            remedy="10 measures the moments at every tenth step",
-        )
     try:
         preference = PreferenceConfig(
             loss_type=values["loss_type"],
@@ -256,15 +237,15 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
     refuse_useless_cache(values, preference)
     return BvpoConfig(
         alpha=alpha,
-        alpha_prior=_number(values, "bvpo_alpha_prior", 0, 1),
+        alpha_prior=float(values["bvpo_alpha_prior"]),
         criterion=values["bvpo_criterion"],
-        kappa=_number(values, "bvpo_kappa", 0, 1, low_open=True),
-        probe_interval=int(interval),
-        moment_decay=_number(values, "bvpo_moment_decay", 0, 0.9999),
+        kappa=float(values["bvpo_kappa"]),
+        probe_interval=int(values["bvpo_probe_interval"]),
+        moment_decay=float(values["bvpo_moment_decay"]),
         empty=values["bvpo_empty"],
         empty_block=values["bvpo_empty_block"],
         logp_impl=values["bvpo_logp_impl"],
-        logp_memory=_number(values, "bvpo_logp_memory", 0, 1024, low_open=True),
+        logp_memory=float(values["bvpo_logp_memory"]),
         ref_cache=values["bvpo_ref_cache"] or None,
         refs_only=bool(values["bvpo_refs_only"]),
         eval_on_start=bool(values["bvpo_eval_on_start"]),
@@ -338,6 +319,7 @@ def check_resume(args) -> None:
     if not folder:
         return
     require_whole_checkpoint(folder, flag=f"--{flag}")
+    check_megatron_folder(folder, flag)
     if not args.no_load_optim and saved_without_optimizer(Path(folder)):
         raise UserError(
             f"{folder} was saved with no_save_optim, so there is no optimizer to go on with",

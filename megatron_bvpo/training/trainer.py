@@ -112,18 +112,6 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
-        if not self.bvpo.refs_only:
-            self._require_something_to_train()
-
-    def _require_something_to_train(self) -> None:
-        """A run that trains nothing ends like any other, with exit code 0 and weights as they were."""
-        trained = any(p.requires_grad for model in self.unwrapped_models for p in model.parameters())
-        if not self.groups.any_rank(trained, get_current_device()):
-            raise UserError(
-                "every parameter is frozen, so nothing would be trained",
-                field="--freeze_parameters",
-                remedy="freeze less, or name what is trained in --trainable_parameters",
-            )
 
     # ---- data
 

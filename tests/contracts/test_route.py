@@ -146,6 +146,23 @@ def test_yaml_with_the_same_keys_and_its_env_block(launches, tmp_path):
         assert sh[6:] == ["--rlhf_type", "bvpo", "--model", "m", "--bvpo_alpha", "0.5"]
 
 
+def test_the_command_line_wins_over_the_files_rival_key(call, tmp_path):
+    """ms-swift would train the epoch."""
+    path = write_yaml(tmp_path, rlhf_type="bvpo", model="m", num_train_epochs=1)
+    result = call("swift", "rlhf", path, "--train_iters", "10", RECORD="1", **REHEARSE)
+    assert f"{OURS} --rlhf_type bvpo --model m --train_iters 10`" in result.stdout, result.stderr
+    assert f"megatron-bvpo: --train_iters replaces num_train_epochs of {path}." in result.stdout
+    path = write_yaml(tmp_path, rlhf_type="bvpo", model="m", num_train_epochs=1, train_iters=10)
+    result = call("swift", "rlhf", path, RECORD="1", **REHEARSE)
+    assert result.returncode == 2 and "train_iters: is 10, and num_train_epochs 1 would win" in last_line(result)
+
+
+@pytest.mark.parametrize("name, value", [("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "eight"), ("NNODES", "0")])
+def test_a_number_of_ranks_that_is_none_is_told(call, name, value):
+    result = call("swift", "rlhf", "--rlhf_type", "bvpo", "--model", "m", RECORD="1", **REHEARSE, **{name: value})
+    assert result.returncode == 2 and f"error: {name}: is {value!r}; expected a whole number" in last_line(result)
+
+
 def test_torchrun_gets_the_variables_that_ms_swift_hands_on(launches):
     values = dict(zip(TORCHRUN, ["8", "4", "3", "10.0.0.1", "29511"], strict=True))
     ours, stock = launches(

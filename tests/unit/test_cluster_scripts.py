@@ -127,6 +127,15 @@ def test_a_secret_in_yaml_is_refused_before_anything_prints_it(tmp_path):
         assert code == 2 and "hub_token" in told and "HF_TOKEN" in told
 
 
+def test_a_run_that_could_not_go_on_is_refused_before_anything_starts(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: m\nno_save_optim: true\n")
+    for preflight in "01":
+        env = {"BVPO_PYTHON_BIN": sys.executable, "NPROC_PER_NODE": "1", "BVPO_PREFLIGHT": preflight}
+        code, told = run("train.sh", str(config), env=env, cwd=tmp_path)
+        assert code == 2 and "no_save_optim: is true" in told and len(told.splitlines()) == 1
+
+
 def test_sbatch_says_what_is_missing(tmp_path):
     """Slurm's own programs are stood in for by scripts: what is tested comes before the job starts."""
     for name, answer in (("scontrol", "n0"), ("squeue", "RUNNING"), ("srun", "")):

@@ -16,7 +16,7 @@ import pytest
 from megatron_bvpo.cluster.launch_environment import launch_environment, log_folder, swift_command
 from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.cluster.roll_call import ENDED, RUNNING, RollCall
-from megatron_bvpo.cluster.run_folder import reached, resume_flags, run_folder
+from megatron_bvpo.cluster.run_folder import reached, refuse_unresumable, resume_flags, run_folder
 from megatron_bvpo.cluster.run_logs import first_error
 from megatron_bvpo.cluster.supervise import NODE_LOST, STOPPED, Supervisor, descendants
 from megatron_bvpo.errors import UserError
@@ -157,6 +157,26 @@ def test_how_a_run_goes_on(tmp_path, monkeypatch):
         resume_flags(run, folder)
     monkeypatch.setenv("BVPO_RUN_DIR", str(tmp_path / "other"))
     assert run_folder(run) == tmp_path / "other"
+
+
+def test_a_run_that_saves_no_optimizer_is_not_begun_where_it_would_be_restarted(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\nno_save_optim: true\n")
+    run = read_run([str(file)])
+    for env in ({}, {"BVPO_RESUME": "auto"}, {"BVPO_RESUME": "never", "BVPO_ATTEMPT": "slurm-7-0"}):
+        with pytest.raises(UserError, match="no_save_optim: is true, and .* cannot go on"):
+            refuse_unresumable(run, env)
+    refuse_unresumable(run, {"BVPO_RESUME": "never"})
+    refuse_unresumable(read_run([str(file), "--no_save_optim", "false"]), {})
+    refuse_unresumable(read_run(["--model", "m"]), {})
+
+
+def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(tmp_path):
+    """One of an older start, in a folder that is trained in again."""
+    made = checkpoint(tmp_path / "r", 4)
+    (made / "args.json").write_text(json.dumps({"no_save_optim": True}))
+    with pytest.raises(UserError, match=f"{made}: was saved with no_save_optim.*BVPO_RESUME=never"):
+        resume_flags(read_run(["--model", "m"]), tmp_path / "r")
 
 
 def test_a_warm_start_goes_on_from_its_own_checkpoint(tmp_path):
