@@ -6,6 +6,7 @@ Nothing here loads torch or ms-swift: a plan answers on a login node in under a 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_bvpo.errors import UserError
@@ -117,7 +118,14 @@ def silent_refusals(args: Any) -> list[tuple]:
         ),
         *(
             (no_reference and getattr(args, flag), flag, "this loss has no reference, so nothing would read it", leave)
-            for flag in ("ref_model", "mcore_ref_model")
+            for flag in ("ref_model", "mcore_ref_model", "ref_adapters", "mcore_ref_adapter")
+        ),
+        (
+            bool(args.new_special_tokens),
+            "new_special_tokens",
+            "their embeddings are drawn at the start: the reference of full tuning has zeros there, no adapter holds "
+            "them, and pipeline stages that share them draw each its own",
+            "add the tokens to the model first, and give that as --model",
         ),
     ]
 
@@ -214,15 +222,8 @@ LORA_ONLY = {
 
 
 def full_refusals(args: Any) -> list[tuple]:
-    """Settings that full tuning, ms-swift's default, would ignore, or that would split it from its reference."""
-    found = [
-        (
-            bool(args.new_special_tokens) and not args.reference_free and args.loss_type != "simpo",
-            "new_special_tokens",
-            "their embeddings would be random in the policy and zero in the reference",
-            "add the tokens to the model first, and give that as --model",
-        )
-    ]
+    """Settings that full tuning, ms-swift's default, would ignore."""
+    found = []
     for flag, default in LORA_ONLY.items():
         value = getattr(args, flag)
         value = tuple(value) if isinstance(value, list) else value
@@ -283,7 +284,9 @@ def auto_refusals(args: Any) -> list[tuple]:
 
 
 def refuse_unsupported(args: Any) -> None:
-    """Raise UserError for the first of `refusals`."""
-    for refused, flag, reason, remedy in refusals(args):
+    """Raise UserError for the first of `refusals`, whether its flag was given or `--megatron_extra_kwargs` sets it."""
+    extra = args.megatron_extra_kwargs
+    given = SimpleNamespace(**vars(args) | (extra if isinstance(extra, dict) else {}))
+    for refused, flag, reason, remedy in refusals(given):
         if refused:
-            raise UserError(f"{flag} is {getattr(args, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)
+            raise UserError(f"{flag} is {getattr(given, flag)!r}: {reason}", field=f"--{flag}", remedy=remedy)

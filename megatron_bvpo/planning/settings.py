@@ -21,6 +21,7 @@ NOT_PLANNED = (
     ("fp8_format", None, "keeps activations in 8 bits"),
     ("fp8_param_gather", False, "keeps parameters in 8 bits"),
     ("fp4_format", None, "keeps activations in 4 bits"),
+    ("megatron_extra_kwargs", None, "sets what Megatron does behind the flags"),
 )
 
 

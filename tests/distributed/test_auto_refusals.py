@@ -59,6 +59,11 @@ ALWAYS = {
         "moe_expert_capacity_factor",
         "dropping tokens by capacity makes one stream's gradient depend on the other; leave the flag out",
     ),
+    "a capacity factor behind the flags": (
+        {"megatron_extra_kwargs": '{"moe_expert_capacity_factor": 1.5}'},
+        "moe_expert_capacity_factor",
+        "dropping tokens by capacity makes one stream's gradient depend on the other; leave the flag out",
+    ),
     "CPU offload that cannot be resumed": (
         OFFLOAD,
         "optimizer_cpu_offload",

@@ -19,14 +19,14 @@ def flags(workshop, more: str) -> list[str]:
     run = (
         f"--model {workshop.moe} --model_type qwen3_moe --template qwen3_thinking --dataset {workshop.train} "
         "--lr 5e-2 --lr_decay_style constant --micro_batch_size 1 --global_batch_size 8 --train_iters 4 "
-        "--logging_steps 1 --max_length 512 --lora_rank 4 --lora_dropout 0.1"
+        "--logging_steps 1 --max_length 512"
     )
     return [*run.split(), *CPU_FLAGS, *more.split()]
 
 
 @pytest.fixture(scope="module")
 def runs(workshop, tmp_path_factory):
-    adapter = "--tuner_type lora"
+    adapter = "--tuner_type lora --lora_rank 4 --lora_dropout 0.1"
     router = f"{adapter} --target_modules all-linear all-router"
     cells = [
         Cell("router", flags(workshop, router), hook=HOOK, hook_args={"save": False}),

@@ -109,6 +109,7 @@ def test_names_and_defaults_are_the_arguments_own():
             modules_to_save=["embedding"],
             freeze_parameters_ratio=0.5,
             target_regex=".*qkv",
+            megatron_extra_kwargs={"moe_expert_capacity_factor": 1.0},
         ).items()
     ],
 )
@@ -139,6 +140,8 @@ REFUSED = {
     "bridge_backend": "megatron-bridge",
     "ref_model": {"ref_model": "there", "loss_type": "simpo"},
     "mcore_ref_model": {"mcore_ref_model": "there", "reference_free": True},
+    "ref_adapters": {"ref_adapters": "there", "loss_type": "simpo"},
+    "mcore_ref_adapter": {"mcore_ref_adapter": "there", "loss_type": "simpo"},
     "new_special_tokens": ["<a>"],
     **{
         flag: {"lora_rank": 16}.get(flag, "q_proj")
