@@ -39,7 +39,8 @@ def group_of_one():
     return dist.group.WORLD
 
 
-def ours(**options):
+def ours(impl: str = "triton", **options):
+    options["impl"] = impl
     return lambda x, weight, targets: target_logps(x, weight, targets, **options)
 
 

@@ -109,10 +109,10 @@ def ceilings(key: str, n: int, hidden: int, vocabs: tuple[int, ...], block: int,
 
 def whole_plan(tiny: bool) -> list[Phase]:
     """All phases in their order; `tiny` is the same at sizes that run anywhere."""
-    n, hidden, vocabs = (96, 64, (1003, 250)) if tiny else (TOKENS, HIDDEN, (VOCAB, VOCAB // 4))
-    other_n = (32, 160) if tiny else (4096, 131_072)
-    tiles = {setting: [(32, 512), (64, 1003)] for setting in SETTINGS} if tiny else TILES
-    sizes = (n, hidden, vocabs, *((32, 512, 2**16) if tiny else (1024, 8448, 2**32)))
+    n, hidden, vocabs = (24, 64, (1003, 250)) if tiny else (TOKENS, HIDDEN, (VOCAB, VOCAB // 4))
+    other_n = (8, 40) if tiny else (4096, 131_072)
+    tiles = {setting: [(8, 512), (16, 1003)] for setting in SETTINGS} if tiny else TILES
+    sizes = (n, hidden, vocabs, *((8, 512, 2**16) if tiny else (1024, 8448, 2**32)))
 
     def cells(key: str, peer: str, tokens: tuple[int, ...], vocabs=vocabs) -> list[Figure]:
         return [cell(key, peer, s, m, hidden, v) for m in tokens for v in vocabs for s in SETTINGS]

@@ -63,8 +63,15 @@ def numbers(folder: Path) -> list[dict]:
     return [line for line in lines if "step" in line]
 
 
-def losses(lines: list[dict]) -> list[float]:
-    return [float.fromhex(line["metrics"]["loss"]) for line in lines]
+def losses(lines: list[dict]) -> list:
+    return [read(line["metrics"].get("loss")) for line in lines]
+
+
+def read(value):
+    """Hexadecimal floats as numbers, in lists too."""
+    if isinstance(value, list):
+        return [read(part) for part in value]
+    return float.fromhex(value) if isinstance(value, str) else value
 
 
 def step(tiny: bool) -> dict:
