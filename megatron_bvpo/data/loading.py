@@ -198,6 +198,8 @@ class PackRows:
 
 def with_sources(dataset):
     """The dataset with the column `bvpo_source`: the number of each row, from 1 on."""
+    if SOURCE_KEY in (dataset.column_names or ()):
+        return dataset
     if hasattr(dataset, "__len__"):
         return dataset.add_column(SOURCE_KEY, [f"row {i + 1}" for i in range(len(dataset))])
     return dataset.map(lambda row, i: {SOURCE_KEY: f"row {i + 1}"}, with_indices=True)
