@@ -14,7 +14,7 @@ from swift.template import MaxLengthError
 
 from megatron_bvpo.data.batches import ROW_KEY
 from megatron_bvpo.data.handover import SOURCE_KEY
-from megatron_bvpo.data.loading import map_rows
+from megatron_bvpo.data.loading import cells, map_rows
 from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.errors import UserError
 
@@ -98,7 +98,7 @@ def measure_dataset(
     )
     lost = LostRows()
     kept = []
-    for i, found in enumerate(measured[LOST_KEY]):
+    for i, found in enumerate(cells(measured, LOST_KEY)):
         if found is None or found[0] == _EMPTY:
             kept.append(i)
         if found is None:
