@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,12 @@ def load_file(path: str, reading: Reading, streaming: bool) -> tuple[Dataset | I
     return (dataset.to_iterable_dataset() if streaming else dataset), report
 
 
+def cells(dataset: Dataset, column: str) -> Iterator[Any]:
+    """The cells of one column, read in batches: `dataset[column]` goes through all columns' formats for each row."""
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        yield from batch.column(0).to_pylist()
+
+
 def judged(dataset, reading: Reading, *, num_proc: int | None = None, load_from_cache_file: bool = True):
     """The dataset in the one form, with a verdict for every row; as it is where it has that already.
 
@@ -116,7 +122,7 @@ def judged(dataset, reading: Reading, *, num_proc: int | None = None, load_from_
             return dataset
         columns = list(RowPreprocessor.get_features_dataset(dataset).features)
         return dataset.map(judge.one, with_indices=True, remove_columns=columns, features=FEATURES)
-    if VERDICT_KEY in dataset.column_names and None not in dataset[VERDICT_KEY]:
+    if VERDICT_KEY in dataset.column_names and all(text is not None for text in cells(dataset, VERDICT_KEY)):
         return dataset
     return map_rows(dataset, judge.batch, FEATURES, num_proc=num_proc, load_from_cache_file=load_from_cache_file)
 
@@ -132,7 +138,7 @@ def judge_dataset(dataset, reading: Reading, *, num_proc: int, load_from_cache_f
     if not hasattr(dataset, "__len__"):
         return dataset, report
     kept = []
-    for i, (source, text) in enumerate(zip(dataset[SOURCE_KEY], dataset[VERDICT_KEY], strict=True)):
+    for i, (source, text) in enumerate(zip(cells(dataset, SOURCE_KEY), cells(dataset, VERDICT_KEY), strict=True)):
         verdict = RowVerdict.from_json(text)
         report.add(source or f"row {i + 1}", verdict)
         if verdict.kept:
@@ -198,6 +204,8 @@ class PackRows:
 
 def with_sources(dataset):
     """The dataset with the column `bvpo_source`: the number of each row, from 1 on."""
+    if SOURCE_KEY in (dataset.column_names or ()):
+        return dataset
     if hasattr(dataset, "__len__"):
         return dataset.add_column(SOURCE_KEY, [f"row {i + 1}" for i in range(len(dataset))])
     return dataset.map(lambda row, i: {SOURCE_KEY: f"row {i + 1}"}, with_indices=True)

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Features, List, Value
 
 from megatron_bvpo.data.batches import ROW_KEY, row_in_words
-from megatron_bvpo.data.loading import map_rows
+from megatron_bvpo.data.loading import cells, map_rows
 from megatron_bvpo.data.pair_checks import Account, Loss
 from megatron_bvpo.data.verdicts import STREAMS
 from megatron_bvpo.errors import UserError
@@ -131,7 +131,7 @@ def measure_dataset(
     )
     found = MeasuredRows()
     kept = []
-    for i, text in enumerate(measured[ACCOUNT_COLUMN]):
+    for i, text in enumerate(cells(measured, ACCOUNT_COLUMN)):
         account = Account.from_json(text)
         if account.pairs:
             kept.append(i)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
@@ -104,6 +105,7 @@ class RowVerdict:
         return json.dumps(asdict(self))
 
     @classmethod
+    @lru_cache(maxsize=4096)  # most rows have the same few
     def from_json(cls, text: str) -> "RowVerdict":
         values: dict[str, Any] = json.loads(text)
         values["problems"] = tuple(RowProblem(**problem) for problem in values["problems"])

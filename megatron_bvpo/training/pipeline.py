@@ -13,7 +13,7 @@ from megatron_bvpo.data.batches import TemplateSettings, encoded_examples, make_
 from megatron_bvpo.data.empty_trace import empty_block
 from megatron_bvpo.data.encoded_stream import EncodedStream
 from megatron_bvpo.data.handover import FileReport, Reading
-from megatron_bvpo.data.loading import NumberedRows, judge_dataset, length_lines
+from megatron_bvpo.data.loading import NumberedRows, cells, judge_dataset, length_lines
 from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import local_file, scan_files
@@ -125,7 +125,7 @@ class BvpoPipeline(MegatronRLHF):
         for name, dataset in named.items():
             columns = getattr(dataset, "column_names", None) or []
             if hasattr(dataset, "__len__") and "lengths" in columns:
-                for line in length_lines(dataset["lengths"], args.bvpo.streams):
+                for line in length_lines(cells(dataset, "lengths"), args.bvpo.streams):
                     logger.info(f"{name} data: {line}")
         if args.lazy_tokenize:
             named = {name: None if rows is None else NumberedRows(rows) for name, rows in named.items()}
