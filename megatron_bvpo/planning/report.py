@@ -198,7 +198,7 @@ def _step(plan: Plan) -> list[str]:
     for t in costs.traffic:
         wire = "between nodes" if t.between_nodes else "within a node"
         lines.append(
-            f"  {t.kind + ':':<24}{t.bytes / GIB:9.2f} GiB a rank, {wire}, {t.seconds:.2f} s if nothing hides it"
+            f"  {t.kind + ':':<23} {t.bytes / GIB:9.2f} GiB a rank, {wire}, {t.seconds:.2f} s if nothing hides it"
         )
     low, high = EFFICIENCY["experts" if plan.shape.experts else "dense"]
     fast, slow = costs.seconds
@@ -212,12 +212,12 @@ def _step(plan: Plan) -> list[str]:
 def _suggestions(plan: Plan, table: list[Suggestion]) -> list[str]:
     if not table:
         return ["No layout of these ranks passes the rules with this batch."]
-    lines = [f"{'layout':<44}{'recompute':<11}{'GiB':>6}{'bubble':>8}{'s a step':>16}{'longest trace':>15}"]
+    lines = [f"{'layout':<44} {'recompute':<10} {'GiB':>6} {'bubble':>7} {'s a step':>15} {'longest trace':>14}"]
     for s in table:
         fast, slow = s.costs.seconds
         lines.append(
-            f"{layout_name(s.run):<44}{s.run.recompute:<11}{s.bytes / GIB:>6.1f}{s.costs.bubble:>8.0%}"
-            f"{f'{fast:.1f} – {slow:.1f}':>16}{s.longest:>15}"
+            f"{layout_name(s.run):<44} {s.run.recompute:<10} {s.bytes / GIB:>6.1f} {s.costs.bubble:>7.0%} "
+            f"{f'{fast:.1f} – {slow:.1f}':>15} {s.longest:>14}"
         )
     if not table[0].fits:
         lines.append("None of them fits; the smallest are shown. More nodes, or a shorter max_length, are needed.")

@@ -36,6 +36,23 @@ def test_the_command_prints_and_says_whether_it_fits(tmp_path, capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+def test_no_two_columns_run_together(tmp_path, capsys):
+    """Where the numbers are as wide as they get: 94 layers and more than 100 GiB a GPU."""
+    argv = [
+        "plan",
+        config_file(tmp_path, expert_model_parallel_size=1),
+        "--model",
+        "Qwen/Qwen3-235B-A22B-Thinking-2507",
+    ]
+    assert cli.bvpo([*argv, "--suggest"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("GiB a GPU"))
+    columns = re.split(" {2,}", lines[head])[1:]
+    number, layers, *cells = lines[head + 1].removeprefix("stage").split()
+    assert (number, layers) == ("0", "94") and len(cells) == len(columns)
+    assert float(cells[0]) > 100 and all(re.fullmatch(r"\d+\.\d+", cell) for cell in cells)
+
+
 def test_the_command_as_json(tmp_path, capsys):
     argv = ["plan", config_file(tmp_path), "--json", "--suggest", "--nodes", "2", "--set", "global_batch_size=64"]
     assert cli.bvpo(argv) == 0

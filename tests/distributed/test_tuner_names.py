@@ -1,0 +1,33 @@
+"""A `target_regex` trains, saves and goes on: ms-swift saves no adapter that peft knows by a pattern."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from tests.distributed.forks import zygotes
+from tests.distributed.test_bad_input import flags
+
+pytestmark = pytest.mark.slow
+
+
+def losses(folder) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
+    return [(line["iteration"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def test_a_pattern_is_saved_as_the_names_that_it_matches(workshop, tmp_path):
+    out = tmp_path / "out"
+    given = {"target_regex": r".*(experts\.linear_fc1|linear_proj)", "train_iters": 2, "save_steps": 1}
+    given |= {"logging_steps": 1, "merge_lora": "false"}
+    zygotes().run(out, flags(workshop, **given)).require_success()
+    saved = json.loads((out / "checkpoint-1" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(saved) == ["gate_proj", "o_proj", "up_proj"]
+    with safe_open(str(out / "checkpoint-1" / "adapter_model.safetensors"), framework="pt") as file:
+        assert {name.split(".lora_")[0].rpartition(".")[2] for name in file.keys()} == set(saved)
+    whole = losses(out)
+    more = flags(workshop, **given, mcore_adapter=out / "checkpoint-1", finetune="false")
+    zygotes().run(out, more).require_success()
+    assert losses(out)[len(whole) :] == whole[1:] and len(whole) == 2
