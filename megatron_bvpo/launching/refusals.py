@@ -197,12 +197,6 @@ def lora_refusals(args: Any) -> list[tuple]:
             "their adapters under tensor parallelism",
             "leave the flag out",
         ),
-        (
-            args.target_regex and args.save_safetensors,
-            "target_regex",
-            "ms-swift cannot name the adapted modules in adapter_config.json then, and stops at the first save",
-            "use --target_modules, or save Megatron's format only with --save_safetensors false",
-        ),
         *((bool(getattr(args, flag)), flag, why, "leave the flag out") for flag, why in full_only.items()),
     ]
 

@@ -433,9 +433,7 @@ def test_rows_that_are_left_out_are_counted_and_listed(workshop, tmp_path):
         assert f"training data: 1 {what}: longer than --max_length 512" in said
     too_long = r"longer than --max_length 512 \(\d+ tokens\): raise it, or cut with --truncation_strategy"
     place = rf"training data: {re.escape(str(file))}:\d+: row \d+"
-    assert re.search(
-        rf"{place} \('Read long. Hm.*…'\): its trace pair: {too_long}; its empty pair: {too_long}", said
-    )
+    assert re.search(rf"{place} \('Read long. Hm.*…'\): its trace pair: {too_long}; its empty pair: {too_long}", said)
     assert re.search(rf"{place} \('Think long.'\): its trace pair: longer than", said)
     assert re.search(rf"{place} \('Answer long.'\): its empty pair: longer than", said)
     assert f"training data: trace stream: {kept} pairs encoded, {kept - 2} left and 2 lost." in said

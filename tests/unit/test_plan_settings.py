@@ -162,7 +162,6 @@ REFUSED_WITH_ADAPTERS = {
     "lora_bias": ADAPTERS | {"lora_bias": "all"},
     "lora_dtype": ADAPTERS | {"lora_dtype": "float32"},
     "moe_shared_expert_overlap": ADAPTERS | {"moe_shared_expert_overlap": True, "tensor_model_parallel_size": 2},
-    "target_regex": ADAPTERS | {"target_regex": ".*qkv"},
     "ref_model": ADAPTERS | {"ref_model": "there"},
     "mcore_ref_model": {"adapters": "there", "mcore_ref_model": "there"},
     "freeze_parameters": ADAPTERS | {"freeze_parameters": ["embedding"]},
@@ -184,7 +183,6 @@ def test_the_list_of_refusals_is_the_runs():
         "mcore_ref_model",
         "lora_bias",
         "lora_dtype",
-        "target_regex",
         "freeze_parameters_ratio",
     }  # for different reasons
     assert (flags(**ADAPTERS) - always) | either == set(REFUSED_WITH_ADAPTERS)
