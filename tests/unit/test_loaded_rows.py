@@ -326,8 +326,7 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("late", LATE)
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize(("ending", "late"), [*(("jsonl", late) for late in LATE), ("json", "a rejected conversation")])
 def test_columns_that_come_after_the_first_ten_megabytes(late, ending, template, tmp_path):
     """datasets takes the columns of a file from its first 10 MB, and ms-swift's passes theirs from 1000 rows."""
     base = {"messages": ask("q", GOOD), "rejected_response": BAD, "id": 7, "margin": "0.3", "note": "x" * 11_000}
