@@ -341,8 +341,7 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("late", LATE)
-@pytest.mark.parametrize("ending", ["jsonl", "json"])
+@pytest.mark.parametrize(("ending", "late"), [*(("jsonl", late) for late in LATE), ("json", "a rejected conversation")])
 def test_columns_that_come_after_the_first_ten_megabytes(late, ending, template, tmp_path):
     """datasets takes the columns of a file from its first 10 MB, and ms-swift's passes theirs from 1000 rows."""
     base = {"messages": ask("q", GOOD), "rejected_response": BAD, "id": 7, "margin": "0.3", "note": "x" * 11_000}
@@ -511,3 +510,32 @@ def test_a_folder_with_a_file_of_no_use_names_it(template, tmp_path):
     rows = Rows(["no trace", "plain"])
     with pytest.raises(UserError, match="train-1.jsonl.*no row is left"):
         run(template, write(tmp_path, "folder", rows.rows))
+
+
+def test_several_processes(template, tmp_path, monkeypatch):
+    """`--dataset_num_proc 2`, over rows that are judged ahead and over rows that are judged after loading."""
+    from swift.dataset import loader
+
+    rows = Rows(["plain", "no trace", "long trace", "own answers", "plain"])
+    columns = sorted({name for row in rows.rows for name in row})
+    found = [{name: row.get(name) for name in columns} for row in rows.rows]
+    monkeypatch.setattr(loader, "get_hub", lambda use_hf: HubOf(found))
+    entries = [*write(tmp_path, "jsonl", rows.rows), "someone/pairs"]
+    loaded = run(template, entries, dataset_num_proc=2)
+    assert sorted(loaded.rows) == sorted([*rows.trained] * 2)
+    assert loaded.numbers(r"(\d+) rows dropped: longer") == [(2,)]
+
+
+@pytest.mark.parametrize("columns", [None, '{"worse": "rejected_response"}'])
+def test_the_ranks_read_no_file_that_the_launching_process_has_read(template, tmp_path, monkeypatch, columns):
+    from megatron_bvpo.data import handover
+    from megatron_bvpo.launching.start_checks import scan_data
+    from tests.unit.data_runs import pipeline
+
+    rows = [{"messages": ask(f"q{i}", GOOD), "worse" if columns else "rejected_response": BAD} for i in range(3)]
+    [entry] = write(tmp_path, "jsonl", rows)
+    given = ["--columns", columns] if columns else []
+    lines = scan_data(["--dataset", f"{entry}#2", "--bvpo_alpha", "auto", *given])
+    monkeypatch.setattr(pipeline, "handed_over_scan", lambda: lines)
+    monkeypatch.setattr(handover, "read_rows", None)
+    assert len(run(template, [f"{entry}#2"], columns=columns).rows) == 2
