@@ -221,5 +221,5 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
     settle_preference_defaults(args)
     bvpo_config(vars(args))
     refuse_unsupported(args)
-    check_combinations(args)
+    check_combinations(args, derived=True)
     check_resume(args)
