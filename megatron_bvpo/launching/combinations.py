@@ -11,9 +11,15 @@ TRACKERS = ("tensorboard", "wandb", "swanlab")
 Rule = tuple[Any, str, str, str | None]
 
 
-def check_combinations(args: Any) -> None:
-    """Raise UserError for the first combination that cannot work; `args` has ms-swift's names as attributes."""
-    for rules in (_length, _stream, _rates, _precision, _columns, _saving, _elsewhere, _tuner):
+def check_combinations(args: Any, *, derived: bool = False) -> None:
+    """Raise UserError for the first combination that cannot work.
+
+    Args:
+        args: an object with ms-swift's names as attributes.
+        derived: ms-swift has filled in what was not given, so that nobody can tell any more what was.
+    """
+    given = () if derived else (_rates, _precision)
+    for rules in (_length, _stream, *given, _columns, _saving, _elsewhere, _tuner):
         _raise_first(rules(args))
     check_recomputation(args)
     check_optimizer(args)

@@ -179,7 +179,8 @@ def _check_range(name: str, value: float, interval: str) -> None:
 
 def _check_choices(name: str, values: list, allowed: tuple[str, ...]) -> None:
     for value in values:
-        if str(value).removeprefix("torch.") not in allowed:  # a plugin's run has torch's own dtype by now
+        # The plugin comes after ms-swift has made torch's and Megatron's own types of some names.
+        if str(getattr(value, "name", value)).removeprefix("torch.") not in allowed:
             remedy = "write several as words of their own, not in one pair of quotes" if " " in value else None
             raise UserError(f"has {value!r}; expected {', '.join(allowed)}", field=f"--{name}", remedy=remedy)
 

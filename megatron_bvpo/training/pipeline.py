@@ -248,7 +248,7 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
     bvpo_config(vars(args))
     refuse_unread(given_unread(sys.argv))  # not the arguments: ms-swift has filled some of them in by now
     refuse_unsupported(args)
-    check_combinations(args)
+    check_combinations(args, derived=True)
     check_resume(args)
     use_readable_forms(args)
     if args.adapters:
