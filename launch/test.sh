@@ -41,7 +41,7 @@ everything() {
   : >"$progress/left_out"
   before="$(wc -l <"$progress/passed")"
   local notes=(-p tests.progress --progress "$progress")
-  tests "${notes[@]}" -n 2 --dist loadfile tests/unit tests/contracts tests/kernels
+  tests "${notes[@]}" --whole-matrix -n 2 --dist loadfile tests/unit tests/contracts tests/kernels
   tests "${notes[@]}" --whole-matrix tests/distributed
   tests "${notes[@]}" --cluster tests/cluster
   if ! why="$("$image" --needs)"; then
