@@ -133,6 +133,7 @@ def report(found: dict[str, dict], rows: int) -> str:
         "",
         f"- date: {time.strftime('%Y-%m-%d')}",
         f"- versions: Python {platform.python_version()}, {os.cpu_count()} cores, one thread",
+        f"- load of the machine at the end, other work included: {os.getloadavg()[1]:.0f}",
         "",
         "| process | file, MB | seconds | of a core | peak GiB | of that, libraries | said |",
         "|---|---|---|---|---|---|---|",
