@@ -201,6 +201,24 @@ def load_random_state(checkpoint: str | os.PathLike, rank: int) -> dict[str, Any
     return torch.load(Path(checkpoint) / RNG_FOLDER / f"rank_{rank:05d}.pt", weights_only=True)
 
 
+# What of the schedule Megatron takes from the checkpoint, whatever the flags say.
+SCHEDULE = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "start_wd", "end_wd")
+
+
+def schedule_of(scheduler: Any) -> dict[str, Any]:
+    """The part of a Megatron scheduler's settings that a checkpoint replaces; `…_steps` count rows."""
+    return {name: getattr(scheduler, name) for name in SCHEDULE}
+
+
+def schedule_changes(asked: dict[str, Any], loaded: dict[str, Any]) -> list[str]:
+    """A line for each setting that the checkpoint holds otherwise than the flags."""
+    return [
+        f"The checkpoint's {name} goes on, {loaded[name]}, and not this run's {asked[name]}."
+        for name in SCHEDULE
+        if loaded[name] != asked[name]
+    ]
+
+
 def merge_needs_more(local_bytes: int, local_ranks: int, available: int) -> str | None:
     """Why a node's host memory cannot hold its ranks' base weights beside what is there, or None."""
     needed = local_bytes * local_ranks

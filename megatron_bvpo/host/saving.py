@@ -173,9 +173,12 @@ class CheckpointMixin:
             self._check_layout_change(folder, saved)
         if is_master():
             ckpt.clear_staging(self.args.output_dir)
+        asked = ckpt.schedule_of(self.opt_param_scheduler)
         super()._load_checkpoint()
         if folder is not None:
             self._restore(folder, saved)
+            for line in ckpt.schedule_changes(asked, ckpt.schedule_of(self.opt_param_scheduler)):
+                logger.warning(line)
 
     def _check_same_model(self, folder: str, saved: dict[str, Any]) -> None:
         mine = self._model_identity()

@@ -25,7 +25,12 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
-from megatron_bvpo.launching.path_rules import check_megatron_folder, check_paths, saved_without_optimizer
+from megatron_bvpo.launching.path_rules import (
+    check_megatron_folder,
+    check_paths,
+    check_reference_adapter,
+    saved_without_optimizer,
+)
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
 from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
@@ -126,6 +131,7 @@ class BvpoArguments(MegatronRLHFArguments):
         with as_user_error():
             super().__post_init__()
         check_names(self)
+        check_reference_adapter(self)
 
     @property
     def bvpo(self) -> BvpoConfig:

@@ -380,6 +380,15 @@ def test_a_checkpoint(case, saved, workshop, tmp_path):
     assert_told(run, f"{saved}/bvpo_state.json: .*{message}")
 
 
+def test_a_reference_of_another_scale(workshop, tmp_path):
+    """ms-swift would run it with the run's own lora_alpha, without a word."""
+    (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16, "use_rslora": false}')
+    run = zygotes().run(tmp_path / "out", flags(workshop, ref_adapters=tmp_path))
+    assert_told(
+        run, f"{tmp_path}: --ref_adapters: has lora_alpha 16, and the run has lora_alpha 32.0; .* --lora_alpha 16"
+    )
+
+
 def test_full_tuning_does_not_go_on_from_an_adapter(saved, workshop, tmp_path):
     given = flags(workshop, mcore_model=saved, finetune="false", tuner_type="full")
     told = "--tuner_type: the checkpoint was trained in another way: tuner_type lora there and full here; .*"

@@ -1,4 +1,4 @@
-"""A `target_regex` trains, saves and goes on: ms-swift saves no adapter that peft knows by a pattern."""
+"""What a checkpoint keeps of names and rates: a `target_regex` as a list, and its own schedule, which is told."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def test_a_pattern_is_saved_as_the_names_that_it_matches(workshop, tmp_path):
     more = flags(workshop, **given, mcore_adapter=out / "checkpoint-1", finetune="false")
     zygotes().run(out, more).require_success()
     assert losses(out)[len(whole) :] == whole[1:] and len(whole) == 2
+
+
+def test_a_rate_that_the_checkpoint_wins_over_is_told(workshop, tmp_path):
+    """Megatron takes the schedule from the checkpoint, whatever the flags say."""
+    out = tmp_path / "out"
+    given = {"train_iters": 1, "lr": 1e-4, "save_safetensors": "false"}
+    run = zygotes().run(out, flags(workshop, **given)).require_success()
+    assert "The checkpoint's" not in run.text
+    more = {**given, "train_iters": 2, "lr": 5e-5, "mcore_adapter": out / "checkpoint-1", "finetune": "false"}
+    run = zygotes().run(out, flags(workshop, **more)).require_success()
+    assert "The checkpoint's max_lr goes on, 0.0001, and not this run's 5e-05." in run.text
+    assert "The checkpoint's lr_decay_steps goes on, 4, and not this run's 8." in run.text
