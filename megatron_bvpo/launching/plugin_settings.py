@@ -34,6 +34,7 @@ OTHER_VARIABLES = {
     "BVPO_TORCH": "launch scripts: the torch requirement",
     "BVPO_PIP_ARGS": "launch scripts: more arguments for pip",
     "BVPO_REHEARSAL_DIR": "launch scripts: where the rehearsal keeps its files",
+    "BVPO_REHEARSAL_VOCAB": "launch scripts: the rehearsal model's vocabulary",
     # of launch/train.sh, launch/slurm.sbatch and `bvpo preflight`, whose heads say what they are
     **{f"BVPO_{name}": "the launch kit" for name in _LAUNCH.split()},
     **{f"BVPO_{name}": "the image (containers/)" for name in _IMAGE.split()},

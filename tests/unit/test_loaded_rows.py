@@ -523,7 +523,7 @@ def test_several_processes(template, tmp_path, monkeypatch):
     entries = [*write(tmp_path, "jsonl", rows.rows), "someone/pairs"]
     loaded = run(template, entries, dataset_num_proc=2)
     assert sorted(loaded.rows) == sorted([*rows.trained] * 2)
-    assert loaded.numbers(r"(\d+) rows dropped: longer") == [(2,)]
+    assert loaded.numbers(r"(\d+) rows kept without the trace pair: longer") == [(2,)]
 
 
 @pytest.mark.parametrize("columns", [None, '{"worse": "rejected_response"}'])
