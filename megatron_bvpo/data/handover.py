@@ -25,8 +25,9 @@ from typing import Any
 from megatron_bvpo import __version__
 from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.columns import unknown_form
+from megatron_bvpo.data.conversations import kind_of
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import check_row, kind_of
+from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.data.verdicts import RowRules, RowTally, RowVerdict
 from megatron_bvpo.errors import UserError
 

@@ -12,8 +12,15 @@ not use (α fixed at 1 or 0) asks nothing of the rows. `check_row` never raises;
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_bvpo.data.conversations import (
+    LEAVE_OUT,
+    conversation_problems,
+    kind_of,
+    last_user,
+    many_ends,
+    spoken,
+)
 from megatron_bvpo.data.empty_trace import (
-    DEFAULT_TAGS,
     ThinkTags,
     Trace,
     many_tags,
@@ -27,15 +34,12 @@ from megatron_bvpo.data.verdicts import RowProblem, RowRules, RowTally, RowVerdi
 
 __all__ = ["RowProblem", "RowRules", "RowTally", "RowVerdict", "check_row", "normalise_row", "require_rows"]
 
-ROLES = frozenset({"system", "user", "assistant", "tool", "tool_call", "tool_response"})
-TOOL_ROLES = frozenset({"tool", "tool_call", "tool_response"})
 MEDIA_FIELDS = ("images", "videos", "audios", "rejected_images", "rejected_videos", "rejected_audios")
 
 # What a prompt is written from beside the messages. Either side's stands for both where the other names none.
 PROMPT_FIELDS = ("tools", "chat_template_kwargs")
 
 _CUT_OFF = "generation was cut off; raise the generation limit, or leave the row out"
-_LEAVE_OUT = "mend the row or leave it out"
 
 
 @dataclass
@@ -124,19 +128,19 @@ def _prefixed(messages: list[dict[str, Any]], tags: ThinkTags) -> list[dict[str,
 
 def _check_shape(row: Any) -> _Pair:
     if not isinstance(row, dict):
-        problem = RowProblem("row", "expected an object", _LEAVE_OUT, found=kind_of(row), structural=True)
+        problem = RowProblem("row", "expected an object", LEAVE_OUT, found=kind_of(row), structural=True)
         return _Pair(problems=[problem])
     pair = _Pair()
     for name in MEDIA_FIELDS:
         if _is_filled(row.get(name)):
             pair.problems.append(RowProblem(name, "not empty", "only text rows can be trained; leave it out"))
     messages = row.get("messages")
-    problems = _conversation_problems(messages, "messages")
+    problems = conversation_problems(messages, "messages")
     if problems:
         pair.problems += problems
         return pair
     pair.chosen = messages[-1]["content"]
-    _check_rejected(row, messages[: _last_user(messages) + 1], pair)
+    _check_rejected(row, messages[: last_user(messages) + 1], pair)
     return pair
 
 
@@ -170,7 +174,7 @@ def _from_response(response: Any, prompt: list[dict[str, Any]], pair: _Pair) -> 
         return response
     if not isinstance(response, list):
         problem = "expected text or a list of messages"
-        pair.problems.append(RowProblem(name, problem, _LEAVE_OUT, found=kind_of(response), structural=True))
+        pair.problems.append(RowProblem(name, problem, LEAVE_OUT, found=kind_of(response), structural=True))
         return ""
     if len(response) > 1 and all(isinstance(text, str) for text in response):
         remedy = "a row prefers one response to one other: write a row for each"
@@ -181,111 +185,20 @@ def _from_response(response: Any, prompt: list[dict[str, Any]], pair: _Pair) -> 
         problem = "holds a user turn"
         pair.problems.append(RowProblem(name, problem, "put the whole conversation in rejected_messages"))
         return ""
-    pair.problems += _conversation_problems(response, name, prompt)
+    pair.problems += conversation_problems(response, name, prompt)
     return "" if pair.problems else response[-1]["content"]
 
 
 def _from_conversation(conversation: Any, prompt: list[dict[str, Any]], pair: _Pair) -> str:
     name = "rejected_messages"
-    pair.problems += _conversation_problems(conversation, name)
+    pair.problems += conversation_problems(conversation, name)
     if pair.problems:
         return ""
-    if _spoken(conversation[: _last_user(conversation) + 1]) != _spoken(prompt):
+    if spoken(conversation[: last_user(conversation) + 1]) != spoken(prompt):
         problem = "another prompt than in messages"
         remedy = "both must be the same up to the last user turn, system message included"
         pair.problems.append(RowProblem(name, problem, remedy))
     return conversation[-1]["content"]
-
-
-def _conversation_problems(messages: Any, name: str, prompt: list[dict[str, Any]] | None = None) -> list[RowProblem]:
-    """At most one problem: the first thing that keeps the messages from being prompt and one response."""
-    if messages is None:
-        return [RowProblem(name, "missing", "give the conversation as a list of messages")]
-    if not isinstance(messages, list):
-        kind = kind_of(messages)
-        return [RowProblem(name, "expected a list of messages", _LEAVE_OUT, found=kind, structural=True)]
-    if not messages:
-        return [RowProblem(name, "empty", "give the conversation as a list of messages")]
-    for i, message in enumerate(messages):
-        if problem := _message_problem(message, f"{name}[{i}]", is_first=i == 0 and prompt is None):
-            return [problem]
-    last_user = _last_user(messages)
-    if prompt is None and last_user < 0:
-        return [RowProblem(name, "no user turn", "the prompt needs at least one user message")]
-    response = messages[last_user + 1 :]
-    if any(message["role"] in TOOL_ROLES or message.get("tool_calls") for message in response):
-        remedy = "only plain text responses can be trained; leave the row out"
-        return [RowProblem(name, "tool calls in the response", remedy)]
-    if not response or response[-1]["role"] != "assistant":
-        problem, found = "the last message is not the assistant's", f"role {messages[-1]['role']!r}"
-        return [RowProblem(name, problem, "end it with the response", found=found)]
-    if len(response) > 1:
-        problem, found = "several messages after the last user turn", str(len(response))
-        return [RowProblem(name, problem, "join them into one assistant message", found=found)]
-    return _loss_problems(response[0], name) or _history_problems(messages[: max(last_user, 0)], name)
-
-
-def _loss_problems(response: dict[str, Any], name: str) -> list[RowProblem]:
-    """A response that its row does not want counted, or not as it is, cannot be preferred."""
-    for key, fine in (("loss", "true"), ("loss_scale", "1")):
-        value = response.get(key)
-        if value is not None and value != 1:
-            problem, remedy = f"{key} on the response is not {fine}", f"take {key} off it, or leave the row out"
-            return [RowProblem(name, problem, remedy, found=kind_of(value))]
-    return []
-
-
-def _history_problems(earlier: list[dict[str, Any]], name: str) -> list[RowProblem]:
-    """ms-swift takes the traces off earlier turns, too: up to the last closing tag, whoever speaks of it."""
-    for i, message in enumerate(earlier):
-        text = message.get("content")
-        if message["role"] != "assistant" or not isinstance(text, str):
-            continue
-        if problem := _many_ends(text, DEFAULT_TAGS) or unclear_opening(text):
-            return [RowProblem(f"{name}[{i}].content", problem, "give earlier turns without their traces")]
-    return []
-
-
-def _many_ends(text: str, tags: ThinkTags) -> str | None:
-    if text.count(tags.close) < 2:
-        return None
-    return f"more than one {tags.close}, so where the answer begins cannot be told"
-
-
-def _message_problem(message: Any, where: str, is_first: bool) -> RowProblem | None:
-    if not isinstance(message, dict):
-        remedy = "write {'role': …, 'content': …}"
-        return RowProblem(where, "expected an object", remedy, found=kind_of(message), structural=True)
-    role, content = message.get("role"), message.get("content")
-    if role is None:
-        return RowProblem(f"{where}.role", "missing", "give user, assistant or system")
-    if not isinstance(role, str):
-        found = kind_of(role)
-        return RowProblem(f"{where}.role", "expected text", _LEAVE_OUT, found=found, structural=True)
-    if role not in ROLES:
-        remedy = "use user, assistant or system"
-        return RowProblem(f"{where}.role", "unknown role", remedy, found=_short(role))
-    if role == "system" and not is_first:
-        remedy = "put the system message first"
-        return RowProblem(f"{where}.role", "a system message after the start", remedy)
-    if message.get("tool_calls") or (role in TOOL_ROLES and content is not None):
-        return None  # tool turns of the prompt may hold objects; ms-swift writes them as text
-    if content is None:
-        return RowProblem(f"{where}.content", "missing", _LEAVE_OUT)
-    if not isinstance(content, str):
-        remedy = "write the message as one text"
-        return RowProblem(f"{where}.content", "expected text", remedy, found=kind_of(content), structural=True)
-    return None
-
-
-def _last_user(messages: list[dict[str, Any]]) -> int:
-    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
-
-
-def _spoken(messages: list[dict[str, Any]]) -> list[tuple[str, Any, Any]]:
-    """Roles and contents, without the columns that only steer the loss."""
-    roles = {"tool_response": "tool"}
-    return [(roles.get(m["role"], m["role"]), m.get("content"), m.get("tool_calls")) for m in messages]
 
 
 def _is_filled(value: Any) -> bool:
@@ -319,7 +232,7 @@ def _trace_problems(pair: _Pair, tags: ThinkTags) -> list[RowProblem]:
 def _response_problem(name: str, text: str, tags: ThinkTags) -> RowProblem | None:
     parts = split_trace(text, tags)
     if not parts.trace.strip() and not parts.answer.strip():
-        return RowProblem(name, "blank response", _LEAVE_OUT)
+        return RowProblem(name, "blank response", LEAVE_OUT)
     if unclear := unclear_opening(text, tags):
         remedy = "a trace opens once, at the very start; mend the row or leave it out"
         return RowProblem(name, unclear, remedy)
@@ -367,7 +280,7 @@ def _own_problems(answers: dict[str, Any], tags: ThinkTags, drops: str) -> list[
     for name, answer in answers.items():
         if not isinstance(answer, str):
             found = kind_of(answer)
-            problems.append(RowProblem(name, "expected text", _LEAVE_OUT, drops, found, structural=True))
+            problems.append(RowProblem(name, "expected text", LEAVE_OUT, drops, found, structural=True))
             continue
         text = own_answer(answer, tags)
         texts.append(text)
@@ -391,7 +304,7 @@ def _stripped_problems(pair: _Pair, tags: ThinkTags, drops: str) -> list[RowProb
     sides = list(zip(("messages", pair.rejected_field), (split_trace(text, tags) for text in texts), strict=True))
     problems = []
     for text, (name, parts) in zip(texts, sides, strict=True):
-        if many := _many_ends(text, tags):
+        if many := many_ends(text, tags):
             problems.append(RowProblem(name, many, add, drops))
         elif parts.cut_off or _reopened(parts, tags):
             problems.append(RowProblem(name, f"no {tags.close}, so no answer", _CUT_OFF, drops))
@@ -405,18 +318,3 @@ def _stripped_problems(pair: _Pair, tags: ThinkTags, drops: str) -> list[RowProb
         problem = "the same answer as the chosen response once the traces are stripped"
         problems.append(RowProblem(pair.rejected_field, problem, add, drops))
     return problems
-
-
-def kind_of(value: Any) -> str:
-    """The type of a value in a reader's words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    if type(value) in (int, float):
-        return f"the number {_short(value)}"
-    kind = names.get(type(value), type(value).__name__)
-    return f"{kind} {_short(value)}" if kind == "text" else kind
-
-
-def _short(value: Any) -> str:
-    # A number of thousands of digits cannot be printed in Python, and need not be.
-    text = "with too many digits" if isinstance(value, int) and abs(value) >= 10**40 else repr(value)
-    return text if len(text) <= 40 else f"{text[:36]}…"
