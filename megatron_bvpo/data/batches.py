@@ -80,7 +80,8 @@ class TemplateSettings:
             losses of the plain difference this changes nothing, and for length-normalised ones it must be so.
         keep_items: hand the uncollated rows on with the batch, for probe steps.
         pair_keys: compute what stands for each tokenised pair, for the cache of reference log-probs.
-        count_unused: rows are encoded while training: what is lost is told, and travels with the next row that is used.
+        count_unused: rows are encoded while training: what is lost travels with the next row that is used.
+        tell_losses: and is told, each of the first rows in a line.
     """
 
     rules: RowRules
@@ -89,6 +90,7 @@ class TemplateSettings:
     keep_items: bool = False
     pair_keys: bool = False
     count_unused: bool = False
+    tell_losses: bool = True
 
 
 class Items(list):
@@ -114,7 +116,7 @@ class BvpoTemplateMixin:
         except Exception as error:  # whoever asked deals with it; here it is counted
             counts[WHOLE_ROW, f"cannot be encoded ({type(error).__name__})"] += 1
             raise
-        if account.lost and self.bvpo.count_unused:
+        if account.lost and self.bvpo.count_unused and self.bvpo.tell_losses:
             self._tell(inputs, account)
         if not account.pairs:
             counts[WHOLE_ROW, next(iter(account.lost.values())).reason] += 1

@@ -55,14 +55,6 @@ def check_tuner_names(args: Any, models: list[nn.Module]) -> None:
         more = {name for name in modules if _is_target(name, args.target_modules)} - set(found)
         _require(not any(_gathered(more)), f"has no list of names that means the same: {sorted(more)[:3]}", flag)
     _check_saved_modules(args, models[0], modules)
-    biased = [name for model in models for name, _ in model.named_parameters() if name.endswith("bias")]
-    told = [names for names in _gathered(biased) if names and args.lora_bias != "none"]
-    _require(
-        not told,
-        f"is {args.lora_bias}, and neither a checkpoint nor an adapter holds biases, such as {told and told[0][0]}",
-        "lora_bias",
-        "leave the flag out",
-    )
 
 
 def require_something_to_train(models: list[nn.Module]) -> None:

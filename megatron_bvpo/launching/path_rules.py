@@ -109,29 +109,6 @@ def check_megatron_folder(path: str, flag: str) -> None:
         )
 
 
-def check_reference_adapter(args: Any) -> None:
-    """ms-swift builds the reference's adapter like the run's own: another rank cannot be read, another scale is lost.
-
-    After ms-swift has taken the run's rank from `--adapters`.
-    """
-    for flag, path in (
-        *(("ref_adapters", path) for path in args.ref_adapters),
-        ("mcore_ref_adapter", args.mcore_ref_adapter),
-    ):
-        try:
-            saved = json.loads(Path(os.path.expanduser(path or ""), "adapter_config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        for key, mine in (("r", "lora_rank"), ("lora_alpha", "lora_alpha"), ("use_rslora", "use_rslora")):
-            if key in saved and saved[key] != getattr(args, mine):
-                raise UserError(
-                    f"has {key} {saved[key]}, and the run has {mine} {getattr(args, mine)}; both are built alike",
-                    file=path,
-                    field=f"--{flag}",
-                    remedy=f"give --{mine} {str(saved[key]).lower()}",
-                )
-
-
 def saved_without_optimizer(checkpoint: Path) -> bool:
     """Whether the run that wrote a checkpoint had no_save_optim."""
     try:

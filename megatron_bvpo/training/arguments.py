@@ -28,7 +28,6 @@ from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
 from megatron_bvpo.launching.path_rules import (
     check_megatron_folder,
     check_paths,
-    check_reference_adapter,
     saved_without_optimizer,
 )
 from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
@@ -131,7 +130,6 @@ class BvpoArguments(MegatronRLHFArguments):
         with as_user_error():
             super().__post_init__()
         check_names(self)
-        check_reference_adapter(self)
 
     @property
     def bvpo(self) -> BvpoConfig:

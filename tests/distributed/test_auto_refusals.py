@@ -112,7 +112,7 @@ ALWAYS = {
     "weights of tokens": (
         {"loss_scale": "last_round+hermes"},
         "loss_scale",
-        "a sequence's log-prob is a plain sum: .*; leave the flag out, or add --is_binary_loss_scale true: .*",
+        "BVPO counts the two responses, each token once: no earlier turn, no prompt, no weights; leave the flag out",
     ),
 }
 UNREAD = {

@@ -385,7 +385,9 @@ def test_a_reference_of_another_scale(workshop, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 16, "use_rslora": false}')
     run = zygotes().run(tmp_path / "out", flags(workshop, ref_adapters=tmp_path))
     assert_told(
-        run, f"{tmp_path}: --ref_adapters: has lora_alpha 16, and the run has lora_alpha 32.0; .* --lora_alpha 16"
+        run,
+        f"{tmp_path}/adapter_config.json: --ref_adapters: lora_alpha is 16 and this run's is 32.0, which it would get; "
+        "give --lora_alpha 16, or merge .*",
     )
 
 

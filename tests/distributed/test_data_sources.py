@@ -33,7 +33,8 @@ def runs(workshop, tmp_path_factory):
         writer.writeheader()
         for row in rows:
             writer.writerow({k: json.dumps(row[k]) if k == "messages" else row.get(k, "") for k in columns})
-    long = {**rows[0], "rejected_response": f"<think>\n{'Hm. ' * 600}\n</think>\n\n5"}
+    asked, answer = rows[0]["messages"]
+    long = {**rows[0], "messages": [{**asked, "content": asked["content"] + " Hm." * 600}, answer]}
     mixed = folder / "mixed.jsonl"
     mixed.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], long, long, *rows[1:], long]))
     half = folder / "half.jsonl"
