@@ -144,9 +144,11 @@ def recorded():
         def emit(self, record):
             lines.append(record.getMessage())
 
-    keep = Keep()
+    keep, level = Keep(), pipeline.logger.level
     pipeline.logger.addHandler(keep)
+    pipeline.logger.setLevel(logging.INFO)  # other tests want it quiet
     try:
         yield lines
     finally:
         pipeline.logger.removeHandler(keep)
+        pipeline.logger.setLevel(level)
