@@ -16,10 +16,13 @@ HOOK = "tests.distributed.recorders:record_cached"
 LOSSES = ("loss", "loss/trace", "loss/empty", "rewards/margins", "empty/rewards/margins", "grad_norm")
 
 
-def argv(workshop, layout: str, cache, more: str = "", *, model=None, rows=None) -> list[str]:
+LORA, FULL = "--tuner_type lora --lora_rank 4 --lora_dropout 0.1", "--tuner_type full"
+
+
+def argv(workshop, layout: str, cache, more: str = "", *, model=None, rows=None, tuner=LORA) -> list[str]:
     run = (
         f"--model {model or workshop.moe} --model_type qwen3_moe --template qwen3_thinking "
-        f"--dataset {rows or workshop.train} --tuner_type lora --lora_rank 4 --lora_dropout 0.1 --lr 1e-3 "
+        f"--dataset {rows or workshop.train} {tuner} --lr 1e-3 "
         "--lr_decay_style constant --adam_eps 1e-4 --micro_batch_size 1 --global_batch_size 8 --train_iters 4 "
         "--logging_steps 1 --max_length 512 --bvpo_alpha 0.5"
     )
@@ -40,11 +43,10 @@ def runs(workshop, tmp_path_factory):
     rows[3]["messages"][0]["content"] += " Please."
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def cell(name: str, layout: str, where, more: str = "", *, model=None, rows=None, **hook_args) -> Cell:
-        command = argv(workshop, layout, where, more, model=model, rows=rows)
+    def cell(name: str, layout: str, where, more: str = "", *, model=None, rows=None, tuner=LORA, **hook_args) -> Cell:
+        command = argv(workshop, layout, where, more, model=model, rows=rows, tuner=tuner)
         return Cell(name, command, hook=HOOK, hook_args=hook_args)
 
-    full = "--tuner_type full"
     cells = [
         cell("none", "one-rank", None),
         cell("cold", "one-rank", cache["kept"]),
@@ -52,9 +54,9 @@ def runs(workshop, tmp_path_factory):
         cell("auto", "one-rank", cache["kept"], "--bvpo_alpha auto"),
         cell("other-weight", "one-rank", cache["kept"], model=model),
         cell("other-row", "one-rank", cache["kept"], rows=folder / "rows.jsonl"),
-        cell("full-none", "one-rank", None, full),
-        cell("full-cold", "one-rank", cache["full"], full),
-        cell("full-warm", "one-rank", cache["full"], full),
+        cell("full-none", "one-rank", None, tuner=FULL),
+        cell("full-cold", "one-rank", cache["full"], tuner=FULL),
+        cell("full-warm", "one-rank", cache["full"], tuner=FULL),
         cell("refs", "one-rank", cache["refs"], f"--bvpo_refs_only true --val_dataset {workshop.held_out}"),
         cell("after-refs", "one-rank", cache["refs"], f"--val_dataset {workshop.held_out} --eval_steps 4"),
     ]
