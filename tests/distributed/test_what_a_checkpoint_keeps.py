@@ -23,9 +23,13 @@ def test_a_pattern_is_saved_as_the_names_that_it_matches(workshop, tmp_path):
     given = {"target_regex": r".*(experts\.linear_fc1|linear_proj)", "train_iters": 2, "save_steps": 1}
     given |= {"logging_steps": 1, "merge_lora": "false"}
     zygotes().run(out, flags(workshop, **given)).require_success()
-    saved = json.loads((out / "checkpoint-1" / "adapter_config.json").read_text())["target_modules"]
+    adapter = out / "checkpoint-1"
+    fused = json.loads((adapter / "adapter_config.json").read_text())  # peft's form: experts are parameters there
+    assert fused["target_modules"] == ["o_proj"]
+    assert [name.rpartition(".")[2] for name in fused["target_parameters"]] == ["gate_up_proj"]
+    saved = json.loads((adapter / "vllm" / "adapter_config.json").read_text())["target_modules"]
     assert sorted(saved) == ["gate_proj", "o_proj", "up_proj"]
-    with safe_open(str(out / "checkpoint-1" / "adapter_model.safetensors"), framework="pt") as file:
+    with safe_open(str(adapter / "vllm" / "adapter_model.safetensors"), framework="pt") as file:
         assert {name.split(".lora_")[0].rpartition(".")[2] for name in file.keys()} == set(saved)
     whole = losses(out)
     more = flags(workshop, **given, mcore_adapter=out / "checkpoint-1", finetune="false")
