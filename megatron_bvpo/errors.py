@@ -59,7 +59,7 @@ def _rebuild(message, file, line, field, remedy) -> UserError:
     return UserError(message, file=file, line=line, field=field, remedy=remedy)
 
 
-def or_bound(env=os.environ) -> str:
+def or_bound() -> str:
     """What to add to "check that it is mounted": inside an image a folder must be bound, too."""
-    inside = any(env.get(name) for name in ("BVPO_IN_IMAGE", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
+    inside = any(os.environ.get(name) for name in ("BVPO_IN_IMAGE", "APPTAINER_CONTAINER", "SINGULARITY_CONTAINER"))
     return " and bound into the image: BVPO_BINDS=/its/folder when submitting slurm.sbatch" if inside else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 
 from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
 
@@ -86,7 +87,7 @@ def visible(rows: list[dict[str, str]], selection: str | None) -> list[dict[str,
     ]
 
 
-def check_gpus(wanted: int, rehearsal: bool, env=os.environ) -> tuple[dict, list[Finding]]:
+def check_gpus(wanted: int, rehearsal: bool, env: Mapping[str, str] | None = None) -> tuple[dict, list[Finding]]:
     """Facts (names, driver, memory in GiB) and findings about this node's GPUs."""
     if rehearsal:
         return {}, [Finding("GPUs", OK, f"none needed: {wanted} CPU ranks")]
@@ -104,7 +105,7 @@ def check_gpus(wanted: int, rehearsal: bool, env=os.environ) -> tuple[dict, list
         return {}, [
             Finding("GPUs", PROBLEM, f"nvidia-smi fails: {rows}", "Drain the node; the driver or a GPU needs a reset")
         ]
-    rows = visible(rows, env.get("CUDA_VISIBLE_DEVICES"))
+    rows = visible(rows, (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES"))
     facts = {
         "GPUs": ", ".join(sorted({row["name"] for row in rows})),
         "driver": ", ".join(sorted({row["driver_version"] for row in rows})),

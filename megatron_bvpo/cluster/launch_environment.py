@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bvpo.cluster.nodes import Job, network_defaults
@@ -17,8 +18,9 @@ from megatron_bvpo.launching.run_file import RunFile
 TIMEOUT_S = "1800"
 
 
-def log_folder(folder: Path, job: Job, env=os.environ) -> Path:
+def log_folder(folder: Path, job: Job, env: Mapping[str, str] | None = None) -> Path:
     """`<run>/logs/<attempt>/<node>`; the attempt is the scheduler's, so that all nodes have the same."""
+    env = os.environ if env is None else env
     attempt = env.get("BVPO_ATTEMPT") or "run"
     return folder / "logs" / attempt / f"{job.rank:03d}-{job.name}"
 
@@ -28,9 +30,11 @@ def flight_recorder_folder(logs: Path) -> Path:
     return logs.parent / "flight-recorder"
 
 
-def launch_environment(job: Job, run: RunFile, folder: Path, logs: Path, env=os.environ) -> dict[str, str]:
+def launch_environment(
+    job: Job, run: RunFile, folder: Path, logs: Path, env: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """What the run's processes get; what the site has set stays."""
-    made = {**run.env, **env}
+    made = {**run.env, **(os.environ if env is None else env)}
 
     def default(name: str, value: str) -> None:
         if not made.get(name):

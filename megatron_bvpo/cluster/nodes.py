@@ -57,7 +57,8 @@ class Job:
         return f"node {self.rank} ({self.name})"
 
 
-def node_name(env: Mapping[str, str] = os.environ) -> str:
+def node_name(env: Mapping[str, str] | None = None) -> str:
+    env = os.environ if env is None else env
     return env.get("BVPO_NODE_NAME") or env.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -72,8 +73,9 @@ def _whole_number(env: Mapping[str, str], name: str, default: str, low: int, hig
     return int(text)
 
 
-def job_from_environment(env: Mapping[str, str] = os.environ) -> Job:
+def job_from_environment(env: Mapping[str, str] | None = None) -> Job:
     """NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE; raises UserError where one is missing or wrong."""
+    env = os.environ if env is None else env
     nodes = _whole_number(env, "NNODES", "1", 1, 10000)
     rank_text = env.get("NODE_RANK", "")
     if nodes > 1 and not rank_text:

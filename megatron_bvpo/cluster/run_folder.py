@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
@@ -20,11 +21,12 @@ def run_folder(run: RunFile) -> Path:
     return Path(os.path.abspath(os.path.expanduser(given)))
 
 
-def refuse_unresumable(run: RunFile, env=os.environ) -> None:
+def refuse_unresumable(run: RunFile, env: Mapping[str, str] | None = None) -> None:
     """Raise UserError for a run whose checkpoints nothing could go on from.
 
     Under `BVPO_RESUME=never` they may be so, but not under Slurm: there `never` speaks of the job's first start.
     """
+    env = os.environ if env is None else env
     restarts = env.get("BVPO_RESUME", "auto") != "never" or (env.get("BVPO_ATTEMPT") or "").startswith("slurm-")
     if restarts and argv.is_true(list(run.flags), "no_save_optim"):
         raise UserError(
