@@ -128,9 +128,10 @@ class Supervisor:
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         adopt_orphans()
-        # A group of its own: what the scheduler sends to this process's group must not end the ranks unsaved.
-        self.process = subprocess.Popen(self.command, env=self.env, start_new_session=True)
         try:
+            # A group of its own: what the scheduler sends to this process's group must not end the ranks unsaved.
+            # Inside of the try: an interrupt may come when the launcher runs and Popen has not returned yet.
+            self.process = subprocess.Popen(self.command, env=self.env, start_new_session=True)
             code = self._wait()
         except KeyboardInterrupt:
             code = 130
@@ -171,12 +172,12 @@ class Supervisor:
         for what, seconds in ((number, GRACE), (signal.SIGKILL, 10.0)):
             self._tell(what)
             deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline and (self.process.poll() is None or self._left()):
+            while time.monotonic() < deadline and self._left():
                 time.sleep(0.2)
                 self.watch.beat(RUNNING)
                 if what == signal.SIGKILL:
                     self._tell(what)
-        code = self.process.poll()
+        code = self.process.poll() if self.process else None
         return -signal.SIGKILL if code is None else code
 
     def _left(self) -> list[int]:

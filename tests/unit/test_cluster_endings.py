@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
+import os
 import signal
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 from megatron_bvpo.cluster import supervise
+from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.cluster.supervise import _is_alive
 from tests.unit.test_cluster_supervise import start, until_up
 
@@ -42,6 +47,33 @@ def test_ranks_outlive_neither_their_launcher_nor_the_run(tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode == 130 and not ranks_alive(tmp_path)
+
+
+def test_an_interrupt_before_the_start_has_returned_leaves_no_ranks(tmp_path, monkeypatch):
+    """The launcher runs already and Popen has not come back: seen on a machine with much to do."""
+    real = subprocess.Popen
+
+    def interrupted(*args, **options):
+        process = real(*args, **options)
+        while len(list(tmp_path.glob("rank*"))) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        return process
+
+    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)  # the handlers of pytest's own process stay
+    monkeypatch.setattr(supervise.subprocess, "Popen", interrupted)
+    monkeypatch.setattr(supervise, "GRACE", 1.0)
+    logs = tmp_path / "logs" / "run" / "000"
+    logs.mkdir(parents=True)
+    command = [sys.executable, "-c", LAUNCHER.format(folder=str(tmp_path), then="time.sleep(60)")]
+    env = {**os.environ, "BVPO_STOP_FILE": str(tmp_path / "stop")}
+    alone = Job(nodes=1, rank=0, address="127.0.0.1", port=0, gpus=1, name="host0")
+    try:
+        assert supervise.Supervisor(alone, command, env, logs, 2.0).run() == 130
+    finally:
+        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # pytest's own process adopts no orphans of other tests
+    assert not ranks_alive(tmp_path)
 
 
 def test_a_launcher_that_dies_by_itself_leaves_no_ranks(tmp_path):
