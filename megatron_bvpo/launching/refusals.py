@@ -190,13 +190,6 @@ def lora_refusals(args: Any) -> list[tuple]:
             "Megatron casts the factors to the model's type all the same; their float32 copies are the optimizer's",
             "leave the flag out",
         ),
-        (
-            args.moe_shared_expert_overlap and args.tensor_model_parallel_size > 1,
-            "moe_shared_expert_overlap",
-            "the overlap gathers and reduces around the shared expert's own layers, and was never shown right around "
-            "their adapters under tensor parallelism",
-            "leave the flag out",
-        ),
         *((bool(getattr(args, flag)), flag, why, "leave the flag out") for flag, why in full_only.items()),
     ]
 

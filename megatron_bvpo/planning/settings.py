@@ -118,7 +118,6 @@ class RunSettings:
     mtp_num_layers: int | None = None
     cp_partition_mode: str = "zigzag"
     bridge_backend: str = "mcore-bridge"
-    moe_shared_expert_overlap: bool = False
     lora_bias: str = "none"
     lora_dtype: str | None = None
     lora_alpha: float = 32.0

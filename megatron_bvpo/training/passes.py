@@ -125,11 +125,7 @@ class PassMixin:
 
         `known_Q` are the reference's log-probs of the sequences, where the cache holds them all.
         """
-        seq_lens = None
-        if packed_seq_params is not None:
-            n = packed_seq_params.seq_lens.numel()
-            seq_lens = (packed_seq_params.cu_seqlens_q[: n + 1] // self.groups.cp_size).diff().long()
-
+        seq_lens = None if packed_seq_params is None else own_lengths(packed_seq_params, self.groups.cp_size)
         if self._pass.reference_only:
             self._keep_references(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
             return output.new_zeros(()), output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
@@ -166,6 +162,15 @@ class PassMixin:
         finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
         self._pass.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
         return StreamSums.of(pairs, losses, weights_P)
+
+
+def own_lengths(packed_seq_params, cp_size: int) -> torch.Tensor:
+    """[Q] int64: this context-parallel rank's tokens of each sequence of a pack.
+
+    In the zigzag partition a rank holds two of 2·CP equal parts of every sequence, one sequence behind the other.
+    """
+    n = packed_seq_params.seq_lens.numel()
+    return (packed_seq_params.cu_seqlens_q[: n + 1] // cp_size).diff().long()
 
 
 @contextmanager

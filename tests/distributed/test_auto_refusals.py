@@ -160,6 +160,23 @@ def test_forms_of_lora_that_the_backend_lacks_are_no_flags(flag, workshop, tmp_p
     assert_told(told(workshop, tmp_path, {flag: "olora"}, 0.5), f"--{flag}: no such flag.*")
 
 
+BRIDGE = "megatron-bridge"
+
+
+@pytest.mark.parametrize(
+    ("tuner", "packages", "answer"),
+    [
+        ("full", [], f'bridge_backend="{BRIDGE}" requires the `{BRIDGE}` package. .*'),
+        ("lora", ["megatron.bridge"], f'LoRA training is not yet supported with bridge_backend="{BRIDGE}". .*'),
+    ],
+)
+def test_the_other_bridge_without_our_refusal_ends_before_the_model(tuner, packages, answer, workshop, tmp_path):
+    """Its package is no dependency of ms-swift's; with it, ms-swift would go on with full tuning only."""
+    hook = {"hook": "tests.distributed.without_refusals:allow_everything", "hook_args": {"packages": packages}}
+    given = flags(workshop, bridge_backend=BRIDGE, tuner_type=tuner)
+    assert_told(zygotes().run(tmp_path / "out", given, **hook), f".*{answer}")
+
+
 def test_a_fixed_alpha_is_free_of_the_first_kind(workshop, tmp_path):
     given, _, _ = AUTO["sorted batches"]
     told(workshop, tmp_path, given | {"save_safetensors": "false"}, 0.5).require_success()

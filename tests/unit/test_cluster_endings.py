@@ -16,14 +16,14 @@ from pathlib import Path
 from megatron_bvpo.cluster import supervise
 from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.cluster.supervise import _is_alive
-from tests.unit.test_cluster_supervise import start, until_up
+from tests.unit.cluster_nodes import AT_MOST, start, until_up
 
 # A launcher that starts two ranks in sessions of their own, which write down who they are and listen to nothing.
 LAUNCHER = """
 import pathlib, signal, subprocess, sys, time
 rank = (
     "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
-    "pathlib.Path({folder!r}, f'rank{{os.getpid()}}').touch(); time.sleep(60)"
+    "pathlib.Path({folder!r}, f'rank{{os.getpid()}}').touch(); time.sleep(200)"
 )
 for _ in range(2):
     subprocess.Popen([sys.executable, "-c", rank], start_new_session=True)
@@ -42,10 +42,10 @@ def ranks_alive(folder: Path) -> list[int]:
 
 def test_ranks_outlive_neither_their_launcher_nor_the_run(tmp_path):
     """Ranks that ignore SIGTERM, below a launcher that obeys it: then nothing leads from the launcher to them."""
-    process = start(tmp_path, LAUNCHER.format(folder=str(tmp_path), then="time.sleep(60)"))
+    process = start(tmp_path, LAUNCHER.format(folder=str(tmp_path), then="time.sleep(200)"))
     until_up(process)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=AT_MOST)
     assert process.returncode == 130 and not ranks_alive(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_an_interrupt_before_the_start_has_returned_leaves_no_ranks(tmp_path, mo
 
 def test_a_launcher_that_dies_by_itself_leaves_no_ranks(tmp_path):
     process = start(tmp_path, LAUNCHER.format(folder=str(tmp_path), then="raise SystemExit(9)"))
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=AT_MOST)
     assert process.returncode == 9, err
     assert not ranks_alive(tmp_path)
 

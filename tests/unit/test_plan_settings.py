@@ -161,7 +161,6 @@ REFUSED_WITH_ADAPTERS = {
     "tuner_type": {"tuner_type": "lora_llm"},
     "lora_bias": ADAPTERS | {"lora_bias": "all"},
     "lora_dtype": ADAPTERS | {"lora_dtype": "float32"},
-    "moe_shared_expert_overlap": ADAPTERS | {"moe_shared_expert_overlap": True, "tensor_model_parallel_size": 2},
     "ref_model": ADAPTERS | {"ref_model": "there"},
     "mcore_ref_model": {"adapters": "there", "mcore_ref_model": "there"},
     "freeze_parameters": ADAPTERS | {"freeze_parameters": ["embedding"]},
