@@ -97,7 +97,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     import megatron_bvpo
     from megatron_bvpo.cluster import node_preflight, supervise
     from megatron_bvpo.errors import EXIT_CODE, UserError
-    from megatron_bvpo.launching import doctor, error_output
+    from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
 
@@ -106,6 +106,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     doctor.add_command(commands)
     run_report.add_command(commands)
+    rows_command.add_command(commands)
     plan.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_bvpo.cli import bvpo
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import argv as flags
 from megatron_bvpo.launching import error_output, start_checks
@@ -14,6 +15,7 @@ TRACED = {
     "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "<think>\na\n</think>\n\n4"}],
     "rejected_response": "<think>\nb\n</think>\n\n4",
 }
+TRACE_ONLY = "1 trace pair, 0 empty pairs (0 with their own answers, 0 with stripped answers)."
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_the_scan_reads_all_files_and_reports(pairs):
     ("argv", "kept"),
     [
         ([], "1 trace pair, 0 empty pairs"),  # both answers are 4
-        (["--bvpo_alpha", "1"], "1 trace pair, 0 empty pairs (0 with their own answers, 0 with stripped answers)."),
+        (["--bvpo_alpha", "1"], TRACE_ONLY),
         (["--bvpo_alpha", "auto"], "1 trace pair, 0 empty pairs"),
     ],
 )
@@ -101,6 +103,22 @@ def test_a_hub_name_is_not_looked_up(pairs):
     lines = start_checks.scan_data(["--dataset", "owner/pairs"])
     assert lines == ["owner/pairs: not a local file; its rows are checked after loading."]
     assert start_checks.scan_data([]) is None
+
+
+def test_rows_are_judged_without_a_run(pairs, tmp_path, capsys):
+    """`bvpo rows`: what the run's log will say, from the same YAML file and flags."""
+    run = tmp_path / "run.yaml"
+    run.write_text(f"rlhf_type: bvpo\nmodel: /not/looked/at\nbvpo_alpha: 1\ndataset: {pairs(TRACED, [1])}\n")
+    assert bvpo(["rows", str(run)]) == 2
+    assert "pairs.jsonl:2: expected an object, found a list" in capsys.readouterr().err
+    assert bvpo(["rows", str(run), "--dataset", pairs(TRACED), "--bvpo_empty", "strip"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [f"{pairs(TRACED)}: 1 row", "1 row read, 1 kept.", TRACE_ONLY]
+    assert bvpo(["rows", str(run), "--dataset", pairs(TRACED), "--bvpo_alpha", "0"]) == 2
+    assert "no row is left to train on" in capsys.readouterr().err
+    for given in (["--external_plugins", "mine.py"], ["--bvpo_alpha", "half"]):
+        assert bvpo(["rows", str(run), "--dataset", pairs(TRACED), *given]) == 2
+        assert "nothing can be judged ahead" in capsys.readouterr().err
 
 
 def test_rank_0_gets_the_report(tmp_path, monkeypatch):
