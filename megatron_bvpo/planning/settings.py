@@ -119,6 +119,7 @@ class RunSettings:
     cp_partition_mode: str = "zigzag"
     bridge_backend: str = "mcore-bridge"
     moe_shared_expert_overlap: bool = False
+    moe_token_dispatcher_type: str = "alltoall"
     lora_bias: str = "none"
     lora_dtype: str | None = None
     lora_alpha: float = 32.0
