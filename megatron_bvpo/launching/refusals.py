@@ -83,6 +83,16 @@ def refusals(args: Any) -> list[tuple]:
             leave,
         ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
+        (
+            # Its kernel takes no map without a token (an assertion; then it gives too few rows back).
+            args.moe_permute_fusion
+            and args.moe_token_dispatcher_type == "allgather"
+            and args.expert_model_parallel_size > 1,
+            "moe_token_dispatcher_type",
+            "with moe_permute_fusion Transformer Engine stops at an expert rank that got no token, as those of empty "
+            "traces may",
+            "leave the flag out (alltoall), or turn moe_permute_fusion off",
+        ),
     ]
     found += silent_refusals(args) + (lora_refusals(args) if adapts(args) else full_refusals(args))
     found += counting_refusals(args)

@@ -118,6 +118,7 @@ class RunSettings:
     mtp_num_layers: int | None = None
     cp_partition_mode: str = "zigzag"
     bridge_backend: str = "mcore-bridge"
+    moe_token_dispatcher_type: str = "alltoall"
     lora_bias: str = "none"
     lora_dtype: str | None = None
     lora_alpha: float = 32.0

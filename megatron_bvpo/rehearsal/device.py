@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -39,11 +40,12 @@ def install() -> None:
             f"torch sees {torch.cuda.device_count()} CUDA device(s); the torch.cuda stand-ins would hide "
             "them. Use install(device=False), or hide the GPUs with CUDA_VISIBLE_DEVICES=''."
         )
-    # Compiling for the CPU would cost minutes and change nothing: torch.compile then runs the plain function.
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    # Compiling for the CPU costs minutes and changes nothing: torch.compile then runs the plain function, unless the
+    # environment says 0.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     _replace_cuda_functions()
     _replace_tensor_methods()
-    _give_data_loaders_a_generator()
+    _change_data_loaders()
     torch.serialization.register_package(_BEFORE_CUDA, lambda storage: None, _load_on_cpu)
     _MeansCpu().__enter__()
     _installed = True
@@ -219,7 +221,14 @@ def _device_count() -> int:
 def _device_properties(device=None):
     """An H100's compute capability: what is rehearsed is a run on one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return SimpleNamespace(name="CPU stand-in", major=9, minor=0, total_memory=memory, multi_processor_count=1)
+    return SimpleNamespace(
+        name="CPU stand-in",
+        major=9,
+        minor=0,
+        total_memory=memory,
+        multi_processor_count=1,
+        gcnArchName="",  # torch.compile's cache asks a torch without CUDA for AMD's name
+    )
 
 
 def _free_and_total_memory(device=None) -> tuple[int, int]:
@@ -244,9 +253,10 @@ def _manual_seed_all(seed: int) -> None:
     _host_generator.manual_seed(int(seed))
 
 
-def _give_data_loaders_a_generator() -> None:
+def _change_data_loaders() -> None:
     """A DataLoader draws a seed from torch's CPU generator when an epoch starts. On a GPU that leaves dropout
-    alone; here it would shift it, and a resumed run, which starts an epoch anew, would drop other units."""
+    alone; here it would shift it, and a resumed run, which starts an epoch anew, would drop other units.
+    And with `pin_memory` it walks each batch, in a thread of its own if it has workers: not without a device."""
     from torch.utils.data import dataloader
 
     start = dataloader._BaseDataLoaderIter.__init__
@@ -255,12 +265,18 @@ def _give_data_loaders_a_generator() -> None:
         device_state = torch.default_generator.get_state()
         torch.default_generator.set_state(_host_generator.get_state())
         try:
-            start(self, loader)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "'pin_memory' argument is set")
+                start(self, loader)
         finally:
             _host_generator.set_state(torch.default_generator.get_state())
             torch.default_generator.set_state(device_state)
+        self._pin_memory = loader.pin_memory
 
     dataloader._BaseDataLoaderIter.__init__ = __init__
+    # What that thread asks for and sets.
+    torch.accelerator.current_device_index = _returns(0)
+    torch.accelerator.set_device_index = _returns(None)
 
 
 def _returns(value):

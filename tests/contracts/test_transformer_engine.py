@@ -65,7 +65,6 @@ OLDER = {
 # Whole functions and classes whose parameters are not compared.
 NOT_COMPARED = {
     "transformer_engine.common.recipe.": "FP8 recipes: refused whatever they are called with",
-    "transformer_engine.pytorch.permutation.": "refused whatever they are called with",
     "transformer_engine.pytorch.router.": "refused whatever they are called with",
     "transformer_engine.pytorch.ops.": "activations called as op(x); the fuser is refused",
     "transformer_engine.pytorch.distributed.activation_recompute_forward": "a class there, a function here; both are "
@@ -279,3 +278,33 @@ def test_parameters_carry_the_real_marks(layer, parallel_mode, sequence_parallel
     )
     found = {name: marks(parameter) for name, parameter in ours.named_parameters()}
     assert found == expected
+
+
+# ------------------------------------------------------------------------------------------ fused weight gradients
+
+# What of a weight the layers look at, or set, when they write its gradient: known to the stand-in, or not needed.
+KNOWN_TO_THE_STAND_IN = {"grad_added_to_main_grad", "overwrite_main_grad", "zero_out_wgrad"}
+OF_OTHERS = {
+    "__fsdp_param__": "Megatron's own FSDP, which ms-swift does not use",
+    "split_into_quantized_tensors": "8-bit parameters",
+}
+
+
+def attributes_of_weights(tree: ast.Module) -> set[str]:
+    """Names that `hasattr` and `getattr` ask of something called a weight."""
+    asked = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr")
+    )
+    return {call.args[1].value for call in asked if "weight" in ast.unparse(call.args[0]) and _is_text(call.args[1])}
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+@pytest.mark.parametrize("module", ["linear", "layernorm_linear", "grouped_linear"])
+def test_a_fused_gradient_depends_on_the_attributes_that_the_stand_in_knows(module):
+    found = attributes_of_weights(REAL.trees[f"transformer_engine.pytorch.module.{module}"])
+    assert KNOWN_TO_THE_STAND_IN <= found <= KNOWN_TO_THE_STAND_IN | OF_OTHERS.keys()

@@ -18,6 +18,8 @@ def main(spec_file: str) -> None:
         from megatron_bvpo.rehearsal import install
 
         install()
+    if backend := os.environ.get("BVPO_TEST_COMPILE"):
+        compile_with(backend)
     map_in_this_process()
     without_plots()
     spec = json.loads(Path(spec_file).read_text())
@@ -35,6 +37,15 @@ def main(spec_file: str) -> None:
                 (folder / "error.txt").write_text(traceback.format_exc())
         finally:
             take_down()
+
+
+def compile_with(backend: str) -> None:
+    """torch.compile's own default makes code for this processor, which takes minutes. Before Megatron is imported."""
+    import functools
+
+    import torch
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
 
 
 def agree_on_port(file: Path) -> str:

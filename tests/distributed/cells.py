@@ -36,6 +36,14 @@ CPU_FLAGS = (
     "--report_to tensorboard --load_from_cache_file false"
 ).split()
 
+# What GPU configurations have on, by ms-swift's defaults or by configs/, and a CPU's cheap runs leave out. The rest of
+# CPU_FLAGS is of another kind: tests/contracts/test_shipped_flags.py has the reasons.
+SHIPPED_FLAGS = (
+    "--gradient_accumulation_fusion true --moe_permute_fusion true --masked_softmax_fusion true "
+    "--bias_dropout_fusion true --recompute_granularity full --recompute_method uniform --recompute_num_layers 1 "
+    "--dataloader_num_workers 1 --dataloader_persistent_workers true --dataloader_pin_memory true"
+).split()
+
 
 @dataclass
 class Cell:

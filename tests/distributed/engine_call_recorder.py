@@ -15,26 +15,39 @@ METHODS = {
     "RMSNorm": ("__init__", "forward"),
     "DotProductAttention": ("__init__", "forward", "set_context_parallel_group"),
 }
+# Transformer Engine's function → the name under which megatron-core's moe_utils calls it.
+FUNCTIONS = {
+    "moe_permute_with_probs": "fused_permute_with_probs",
+    "moe_unpermute": "fused_unpermute",
+    "moe_sort_chunks_by_index": "fused_sort_chunks_by_index",
+    "moe_sort_chunks_by_index_with_probs": "fused_sort_chunks_by_index_with_probs",
+}
 
 
 def record_calls(base, folder):
-    """Writes calls_RANK.json: a list of [class, method, number of positional arguments, names of the others]."""
+    """Writes calls_RANK.json: a list of [class or function, method, number of positional arguments, other names].
+
+    The method of a function is the empty string.
+    """
     import transformer_engine.pytorch as te
+    from megatron.core.transformer.moe import moe_utils
 
     seen = set()
 
-    def recorded(cls, name):
-        original = vars(cls)[name]
+    def recorded(owner, name, what, method):
+        original = vars(owner)[name]
 
         @functools.wraps(original)
-        def call(self, *args, **kwargs):
-            seen.add((cls.__name__, name, len(args), tuple(sorted(kwargs))))
-            return original(self, *args, **kwargs)
+        def call(*args, **kwargs):
+            count = len(args) - bool(method)  # without self
+            seen.add((what, method, count, tuple(sorted(kwargs))))
+            return original(*args, **kwargs)
 
-        setattr(cls, name, call)
-        return original
+        setattr(owner, name, call)
+        return owner, name, original
 
-    kept = [(getattr(te, c), m, recorded(getattr(te, c), m)) for c, methods in METHODS.items() for m in methods]
+    kept = [recorded(getattr(te, c), m, c, m) for c, methods in METHODS.items() for m in methods]
+    kept += [recorded(moe_utils, name, function, "") for function, name in FUNCTIONS.items()]
 
     class Recorder(base):
         def save_checkpoint(self):
@@ -42,8 +55,8 @@ def record_calls(base, folder):
 
         def finalize_training(self):
             super().finalize_training()
-            for cls, name, original in kept:
-                setattr(cls, name, original)
+            for owner, name, original in kept:
+                setattr(owner, name, original)
             (folder / f"calls_{dist.get_rank()}.json").write_text(json.dumps(sorted(seen)))
 
     return Recorder

@@ -51,6 +51,11 @@ def exported_adapter(trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in exported if tensor is not None}
 
 
+def written_in_place(wrapped_models) -> list[str]:
+    """Parameters whose gradient a layer wrote into main_grad itself."""
+    return [n for m in wrapped_models for n, p in m.named_parameters() if getattr(p, "grad_added_to_main_grad", False)]
+
+
 def record_first_step(
     base,
     folder,
@@ -85,7 +90,7 @@ def record_first_step(
             super().setup_model_training()
             if not gradients:
                 return
-            self.recorded = {"gradients": [], "true_norm": []}
+            self.recorded = {"gradients": [], "true_norm": [], "written_in_place": []}
             if spread_seeds:
                 self.recorded["start"] = exported_adapter(self)
             step = self.optimizer.step
@@ -98,6 +103,7 @@ def record_first_step(
                     if dist.get_rank() == 0:
                         trainer.recorded["gradients"].append(found)
                         trainer.recorded["true_norm"].append(true_norm(found))
+                        trainer.recorded["written_in_place"].append(written_in_place(trainer.wrapped_models))
                         torch.save(trainer.recorded, folder / "recorded.pt")
                 return step(*args, **kwargs)
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from tests.contracts import engine_sources
-from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
-from tests.distributed.engine_call_recorder import METHODS
+from tests.distributed.cells import CPU_FLAGS, SHIPPED_FLAGS, Cell, run_cells
+from tests.distributed.engine_call_recorder import FUNCTIONS, METHODS
 
 WHEEL = engine_sources.wheel()
 pytestmark = pytest.mark.skipif(WHEEL is None, reason="Transformer Engine's wheel is not to be had (no index?)")
@@ -24,19 +24,20 @@ def calls(workshop, tmp_path_factory) -> set[tuple]:
     )
     hook = "tests.distributed.engine_call_recorder:record_calls"
     folder = tmp_path_factory.mktemp("engine")
-    run = run_cells(4, [Cell("calls", [*flags.split(), *CPU_FLAGS], hook=hook)], folder)["calls"]
+    run = run_cells(4, [Cell("calls", [*flags.split(), *CPU_FLAGS, *SHIPPED_FLAGS], hook=hook)], folder)["calls"]
     files = [json.loads((run.folder / f"calls_{rank}.json").read_text()) for rank in range(4)]
-    return {(cls, method, count, tuple(names)) for found in files for cls, method, count, names in found}
+    return {(what, method, count, tuple(names)) for found in files for what, method, count, names in found}
 
 
 def test_each_layer_of_the_model_was_seen(calls):
-    assert {cls for cls, *_ in calls} == METHODS.keys()
+    assert {what for what, *_ in calls} == METHODS.keys() | FUNCTIONS.keys()
 
 
 def test_the_real_signatures_take_every_call(calls):
     real = engine_sources.Sources.of_wheel(WHEEL)
     for cls, method, count, names in sorted(calls):
-        signature = real.signature(real.find("transformer_engine.pytorch", cls), method)
+        module = "transformer_engine.pytorch" + ("" if method else ".permutation")
+        signature = real.signature(real.find(module, cls), method or None)
         try:
             signature.bind(*[None] * count, **dict.fromkeys(names))
         except TypeError as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, SHIPPED_FLAGS, Cell, CellResult, run_cells
 from tests.distributed.full_gradients import shared_factor
 
 TP2 = "--tensor_model_parallel_size 2 --sequence_parallel true"
@@ -41,6 +41,8 @@ LAYOUTS = {
 }
 TUNERS = {"lora": "--tuner_type lora --lora_rank 4 --lora_dropout 0", "full": "--tuner_type full"}
 BATCHES = {"free": "", "padded": "--padding_free false", "packed": "--packing true --packing_length 820"}
+# What GPU configurations fuse and recompute, loader workers with pinned memory.
+SHIPPED = " ".join(SHIPPED_FLAGS)
 # The distributed optimizer off, reduction overlapped with the backward pass, activations recomputed, the
 # router trained too: each on a layout where it matters.
 VARIANTS = {
@@ -55,6 +57,22 @@ VARIANTS = {
     "one-rank-lora-router": ("one-rank", "lora", "--target_modules all-linear all-router"),
     "tp2-pp2-ep2-lora-start": ("tp2-pp2-ep2", "lora", "--target_modules all-linear all-router"),
     "one-rank-lora-start": ("one-rank", "lora", "--target_modules all-linear all-router"),
+    "tp2-pp2-ep2-lora-shipped": ("tp2-pp2-ep2", "lora", SHIPPED),
+}
+# With --whole-matrix. The first takes whole logits from Megatron's own head, whose gradient is fused, too.
+MORE_VARIANTS = {
+    "tp2-full-shipped-te": ("tp2", "full", f"{SHIPPED} --bvpo_logp_impl te"),
+    "tp2-ep2-full-shipped": ("tp2-ep2", "full", SHIPPED),
+    "dp2-full-shipped-overlap": ("dp2", "full", f"{SHIPPED} --overlap_grad_reduce true --overlap_param_gather true"),
+    "pp2-vpp2-full-shipped": ("pp2-vpp2", "full", SHIPPED),
+    "cp2-ep2-lora-shipped": ("cp2-ep2", "lora", SHIPPED),
+    "tp2-pp2-ep2-full-shipped": ("tp2-pp2-ep2", "full", SHIPPED),
+}
+# In bf16, beside one rank without fusions: how far each is from float32.
+BF16 = "--torch_dtype bfloat16 --bf16 true"
+BF16_CELLS = {
+    "one-rank-full-bf16": ("one-rank", "full", BF16),
+    "tp2-ep2-full-shipped-bf16": ("tp2-ep2", "full", f"{SHIPPED} {BF16}"),
 }
 # Variants with a run on one rank of their own.
 OWN_BASELINE = ("router", "start")
@@ -103,10 +121,16 @@ def baseline_of(name: str) -> str:
     return f"one-rank-{tuner}-{own if own in OWN_BASELINE else batch}"
 
 
+def variants(whole: bool) -> dict[str, tuple[str, str, str]]:
+    return VARIANTS | MORE_VARIANTS if whole else VARIANTS
+
+
 def pytest_generate_tests(metafunc):
     whole = metafunc.config.getoption("--whole-matrix")
     if "cell" in metafunc.fixturenames:
-        metafunc.parametrize("cell", cell_names(whole) + [v for v in VARIANTS if not v.startswith("one-rank")])
+        metafunc.parametrize("cell", cell_names(whole) + [v for v in variants(whole) if not v.startswith("one-rank")])
+    if "shipped" in metafunc.fixturenames:
+        metafunc.parametrize("shipped", [v for v in variants(whole) if "shipped" in v])
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +144,24 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     for name in cell_names(whole):
         layout, tuner, batch = name.rsplit("-", 2)
         by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, batch)))
-    for name, (layout, tuner, more) in VARIANTS.items():
+    for name, (layout, tuner, more) in (variants(whole) | BF16_CELLS).items():
         hook = {"hook_args": {"lora_scale": 0, "spread_seeds": True}} if name.endswith("-start") else {}
         by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, "free", more), **hook))
     results: dict[str, CellResult] = {}
     for ranks, cells in by_ranks.items():
         results.update(run_cells(ranks, cells, folder))
     if table := os.environ.get("BVPO_PARITY_TABLE"):
-        Path(table).write_text(json.dumps({name: worst(results, name) for name in results if "one-rank" not in name}))
+        Path(table).write_text(
+            json.dumps(
+                {name: worst(results, name) for name in results if "one-rank" not in name and "bf16" not in name}
+            )
+        )
     return results
 
 
 def split_name(name: str) -> tuple[str, str, str, str]:
-    if name in VARIANTS:
-        layout, tuner, more = VARIANTS[name]
+    if name in VARIANTS | MORE_VARIANTS:
+        layout, tuner, more = (VARIANTS | MORE_VARIANTS)[name]
         return layout, tuner, "free", more
     return (*name.rsplit("-", 2), "")
 
@@ -181,6 +209,36 @@ def test_full_gradients_agree_with_one_rank(runs, cell):
     for name, gradient in base.items():
         difference = (ours[name] - gradient).norm().item()
         assert difference <= TOLERANCE * max(gradient.norm().item(), 1e-2 * scale), name
+
+
+def test_the_shipped_flags_were_on(runs, shipped):
+    """The comparisons would also hold if a flag were dropped on the way."""
+    args = json.loads((runs[shipped].folder / "args.json").read_text())
+    wanted = dict(zip(SHIPPED_FLAGS[::2], SHIPPED_FLAGS[1::2], strict=True))
+    assert {flag: str(args[flag.lstrip("-")]).lower() for flag in wanted} == wanted
+    fused = runs[shipped].recorded["written_in_place"][0]
+    lora = "-lora-" in shipped
+    for part in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+        assert any(f"{part}.lora_A" in n if lora else f"{part}.weight" in n for n in fused), part
+    assert any("output_layer" in n for n in fused) == shipped.endswith("-te")
+    assert not any("layer_norm_weight" in n or "embedding" in n for n in fused)
+    assert runs["one-rank-full-free"].recorded["written_in_place"] == [[]]
+
+
+def test_shipped_flags_in_bf16_are_as_near_to_float32_as_one_plain_rank(runs):
+    """Three times its distance at the most, as all bounds here: sums in another order."""
+    exact = runs["one-rank-full-free"]
+
+    def distances(name: str) -> tuple[float, float]:
+        found, base = runs[name].recorded["gradients"][0], exact.recorded["gradients"][0]
+        gradient = sum((found[n] - base[n]).square().sum().item() for n in base) ** 0.5
+        keys = (*RELATIVE[:3], *LOGPS)
+        values = [(a - b) / b for key in keys for a, b in zip(runs[name].steps(key), exact.steps(key), strict=True)]
+        return gradient / exact.recorded["true_norm"][0], sum(v * v for v in values) ** 0.5
+
+    plain, shipped = distances("one-rank-full-bf16"), distances("tp2-ep2-full-shipped-bf16")
+    for ours, theirs in zip(shipped, plain, strict=True):
+        assert 0 < theirs < 0.1 and ours <= 3 * theirs, (shipped, plain)
 
 
 def test_the_runs_train(runs):

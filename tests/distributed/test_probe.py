@@ -13,9 +13,10 @@ import torch
 from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
 from tests.distributed.full_gradients import shared_factor
-from tests.distributed.test_parity import LAYOUTS, TUNERS
+from tests.distributed.test_parity import LAYOUTS, SHIPPED, TUNERS
 
 HOOK = "tests.distributed.recorders:record_probe"
+STARVING = "tests.distributed.starving:record_starved_probe"
 PRIOR = 0.3
 STEPS = 3
 MOMENTS = ("moments/D", "moments/X", "moments/W")
@@ -24,6 +25,21 @@ VARIANTS = {
     "dp2-lora-no-dist-opt": ("dp2", "lora", "--use_distributed_optimizer false"),
     "ep2-full-overlap": ("ep2", "full", "--overlap_grad_reduce true --overlap_param_gather true"),
     "tp2-full-dense": ("tp2", "full", "DENSE"),
+    # Half of the expert ranks get no token, in no pass; with what lets a run hang on that.
+    "ep2-full-starved": ("ep2", "full", f"{SHIPPED} --overlap_grad_reduce true --overlap_param_gather true"),
+}
+# With --whole-matrix, these too.
+MORE_VARIANTS = {
+    "tp2-full-shipped": ("tp2", "full", SHIPPED),
+    "dp2-lora-shipped": ("dp2", "lora", SHIPPED),
+    "pp2-vpp2-lora-shipped": ("pp2-vpp2", "lora", SHIPPED),
+    "cp2-ep2-full-shipped": ("cp2-ep2", "full", SHIPPED),
+    "tp2-pp2-ep2-full-shipped": ("tp2-pp2-ep2", "full", SHIPPED),
+    "tp2-pp2-ep2-lora-shipped": ("tp2-pp2-ep2", "lora", SHIPPED),
+    "ep2-lora-starved": ("ep2", "lora", f"{SHIPPED} --overlap_grad_reduce true"),
+    "ep2-lora-starved-unfused": ("ep2", "lora", "--overlap_grad_reduce true"),
+    "ep4-full-starved": ("ep4", "full", SHIPPED),
+    "tp2-pp2-ep2-lora-starved": ("tp2-pp2-ep2", "lora", SHIPPED),
 }
 # With --whole-matrix in every layout.
 WAYS = {
@@ -77,13 +93,17 @@ def variants(whole: bool) -> dict[str, tuple[str, str, str]]:
         for tuner in TUNERS
         for way, more in WAYS.items()
     }
-    return VARIANTS | found
+    return VARIANTS | MORE_VARIANTS | found
 
 
 def pytest_generate_tests(metafunc):
     if "cell" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole-matrix")
         metafunc.parametrize("cell", layout_cells(whole) + list(variants(whole)))
+    if "starved" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "starved", [v for v in variants(metafunc.config.getoption("--whole-matrix")) if "starved" in v]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +112,8 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     by_ranks: dict[int, list[Cell]] = {1: [], 2: [], 4: []}
 
     def add(name: str, layout: str, tuner: str, more: str = "", alpha: str = "auto", **hook_args) -> None:
-        cell = Cell(name, argv(workshop, layout, tuner, more, alpha), hook=HOOK, hook_args=hook_args)
+        hook = STARVING if "starved" in name else HOOK
+        cell = Cell(name, argv(workshop, layout, tuner, more, alpha), hook=hook, hook_args=hook_args)
         by_ranks[LAYOUTS[layout][0]].append(cell)
 
     for name in layout_cells(request.config.getoption("--whole-matrix")):
@@ -101,6 +122,8 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     for name, (layout, tuner, more) in variants(request.config.getoption("--whole-matrix")).items():
         add(name, layout, tuner, more)
     add("one-rank-full-dense", "one-rank", "full", "DENSE")
+    for tuner in TUNERS if request.config.getoption("--whole-matrix") else ("full",):
+        add(f"one-rank-{tuner}-starved", "one-rank", tuner)
     for name, more in ODD.items():
         add(name, "one-rank", "lora", more)
     aux = "--moe_router_load_balancing_type aux_loss --moe_aux_loss_coeff 0.01"
@@ -150,7 +173,7 @@ def float64_moments(result: CellResult) -> dict[str, float]:
 def baseline(cell: str) -> str:
     if cell.endswith("dense"):
         return "one-rank-full-dense"
-    return f"one-rank-{'lora' if 'lora' in cell else 'full'}"
+    return f"one-rank-{'lora' if 'lora' in cell else 'full'}" + ("-starved" if "starved" in cell else "")
 
 
 def test_moments_and_alpha_agree_with_one_rank(runs, cell):
@@ -168,6 +191,20 @@ def test_moments_agree_with_gathered_gradients_in_float64(runs, cell):
     truth = float64_moments(runs[cell])
     for key in MOMENTS:
         assert runs[cell].steps(key)[0] == pytest.approx(truth[key], rel=1e-4), key
+
+
+def test_an_expert_rank_without_tokens_has_zero_gradients_and_the_others_one_ranks(runs, starved):
+    """Finding no token must neither hang a run nor change what the other ranks do."""
+    rows = torch.load(runs[starved].folder / "rows.pt")
+    fed = [sum(of_rank) > 0 for of_rank in rows]
+    assert all(rows) and fed.count(True) == fed.count(False), fed
+    ours, base = (runs[name].recorded["gradients"][0] for name in (starved, baseline(starved)))
+    assert ours.keys() == base.keys()
+    scale = max(g.norm().item() for g in base.values())
+    for name, gradient in base.items():
+        assert (ours[name] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), 1e-2 * scale), name
+    hungry = [name for name in base if ".experts.3." in name]
+    assert hungry and not any(ours[name].any() for name in hungry)
 
 
 @pytest.mark.parametrize("name", ["odd", "single"])

@@ -155,6 +155,11 @@ REFUSED = {
     "loss_scale": "default",
     "truncation_strategy": "split",
     "freeze_parameters_ratio": 1.0,
+    "moe_token_dispatcher_type": {
+        "moe_token_dispatcher_type": "allgather",
+        "moe_permute_fusion": True,
+        "expert_model_parallel_size": 2,
+    },
 }
 ADAPTERS = {"tuner_type": "lora"}
 REFUSED_WITH_ADAPTERS = {

@@ -250,13 +250,11 @@ def test_parameter_order_shapes_and_extra_state():
 
 def test_what_cannot_be_done_names_the_remedy():
     with pytest.raises(NotImplementedError, match="--gradient_accumulation_fusion false"):
-        te.Linear(4, 4, fuse_wgrad_accumulation=True)
+        te.LayerNormMLP(4, 4, fuse_wgrad_accumulation=True)
     with pytest.raises(NotImplementedError, match="--fp8_format"), te.fp8_autocast(enabled=True):
         pass
-    from transformer_engine.pytorch import permutation, router
+    from transformer_engine.pytorch import router
 
-    with pytest.raises(NotImplementedError, match="--moe_permute_fusion false"):
-        permutation.moe_permute()
     with pytest.raises(NotImplementedError, match="--moe_router_fusion false"):
         router.fused_moe_aux_loss()
     with te.fp8_autocast(enabled=False), te.fp8_model_init(enabled=False):

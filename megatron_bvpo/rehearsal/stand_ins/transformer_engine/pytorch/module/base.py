@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from .. import collectives
+from .weight_gradient import get_dummy_wgrad  # noqa: F401  (Megatron takes it from here)
 
 PARALLEL_MODES = ("row", "column", None)
 
@@ -121,11 +122,6 @@ def refuse_unsupported(layer: str, **options) -> None:
 
 def default_init(weight: torch.Tensor) -> None:
     torch.nn.init.normal_(weight, mean=0.0, std=0.023)
-
-
-def get_dummy_wgrad(shape, dtype, zero: bool = False) -> torch.Tensor:
-    """The gradient TE returns where it has already added the real one to `main_grad`."""
-    return torch.zeros(tuple(shape), dtype=dtype, device=resolve_device(None))
 
 
 def initialize_ub(*args, **kwargs) -> None:

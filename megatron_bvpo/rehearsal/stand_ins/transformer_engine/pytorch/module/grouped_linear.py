@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .base import (
     TransformerEngineBaseModule,
@@ -13,6 +12,7 @@ from .base import (
     resolve_device,
 )
 from .linear import _share
+from .weight_gradient import accumulates, product
 
 
 class GroupedLinear(TransformerEngineBaseModule):
@@ -20,7 +20,8 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     It never communicates: `tp_size` and `parallel_mode` only size the weights, and Megatron's token
     dispatcher moves the tokens. A block of 0 rows gives its weight a zero gradient, as in TE, so every
-    expert has one. Returns y [T, out], or (y, [bias0, ...]) with `return_bias`.
+    expert has one; with `fuse_wgrad_accumulation` its `main_grad` is left alone, or zeroed in a first
+    micro-batch, which overwrites. Returns y [T, out], or (y, [bias0, ...]) with `return_bias`.
     """
 
     def __init__(
@@ -53,7 +54,6 @@ class GroupedLinear(TransformerEngineBaseModule):
         super().__init__(name)
         refuse_unsupported(
             "GroupedLinear",
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
             delay_wgrad_compute=delay_wgrad_compute,
             ub_overlap_rs=ub_overlap_rs,
             ub_overlap_ag=ub_overlap_ag,
@@ -70,7 +70,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.use_bias = bias
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
-        self.fuse_wgrad_accumulation = False
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.save_original_input = save_original_input
         self.ub_name = ub_name
         self.get_rng_state_tracker = get_rng_state_tracker
@@ -103,11 +103,13 @@ class GroupedLinear(TransformerEngineBaseModule):
         rows = inp.reshape(-1, self.in_features)
         if sum(splits) != rows.shape[0]:
             raise ValueError(f"m_splits sums to {sum(splits)} rows, the input has {rows.shape[0]}.")
+        # As in TE, the first weight answers for all.
+        fused = self.fuse_wgrad_accumulation and self.weight0.requires_grad
+        accumulate = accumulates(self.weight0, is_first_microbatch)
         blocks = []
         for i, block in enumerate(torch.split(rows, splits)):
-            blocks.append(
-                F.linear(block, getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.apply_bias else None)
-            )
+            weight, bias = getattr(self, f"weight{i}"), getattr(self, f"bias{i}") if self.apply_bias else None
+            blocks.append(product(block, weight, bias, fused=fused, accumulate=accumulate))
         out = torch.cat(blocks).reshape(*inp.shape[:-1], self.out_features)
         if self.return_bias:
             return out, [getattr(self, f"bias{i}") for i in range(self.num_gemms)]

@@ -118,9 +118,9 @@ class LayerNormLinear(Linear):
         gathered = self.return_layernorm_output_gathered and self.sequence_parallel
         if gathered:
             normed = collectives.all_gather(normed, self.tp_group)
-            out = self._product(normed)
+            out = self._product(normed, is_first_microbatch)
         else:
-            out = self._product(self._enter_columns(normed))
+            out = self._product(self._enter_columns(normed), is_first_microbatch)
         outputs = [out]
         if self.return_bias:
             outputs.append(self.bias)

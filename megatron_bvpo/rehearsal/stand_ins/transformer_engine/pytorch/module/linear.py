@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from .. import collectives
 from .base import (
@@ -13,6 +12,7 @@ from .base import (
     refuse_unsupported,
     resolve_device,
 )
+from .weight_gradient import accumulates, product
 
 
 class Linear(TransformerEngineBaseModule):
@@ -23,6 +23,8 @@ class Linear(TransformerEngineBaseModule):
     parallel_mode "row": W holds in/tp columns. The partial outputs are all-reduced, or reduce-scattered along
     dim 0 under sequence parallelism; the bias is added after that.
     None: no communication.
+
+    With `fuse_wgrad_accumulation` the weight's gradient goes to `weight.main_grad` (weight_gradient.py).
 
     Returns y, or (y, bias) with `return_bias`, where the bias is then not added.
     """
@@ -58,7 +60,6 @@ class Linear(TransformerEngineBaseModule):
         super().__init__(name)
         refuse_unsupported(
             "Linear",
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
             delay_wgrad_compute=delay_wgrad_compute,
             symmetric_ar_type=symmetric_ar_type,
             parameters_split=parameters_split,
@@ -74,7 +75,7 @@ class Linear(TransformerEngineBaseModule):
         self.use_bias = bias
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
-        self.fuse_wgrad_accumulation = False
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.save_original_input = save_original_input
         self.ub_name = ub_name
         self.get_rng_state_tracker = get_rng_state_tracker
@@ -98,7 +99,7 @@ class Linear(TransformerEngineBaseModule):
 
     def forward(self, inp, is_first_microbatch=None, fp8_output=False, fp8_grad=False):
         self._check_dtype(inp)
-        out = self._product(self._enter_columns(inp))
+        out = self._product(self._enter_columns(inp), is_first_microbatch)
         return (out, self.bias) if self.return_bias else out
 
     # parallel_mode and sequence_parallel are read at every call: mcore-bridge and Megatron's shared experts
@@ -111,11 +112,12 @@ class Linear(TransformerEngineBaseModule):
             return collectives.all_gather(inp, self.tp_group)
         return collectives.replicated(inp, self.tp_group)
 
-    def _product(self, inp: torch.Tensor) -> torch.Tensor:
+    def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> torch.Tensor:
         bias = self.bias if self.apply_bias else None
+        fused = dict(fused=self.fuse_wgrad_accumulation, accumulate=accumulates(self.weight, is_first_microbatch))
         if self.parallel_mode != "row" or self.tp_size == 1:
-            return F.linear(inp, self.weight, bias)
-        out = F.linear(inp, self.weight)
+            return product(inp, self.weight, bias, **fused)
+        out = product(inp, self.weight, None, **fused)
         leave = collectives.reduce_scatter if self.sequence_parallel else collectives.all_reduce
         out = leave(out, self.tp_group)
         return out if bias is None else out + bias
