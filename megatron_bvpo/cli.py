@@ -95,7 +95,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     import argparse
 
     import megatron_bvpo
-    from megatron_bvpo.cluster import node_preflight, supervise
+    from megatron_bvpo.cluster import node_preflight, supervise, support_report
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
@@ -104,7 +104,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    doctor.add_command(commands)
+    support_report.add_options(doctor.add_command(commands))
     run_report.add_command(commands)
     rows_command.add_command(commands)
     plan.add_command(commands)

@@ -11,8 +11,8 @@ from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.errors import EXIT_CODE
 from megatron_bvpo.launching.run_file import RunFile
 
-_BVPO = "import sys; from megatron_bvpo.cli import bvpo; sys.exit(bvpo(sys.argv[1:]))"
-DOES_NOT_FIT = 1
+BVPO = "import sys; from megatron_bvpo.cli import bvpo; sys.exit(bvpo(sys.argv[1:]))"
+DOES_NOT_FIT, NOT_PLANNED = 1, 3
 
 
 def plan_command(run: RunFile, job: Job, gpu_gib: float | None) -> list[str]:
@@ -37,7 +37,7 @@ def check_plan(run: RunFile, job: Job, gpu_gib: float | None, timeout: float) ->
         return [Finding("plan", WARNING, "not asked: it reads a YAML file", "Put the flags into one")]
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _BVPO, *plan_command(run, job, gpu_gib)],
+            [sys.executable, "-c", BVPO, *plan_command(run, job, gpu_gib)],
             capture_output=True,
             text=True,
             timeout=timeout,
@@ -48,7 +48,7 @@ def check_plan(run: RunFile, job: Job, gpu_gib: float | None, timeout: float) ->
 
 
 def judge_plan(code: int, stdout: str, stderr: str) -> list[Finding]:
-    """0: it fits; 1: it does not; 2: the settings are refused; anything else is the plan's own failure."""
+    """0: it fits; 1: it does not; 2: settings refused; 3: a model it does not know; else the plan's own failure."""
     said = [line.strip() for line in (stderr if code > DOES_NOT_FIT else stdout).splitlines() if line.strip()]
     last = said[-1].removeprefix("megatron-bvpo: error: ") if said else f"exit code {code}"
     if code == 0:
@@ -57,4 +57,6 @@ def judge_plan(code: int, stdout: str, stderr: str) -> list[Finding]:
         return [Finding("plan", PROBLEM, last, "`bvpo plan --suggest` lists the layouts that fit")]
     if code == EXIT_CODE:
         return [Finding("plan", PROBLEM, last)]
+    if code == NOT_PLANNED:  # no reason to stop a run
+        return [Finding("plan", WARNING, last)]
     return [Finding("plan", WARNING, f"bvpo plan failed: {last}", "Run it by hand")]

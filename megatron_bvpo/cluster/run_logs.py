@@ -33,14 +33,15 @@ def first_error(folder: Path, old: Collection[Path] = ()) -> str:
     found = []
     for run in sorted(set(folder.glob("*")) - set(old)):
         for file in run.rglob("stderr.log"):
-            if line := _error_line(file):
+            if line := error_line(file):
                 found.append((file.stat().st_mtime, file, line))
     # A message of ours says what to do; a loss of a peer says nothing.
     found.sort(key=lambda item: (not _OURS.match(item[2]), is_victim(item[2]), item[0]))
     return f"{found[0][2]} [{found[0][1]}]" if found else ""
 
 
-def _error_line(file: Path) -> str:
+def error_line(file: Path) -> str:
+    """The first error of ours in a log, else the end of its last traceback; empty where there is neither."""
     try:
         with file.open("rb") as stream:
             stream.seek(0, 2)

@@ -3,7 +3,9 @@
 mcore-bridge's `_postprocess` calls `_forward_output_layer(hidden, weight=…)` and hands what that returns
 to `compute_language_model_loss(labels, logits)`. Between the two live the [S, B, V] logits. On the models
 of a BVPO run the first returns the hidden states unchanged, and the second computes the target log-probs
-from them. Both are replaced on the model object, so other models in the process keep theirs.
+from them. Both are replaced on the model object, so other models in the process keep theirs. A model that
+mcore-bridge builds as multimodal (Qwen3.5 and later, also for text alone) has its language model, and with it
+the head, at `.language_model`.
 
 Shapes: S sequence on this rank (a tensor-parallel chunk of it under sequence parallelism), B batch, H
 hidden, V this rank's vocabulary rows.
@@ -33,17 +35,19 @@ class HiddenForHead:
 
 
 def why_not_plain(model) -> str | None:
-    """Reason why this model's head is more than a matrix product, or None."""
+    """Reason why the head of this model (of its language model) is more than a matrix product, or None."""
     from mcore_bridge.model.gpt_model import GPTModel
 
+    kind = type(model)
     head = getattr(model, "output_layer", None)
     if type(head) is not ColumnParallelLinear:
         return f"its output layer is a {type(head).__name__}"
     if head.bias is not None:
         return "its output layer has a bias"
-    if type(model)._forward_output_layer is not GPTModel._forward_output_layer:
+    # Asked for gently: a model with another backbone may lack either.
+    if getattr(kind, "_forward_output_layer", None) is not GPTModel._forward_output_layer:
         return "it computes its logits in its own way"
-    if type(model).compute_language_model_loss is not LanguageModule.compute_language_model_loss:
+    if getattr(kind, "compute_language_model_loss", None) is not LanguageModule.compute_language_model_loss:
         return "it computes its loss in its own way"
     if getattr(model.config, "use_mup", False) or getattr(model, "mtp_process", False):
         return "it scales its logits or predicts several tokens"
@@ -54,6 +58,7 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
     """Replace both methods on `model` (one unwrapped chunk) if it is a last stage with a plain head.
 
     Args:
+        model: a `GPTModel`, or one that holds it as `language_model`.
         impl: `auto`, `triton` or `torch`; `te` keeps the stock path.
         vocab_size: real vocabulary rows; padding rows take no part in the softmax.
         memory_gib: what a tile of logits may take on a GPU. Not what happens to be free: a resumed run must cut
@@ -61,9 +66,10 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
     """
     if not model.post_process or impl == "te":
         return
+    model = getattr(model, "language_model", model)
     reason = why_not_plain(model)
     if reason is not None:
-        logger.warning(f"Log-probs come from whole logits: this model has no plain head ({reason}).")
+        logger.warning(f"Log-probs come from whole logits: {type(model).__name__} has no plain head ({reason}).")
         return
     head = model.output_layer
     shard = None

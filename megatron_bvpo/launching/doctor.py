@@ -10,14 +10,15 @@ import megatron_bvpo
 from megatron_bvpo.launching import argv, versions
 
 
-def add_command(commands) -> None:
-    """Register `doctor` with the subparsers of `bvpo`."""
+def add_command(commands) -> argparse.ArgumentParser:
+    """Register `doctor` with the subparsers of `bvpo`; returns its parser, for more options."""
     parser = commands.add_parser(
         "doctor",
         help="say whether this environment can run BVPO",
         description="Print versions, device and route. Exit code 0: a BVPO run can start here; 1: it cannot.",
     )
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ def _secret_flags(run: RunFile) -> Iterator[str]:
         if token.startswith("--"):
             name, equals, value = token.partition("=")
             name = name.strip().lstrip("-").replace("-", "_")
-            if _is_secret_flag(name, known):
+            if is_secret_flag(name, known):
                 # Whatever comes next counts as its value, another flag too: a secret may begin with dashes.
                 given = value if equals else "".join(run.flags[i + 1 : i + 2])
                 if given not in _NOTHING:
@@ -76,7 +76,12 @@ def _secret_flags(run: RunFile) -> Iterator[str]:
             yield name
 
 
-def _is_secret_flag(name: str, known: list[str]) -> bool:
+def is_secret_name(name: str) -> bool:
+    """Whether a variable of this name holds a secret, or the path of one."""
+    return bool(_SECRET_ITSELF.search(name) or _SECRET_NAME.search(name))
+
+
+def is_secret_flag(name: str, known: list[str]) -> bool:
     """By its name, or as the abbreviation of such a name, which ms-swift's parser takes."""
     if _SECRET_FLAG.search(name):
         return True

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching import error_output
 from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.planning.checks import check_run
 from megatron_bvpo.planning.costs import step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of
 from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace
-from megatron_bvpo.planning.model_shapes import model_shape
+from megatron_bvpo.planning.model_shapes import UnplannedModelError, model_shape
 from megatron_bvpo.planning.reading import read_settings, read_values
 from megatron_bvpo.planning.report import Plan, as_json, as_text
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import suggestions
+
+NOT_PLANNED = 3  # exit code: a run of this model may work, and the plan cannot say
 
 
 def add_command(commands) -> None:
@@ -29,7 +32,7 @@ def add_command(commands) -> None:
         "plan",
         help="memory, layout and time of a run, before any GPU is asked for",
         description="Read a run's YAML file and the model's config.json; print what every pipeline stage needs. "
-        "Exit code 0: it fits; 1: it does not; 2: it cannot work at all.",
+        "Exit code 0: it fits; 1: it does not; 2: it cannot work at all; 3: the plan does not know the model.",
     )
     parser.add_argument("config", help="a YAML file for `swift rlhf`, such as those in configs/")
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
@@ -53,6 +56,14 @@ def add_command(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except UnplannedModelError as error:
+        error_output.write(error)
+        return NOT_PLANNED
+
+
+def _run(args: argparse.Namespace) -> int:
     for line in unknown_keys(read_values(args.config)):
         print(f"megatron-bvpo: warning: {args.config}: {line}", file=sys.stderr)
     cluster = Cluster(args.nodes, args.gpus, args.gpu_memory)

@@ -12,6 +12,14 @@ from megatron_bvpo.errors import UserError
 SHIPPED = Path(__file__).parent / "shapes"
 DENSE_TYPES = ("qwen2", "qwen3")
 MOE_TYPES = ("qwen3_moe",)
+BY_HAND = (
+    "train without a plan: BVPO itself runs the models of ms-swift's Megatron backend. Start from the layout in "
+    "configs/ of a model of its size and look at memory(GiB) of the first steps"
+)
+
+
+class UnplannedModelError(UserError):
+    """A model whose sizes the plan does not know. The run itself may work, so this refuses the plan alone."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +82,26 @@ class ModelShape:
 
 
 def shape_from_config(config: dict[str, Any], name: str, file: str | None = None) -> ModelShape:
-    """The shape in a config.json's content; raises UserError for models whose layers are built otherwise."""
+    """The shape in a config.json's content; raises UnplannedModelError for models whose layers are built otherwise."""
+    family = _family(config)
     inner = config.get("text_config")
     config = {**config, **(inner if isinstance(inner, dict) else {})}
     kind = str(config.get("model_type"))
     if kind not in (*DENSE_TYPES, *MOE_TYPES):
-        raise UserError(
-            f"model_type is {kind!r}; the plan knows {', '.join((*DENSE_TYPES, *MOE_TYPES))}",
+        raise UnplannedModelError(
+            f"is {family}, which the plan does not know{_what_differs(config)}. It knows "
+            f"{', '.join((*DENSE_TYPES, *MOE_TYPES))}",
             file=file,
             field="model_type",
-            remedy="train without a plan: BVPO itself runs the models of ms-swift's Megatron backend",
+            remedy=BY_HAND,
         )
     moe = kind in MOE_TYPES
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1:
-        raise UserError(
-            "some layers have experts and some do not",
+        raise UnplannedModelError(
+            f"{family}: some layers have experts and some do not, which the plan does not know",
             file=file,
             field="mlp_only_layers",
-            remedy="such models are not planned",
+            remedy=BY_HAND,
         )
 
     def size(key: str, default: int | None = None) -> int:
@@ -130,6 +140,25 @@ def shape_from_config(config: dict[str, Any], name: str, file: str | None = None
     )
 
 
+def _family(config: dict[str, Any]) -> str:
+    """A model's kind as its config.json names it: `'qwen3_5_moe' (Qwen3_5MoeForConditionalGeneration)`."""
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    return repr(kind) + (f" ({named})" if named else "")
+
+
+def _what_differs(config: dict[str, Any]) -> str:
+    """Why sizes of the known families do not fit, where a key of config.json tells."""
+    reasons = {
+        "linear_num_value_heads": "some of its layers are linear attention",
+        "shared_expert_intermediate_size": "every token goes through a shared expert",
+        "n_shared_experts": "every token goes through shared experts",
+        "kv_lora_rank": "it has latent attention",
+    }
+    found = [reason for key, reason in reasons.items() if config.get(key)]
+    return f" ({', '.join(found)})" if found else ""
+
+
 def shipped_names() -> dict[str, Path]:
     """Names of the models whose sizes come with the package, by the last part of the name in lower case."""
     return {file.stem.lower(): file for file in sorted(SHIPPED.glob("*.json"))}
@@ -142,7 +171,8 @@ def model_shape(model: str, *, beside: Path | None = None) -> ModelShape:
         beside: a folder against which a relative path is tried too, the YAML file's.
 
     Raises:
-        UserError: neither a folder with a config.json nor a known name.
+        UnplannedModelError: neither a folder with a config.json nor a known name, or a family that is not planned.
+        UserError: a config.json that cannot be read or lacks a size.
     """
     for folder in [Path(model).expanduser(), *([beside / model] if beside else [])]:
         file = folder if folder.suffix == ".json" else folder / "config.json"
@@ -151,7 +181,7 @@ def model_shape(model: str, *, beside: Path | None = None) -> ModelShape:
     known = shipped_names()
     file = known.get(model.rstrip("/").rsplit("/", 1)[-1].lower())
     if file is None:
-        raise UserError(
+        raise UnplannedModelError(
             f"{model!r} is no folder with a config.json, and none of the models that come with the package: "
             + ", ".join(path.stem for path in known.values()),
             field="model",

@@ -16,7 +16,7 @@ from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, 
 from megatron_bvpo.cluster.node_preflight import ROUNDS, Desk, _within
 from megatron_bvpo.cluster.node_report import verdict_lines
 from megatron_bvpo.cluster.nodes import Job, job_from_environment
-from megatron_bvpo.cluster.plan_check import judge_plan
+from megatron_bvpo.cluster.plan_check import check_plan, judge_plan
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.run_file import read_run
@@ -181,6 +181,15 @@ def test_what_the_plan_says(code, out, err, level):
     assert [f.level for f in judge_plan(code, out, err)] == [level]
     assert judge_plan(2, "", "megatron-bvpo: error: x.yaml: TP 3 …")[0].level == PROBLEM
     assert judge_plan(-9, "", "")[0].level == WARNING
+
+
+def test_a_model_that_the_plan_does_not_know_stops_no_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": {}}))
+    for model in (str(tmp_path), "somebody/A-Model-On-The-Hub"):
+        file = tmp_path / "run.yaml"
+        file.write_text(f"rlhf_type: bvpo\nmodel: {model}\ntuner_type: lora\nmax_length: 4096\n")
+        (finding,) = check_plan(read_run([str(file)]), job(count=1), 80.0, timeout=60)
+        assert finding.level == WARNING and "plan" in finding.found, finding
 
 
 # ---- nodes beside each other

@@ -17,7 +17,7 @@ from megatron_bvpo.planning.buffers import make_buffer
 from megatron_bvpo.planning.costs import micro_batch_flops, step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of, layout_name, stage_layers
 from megatron_bvpo.planning.memory import Lengths, all_stages, fullest, longest_trace, micro_batch, stage_chunks
-from megatron_bvpo.planning.model_shapes import model_shape, shape_from_config
+from megatron_bvpo.planning.model_shapes import UnplannedModelError, model_shape, shape_from_config
 from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.planning.suggest import suggestions
 from megatron_bvpo.planning.tensors import Tensor
@@ -79,12 +79,35 @@ def test_shipped_shapes_are_those_of_transformers():
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("nobody/no-such-model", "no folder with a config.json"), ("FOLDER", "model_type is 'mamba'")],
+    [("nobody/no-such-model", "no folder with a config.json"), ("FOLDER", "model_type: is 'mamba', which the plan")],
 )
 def test_unknown_models_are_refused(model, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(UserError, match=message):
         model_shape(str(tmp_path) if model == "FOLDER" else model)
+
+
+FAMILIES = {  # what their config.json says, and what the refusal must name
+    "Qwen3_5MoeConfig": ("'qwen3_5_moe' (Qwen3_5MoeForConditionalGeneration)", "linear attention", "shared expert"),
+    "Qwen3_5Config": ("'qwen3_5' (Qwen3_5ForConditionalGeneration)", "linear attention"),
+    "Qwen3NextConfig": ("'qwen3_next' (Qwen3NextForCausalLM)", "linear attention", "shared expert"),
+    "DeepseekV3Config": ("'deepseek_v3' (DeepseekV3ForCausalLM)", "latent attention", "shared experts"),
+    "Glm4MoeConfig": ("'glm4_moe' (Glm4MoeForCausalLM)", "shared experts"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_that_is_not_planned_is_named(name):
+    """The real config.json of transformers' own class, with the architecture that a checkpoint would add."""
+    transformers = pytest.importorskip("transformers")
+    values = json.loads(getattr(transformers, name)().to_json_string(use_diff=False))
+    values["architectures"] = [FAMILIES[name][0].split("(")[1].rstrip(")")]
+    with pytest.raises(UnplannedModelError) as raised:
+        shape_from_config(values, name)
+    said = str(raised.value)
+    assert "\n" not in said
+    for words in (*FAMILIES[name], "It knows qwen2, qwen3, qwen3_moe", "train without a plan"):
+        assert words in said, (words, said)
 
 
 def test_a_missing_size_is_named(tmp_path):

@@ -66,7 +66,6 @@ def test_the_command_as_json(tmp_path, capsys):
     ("argv", "message"),
     [
         (["nothing.yaml"], "nothing.yaml: cannot be read: No such file"),
-        (["CONFIG", "--model", "nobody/none"], "no folder with a config.json"),
         (["CONFIG", "--gpus", "3"], "run.yaml: expert_model_parallel_size: .*Nearest layouts that work"),
         (["CONFIG", "--set", "lr=1"], "no KEY=VALUE"),
         (["CONFIG", "--set", "micro_batch_size=two"], "micro_batch_size: is 'two'; expected a whole number"),
@@ -94,6 +93,15 @@ def test_mistakes_are_told_in_one_line(argv, message, tmp_path, capsys):
     err = capsys.readouterr().err
     assert re.search(message, err.replace("\n", " ")), err
     assert "Traceback" not in err
+
+
+def test_a_model_that_is_not_planned_has_an_exit_code_of_its_own(tmp_path, capsys):
+    """Preflight stops a run for 2, and must not for this."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    for model, said in (("nobody/none", "is no folder with a config.json"), (str(tmp_path), "is 'mamba', which")):
+        assert cli.bvpo(["plan", config_file(tmp_path), "--model", model]) == 3
+        err = capsys.readouterr().err
+        assert err.startswith("megatron-bvpo: error: ") and err.count("\n") == 1 and said in err
 
 
 @pytest.mark.parametrize(
