@@ -15,6 +15,8 @@ class ParallelGroups:
     Attributes:
         world: all ranks that train the model, replicas and shards alike.
         dp: ranks that hold other samples (context parallelism not included).
+        dp_cp: those and the context-parallel ranks: all that hold the same dense weights.
+        expert_dp: ranks that hold the same experts.
         cp: ranks that hold other parts of the same sequences.
         tp: tensor-parallel ranks.
         pp: pipeline stages.
@@ -25,6 +27,8 @@ class ParallelGroups:
 
     world: dist.ProcessGroup
     dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    expert_dp: dist.ProcessGroup
     cp: dist.ProcessGroup
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
@@ -50,6 +54,8 @@ class ParallelGroups:
         return ParallelGroups(
             world=dist.group.WORLD,
             dp=ps.get_data_parallel_group(),
+            dp_cp=ps.get_data_parallel_group(with_context_parallel=True),
+            expert_dp=ps.get_expert_data_parallel_group(),
             cp=ps.get_context_parallel_group(),
             tp=ps.get_tensor_model_parallel_group(),
             pp=ps.get_pipeline_model_parallel_group(),

@@ -36,7 +36,7 @@ def _reduce_replicated_experts(model: torch.nn.Module, groups: ParallelGroups) -
     if groups.ep_size > 1 or groups.tp_size == groups.etp_size:
         return
     for name, param in model.named_parameters():
-        if _EXPERT.search(name):
+        if is_expert(name):
             param.allreduce = False
 
 
@@ -61,21 +61,34 @@ def _mark_true_shards(model: torch.nn.Module, groups: ParallelGroups) -> None:
     Transformer Engine marks the weight of every Linear, replicated ones (LoRA factors) too, and with
     `perform_initialization=False` (ms-swift's default) the embedding and the output layer are not marked
     at all: the first are counted once per TP rank in the norm, the others lose the shards of ranks > 0.
-    A checkpoint cannot be written without knowing replicas from shards: a replica's TP coordinate in
-    `replica_id` is the TP rank, a shard's is 0.
     """
     if groups.tp_rank == 0:
         return  # rank 0 counts everything it holds, whatever the attribute says
-    record = {}
-    for entry in _sharded_entries(model.sharded_state_dict()):
-        replica = entry.replica_id
-        record[entry.data.data_ptr()] = isinstance(replica, tuple) and len(replica) == 3 and replica[1] == 0
+    record = tensor_parallel_shards(model)
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         if param.data_ptr() not in record:
             raise RuntimeError(f"{name} is trained but no checkpoint would hold it; please report this model")
         param.tensor_model_parallel = record[param.data_ptr()]
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter of this name is of an expert, and so has the experts' own replicas."""
+    return bool(_EXPERT.search(name))
+
+
+def tensor_parallel_shards(model: torch.nn.Module) -> dict[int, bool]:
+    """By data pointer: True for a shard, False for a copy of what TP rank 0 holds. Not for use on TP rank 0.
+
+    A checkpoint cannot be written without knowing replicas from shards: a replica's TP coordinate in
+    `replica_id` is the TP rank, a shard's is 0.
+    """
+    record = {}
+    for entry in _sharded_entries(model.sharded_state_dict()):
+        replica = entry.replica_id
+        record[entry.data.data_ptr()] = isinstance(replica, tuple) and len(replica) == 3 and replica[1] == 0
+    return record
 
 
 def _sharded_entries(state_dict) -> Iterator:

@@ -17,6 +17,7 @@ from swift.utils import get_logger, is_master
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
 from megatron_bvpo.host.peft_export import settle_adapter_forms
+from megatron_bvpo.host.replicas import tell_unequal
 
 logger = get_logger()
 
@@ -71,6 +72,7 @@ class CheckpointMixin:
         args, state = self.args, self.state
         output_dir = args.output_dir
         staging = Path(output_dir) / ckpt.STAGING
+        tell_unequal(self.replicas)
         # Writing files may draw random numbers, on some ranks only; the run goes on from this state, saved or not.
         random_state = ckpt.random_state()
         if is_master():

@@ -20,6 +20,7 @@ from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
 from megatron_bvpo.objective.preference import PairLogps, pair_losses
 from megatron_bvpo.objective.sequence import sequence_logps
 from megatron_bvpo.objective.streams import STREAMS, StreamSums, StreamWeights
+from megatron_bvpo.training.canaries import Heard
 from megatron_bvpo.training.referencing import REFERENCE_KEY
 
 
@@ -32,6 +33,7 @@ class Pass:
         loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
         bad_rows: rows with a loss that is not finite, found on the last stage.
         reference_only: only the reference runs, to fill its cache.
+        listening: the log-probs are wanted, for the canaries, and no loss; the reference runs even where it is known.
         sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
     """
 
@@ -40,6 +42,7 @@ class Pass:
     bad_rows: list[str] = field(default_factory=list)
     sums: torch.Tensor | None = None
     reference_only: bool = False
+    listening: bool = False
     _watched: list[tuple[list[str], torch.Tensor]] = field(default_factory=list)
 
     def watch(self, names: list[str], finite_P: torch.Tensor) -> None:
@@ -57,16 +60,26 @@ class Pass:
 class PassMixin:
     """Goes in front of ms-swift's Megatron trainer; uses its models, template and groups."""
 
+    heard: list[Heard] | None  # what the canaries want to know, while they do
+
     def _run_pass(
-        self, chunks: list[list[dict]], weights: StreamWeights, *, forward_only: bool, reference_only: bool = False
+        self,
+        chunks: list[list[dict]],
+        weights: StreamWeights,
+        *,
+        forward_only: bool,
+        reference_only: bool = False,
+        listening: bool = False,
     ) -> Pass:
         """Forward (and backward) over the micro-batches; returns the pass with this rank's sums."""
         args = self.args
         n = len(chunks[0])
-        self._pass = current = Pass(weights, loss_scale=n * self.groups.dp_size, reference_only=reference_only)
-        if self._attach_references(chunks) == n and reference_only:
+        scale = n * self.groups.dp_size
+        self._pass = current = Pass(weights, scale, reference_only=reference_only, listening=listening)
+        if not listening and self._attach_references(chunks) == n and reference_only:
             return current
-        iterators = [iter([{k: v for k, v in b.items() if k != ITEMS_KEY} for b in batches]) for batches in chunks]
+        left_out = {ITEMS_KEY, REFERENCE_KEY} if listening else {ITEMS_KEY}
+        iterators = [iter([{k: v for k, v in b.items() if k not in left_out} for b in batches]) for batches in chunks]
         found = get_forward_backward_func()(
             forward_step_func=self.forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -79,6 +92,20 @@ class PassMixin:
         current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
         current.name_bad_rows()
         return current
+
+    def _listen(self, chunks: list[list[dict]]) -> list[Heard]:
+        """Log-probs of the micro-batches as policy and reference are now, without dropout; empty off the last stage."""
+        before, self.heard = self.heard, []
+        for model in self.wrapped_models:
+            model.eval()
+        try:
+            with torch.no_grad():
+                self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=True, listening=True)
+            return self.heard
+        finally:
+            self.heard = before
+            for model in self.wrapped_models:
+                model.train()
 
     def forward_step(self, data_iterator, model):
         """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline.
@@ -135,9 +162,14 @@ class PassMixin:
         ref_logps_Q = None
         if joined:
             ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
-            self._keep_references(layout, ref_logps_Q)
         elif known_Q is not None:
             ref_logps_Q = logps_Q.new_tensor(known_Q)
+        if self.heard is not None and ref_logps_Q is not None:
+            self.heard.append(Heard(logps_Q.detach(), ref_logps_Q, tokens_Q))
+        if self._pass.listening:
+            return output.new_zeros(()), output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
+        if joined:
+            self._keep_references(layout, ref_logps_Q)
 
         total = logps_Q.new_zeros(())
         stacked = []

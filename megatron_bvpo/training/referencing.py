@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from swift.utils import get_current_device, get_logger, is_master
+from torch import Tensor
 
 from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
 from megatron_bvpo.data.reference_cache import ReferenceShards, Values
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.reference_key import reference_key
 from megatron_bvpo.objective.streams import STREAMS, StreamWeights
+from megatron_bvpo.training.canaries import Heard
 from megatron_bvpo.training.samplers import eval_dataloader_parts
 
 logger = get_logger()
@@ -88,6 +90,15 @@ class ReferenceCacheMixin:
             pairs = [self._references[key] for key in layout.keys[stream]]
             values += [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         return values
+
+    def _cached_and_new(self, batches: list[dict], heard: list[Heard]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(cached, new) reference log-probs and token counts of those micro-batches that are known on this rank."""
+        layouts = [batch[LAYOUT_KEY] for batch in batches[: len(heard)]]
+        return [
+            (new.reference_Q.new_tensor(self._values_of(layout)), new.reference_Q, new.tokens_Q)
+            for layout, new in zip(layouts, heard, strict=True)
+            if self._references is not None and all(key in self._references for key in layout.all_keys())
+        ]
 
     def _keep_references(self, layout: PairLayout, ref_logps_Q: torch.Tensor) -> None:
         """Remember computed values; on the device, because a copy to the host would wait for the forward."""

@@ -32,6 +32,7 @@ from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
+from megatron_bvpo.host.replicas import Replicas, require_equal
 from megatron_bvpo.host.router import (
     clear_expert_counters,
     expert_bias_at_rest,
@@ -41,6 +42,7 @@ from megatron_bvpo.host.router import (
     update_expert_bias,
 )
 from megatron_bvpo.host.saving import CheckpointMixin
+from megatron_bvpo.host.shaken_policy import adapters_begin_at_zero, shaken_policy
 from megatron_bvpo.host.stop_signal import StopCallback
 from megatron_bvpo.host.tuner_names import check_tuner_names, require_something_to_train
 from megatron_bvpo.objective.streams import (
@@ -51,6 +53,7 @@ from megatron_bvpo.objective.streams import (
     mixing_weights,
     stream_metrics,
 )
+from megatron_bvpo.training import canaries
 from megatron_bvpo.training.passes import Pass, PassMixin
 from megatron_bvpo.training.probing import ProbeMixin
 from megatron_bvpo.training.referencing import ReferenceCacheMixin
@@ -73,6 +76,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
             template.bvpo = replace(template.bvpo, tell_losses=False)
         self._start_alpha()
         self.skipped_in_a_row = 0
+        self.heard = None
+        self._canaries_due = self.bvpo.preference.uses_reference
         self._val_dataloaders: list = []
         self.row_counts = RowCounts() if args.streaming or args.lazy_tokenize else None
         super().__init__(args, template)
@@ -82,6 +87,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
             model.ddp_config.check_for_nan_in_grad = False
         self._check_merge_memory()
+        self.replicas = Replicas([*self.unwrapped_models, *self.ref_models], self.groups)
+        require_equal(self.replicas)
         self._open_reference_cache()
 
     # ---- model
@@ -176,6 +183,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         if self.row_counts is not None:
             self.row_counts.add(batch[LAYOUT_KEY] for batch in chunks[0])
         self._reference_hits = (0, 0)
+        self.heard = [] if self._canaries_due else None
         probe = self._plan_probe(chunks[0])
         loss_sums = router_loss_sums()
         with expert_bias_at_rest(self._router_configs):
@@ -187,6 +195,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
             self._report_skipped(done, chunks[0])
             return [], 0.0, False
         self.skipped_in_a_row = 0
+        if self._canaries_due:
+            self._ask_the_canaries(chunks)
         update_expert_bias(self.wrapped_models, self._router_configs)
 
         successful, grad_norm, _ = self.optimizer.step()
@@ -209,6 +219,31 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         self._zero_gradients()
         weights = mixing_weights(self.alpha, self._count_pairs(chunks[0]))
         return self._run_pass(chunks, weights, forward_only=False)
+
+    # ---- is the reference one
+
+    def _ask_the_canaries(self, chunks: list[list[dict]]) -> None:
+        """Once, before the first update: warn of what training/canaries.py describes. Collective."""
+        args, device = self.args, get_current_device()
+        step, self.heard, self._canaries_due = self.heard, None, False
+        n = 1 if len(chunks) == 1 else self.config.microbatch_group_size_per_vp_stage
+        first = [batches[:n] for batches in chunks]
+        adapted = args.tuner_type != "full"
+        at_zero = adapters_begin_at_zero(self.unwrapped_models)
+        plain = self._listen(first)
+        with shaken_policy(self.unwrapped_models, adapted=adapted) as shaken:
+            heard = canaries.FirstStep(step, plain, self._listen(first), self._cached_and_new(first[0], plain))
+        rounding = canaries.rounding_of(args, self.config.num_layers, device)
+        mine = [*heard.findings(rounding), (float(not at_zero), float(shaken))]
+        *findings, (moved, shaken) = canaries.largest_over_ranks(mine, device, self.groups.world)
+        resumed = self.state.iteration > 0
+        begins_equal = canaries.reference_begins_as_policy(args, resumed=resumed, adapters_at_zero=not moved)
+        silent_step = not canaries.noisy(args, self.config)
+        if begins_equal and not silent_step:
+            logger.info("Margins of the first step are not compared: the policy's training forward has dropout.")
+        told = dict(begins_equal=begins_equal, silent_step=silent_step, shaken=bool(shaken), adapted=adapted)
+        for line in canaries.warnings(findings, **told):
+            logger.warning(line)
 
     # ---- is it finite
 

@@ -103,10 +103,14 @@ def run_cell(cell: dict, folder: Path) -> None:
     base = getattr(module, name)
     recorder = getattr(importlib.import_module(hook_module), hook)
     setattr(module, name, recorder(base, folder, **cell["hook_args"]))
-    try:
-        main(argv)
-    finally:
-        setattr(module, name, base)
+    from tests.distributed.canary_recorder import canary_lines
+
+    with canary_lines() as lines:
+        try:
+            main(argv)
+        finally:
+            setattr(module, name, base)
+    assert cell["canaries"] or not lines, lines
 
 
 def take_down() -> None:

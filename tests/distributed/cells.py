@@ -57,6 +57,7 @@ class Cell:
         hook_args: passed to the hook.
         may_fail: an exception is recorded instead of ending the worker.
         keep_folder: go on in the folder that an earlier run left.
+        canaries: a warning of the canaries is expected; in all other cells it is a failure.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Cell:
     hook_args: dict = field(default_factory=dict)
     may_fail: bool = False
     keep_folder: bool = False
+    canaries: bool = False
 
 
 @dataclass

@@ -54,8 +54,8 @@ def poisoned(
                 self._write(poisoned=layout.rows[stream][0])
             return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
 
-        def _run_pass(self, chunks, weights, *, forward_only):
-            done = super()._run_pass(chunks, weights, forward_only=forward_only)
+        def _run_pass(self, chunks, weights, *, forward_only, **more):
+            done = super()._run_pass(chunks, weights, forward_only=forward_only, **more)
             if where == "gradient" and not forward_only and self._here():
                 self.wrapped_models[0].buffers[0].grad_data.view(-1)[3] = value
             return done

@@ -9,6 +9,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
+from megatron_bvpo.host.replicas import tell_unequal
 from tests.distributed.full_gradients import export_gradients, shared_factor, true_norm
 
 
@@ -76,6 +77,8 @@ def record_first_step(
             if save:
                 super().save_checkpoint()
             else:
+                if hasattr(self, "replicas"):  # ms-swift's own trainer has none
+                    tell_unequal(self.replicas)
                 self.state.last_model_checkpoint = str(folder)
 
         def _prepare_peft_model(self, models):
@@ -161,8 +164,8 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
             self.passes = None
             return done
 
-        def _run_pass(self, chunks, weights, *, forward_only):
-            done = super()._run_pass(chunks, weights, forward_only=forward_only)
+        def _run_pass(self, chunks, weights, *, forward_only, **more):
+            done = super()._run_pass(chunks, weights, forward_only=forward_only, **more)
             if getattr(self, "passes", None) is not None:
                 self.passes.append(export_gradients(self))
             return done
@@ -284,7 +287,7 @@ def record_cached(base, folder, forget_on_rank: int | None = None, flush_steps: 
             return peft_models
 
         def _reference_forward(self, *args):
-            self.recorded["reference_forwards"] += 1
+            self.recorded["reference_forwards"] += not self._pass.listening  # not the canaries' own
             return super()._reference_forward(*args)
 
         def train(self, *args):
@@ -322,6 +325,8 @@ def peak(base, folder):
             self.state.last_model_checkpoint = str(folder)
 
         def _run_pass(self, chunks, *args, **kwargs):
+            if kwargs.get("listening"):
+                return super()._run_pass(chunks, *args, **kwargs)
             tokens = sum(batch["input_ids"].numel() for batch in chunks[0])
             with LiveStorages() as live:
                 done = super()._run_pass(chunks, *args, **kwargs)

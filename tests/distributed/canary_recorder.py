@@ -1,0 +1,229 @@
+"""Trainer classes that plant faults which no curve shows, and keep what the canaries say of each.
+
+The faults are planted and taken away again in one run: the questions are asked anew for each.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from swift.utils import get_logger
+
+from tests.distributed.exact_recorder import fingerprint, parameters, random_states
+
+PREFIX = "Canary:"
+
+
+@contextmanager
+def canary_lines():
+    """The warnings of the canaries on this rank while the block runs (ms-swift's logger speaks on rank 0)."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith(PREFIX):
+                lines.append(record.getMessage())
+
+    ear = Ear(logging.WARNING)
+    get_logger().addHandler(ear)
+    try:
+        yield lines
+    finally:
+        get_logger().removeHandler(ear)
+
+
+# ---- faults of the reference
+
+
+@contextmanager
+def set_to(owner, **values):
+    """Attributes of `owner` itself, taken away again."""
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            delattr(owner, name)
+
+
+def adapters_on(trainer):
+    """The reference's forward without `disable_adapter`; for full tuning, with the policy's own weights."""
+    return set_to(trainer, null_ref_context=lambda: nullcontext(trainer.unwrapped_models))
+
+
+def swapped_halves(trainer):
+    stock = trainer.loss_func
+    return set_to(trainer, loss_func=lambda output, **more: stock(torch.cat(output.chunk(2)[::-1]), **more))
+
+
+@contextmanager
+def swapped_between_stages(trainer):
+    """What the second stage takes for the reference's activations are the policy's; no fault without a pipeline."""
+    with ExitStack() as stack:
+        for model in trainer.unwrapped_models:
+            stock = model.get_input_tensor
+
+            def get_input_tensor(stock=stock):
+                found = stock()
+                joined = found is not None and found.shape[0] % 2 == 0
+                return torch.cat(found.chunk(2)[::-1]) if joined else found
+
+            stack.enter_context(set_to(model, get_input_tensor=get_input_tensor))
+        yield
+
+
+@contextmanager
+def adapters_off(trainer):
+    with ExitStack() as stack:
+        for model in trainer.peft_models:
+            stack.enter_context(model.disable_adapter())
+        yield
+
+
+@contextmanager
+def other_reference(trainer):
+    """A reference model that was loaded from elsewhere: one norm is off by a tenth."""
+    with changed(next(p for n, p in trainer.ref_models[0].named_parameters() if "layernorm" in n), by=0.1):
+        yield
+
+
+@contextmanager
+def damaged_cache(trainer):
+    good = dict(trainer._references)
+    trainer._references = {key: (chosen + 1.0, rejected) for key, (chosen, rejected) in good.items()}
+    try:
+        yield
+    finally:
+        trainer._references = good
+
+
+@contextmanager
+def changed(tensor: torch.Tensor, by: float):
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.add_(by)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def plant_in_reference(base, folder, faults: list[str], flush_steps: int = 32, live_dropout: float = 0.0):
+    """Ask the first step's canaries without a fault and with each of these functions' in turn; keep what they say.
+
+    `live_dropout` is switched on in every layer behind the configuration's back, for the step itself.
+    """
+    import megatron_bvpo.training.referencing as referencing
+
+    class Recorder(base):
+        recorded: dict
+
+        def __init__(self, *args, **kwargs):
+            referencing.FLUSH_STEPS = flush_steps
+            self.recorded = {"forwards": 0, "reference_forwards": 0}
+            super().__init__(*args, **kwargs)
+            for model in self.unwrapped_models if live_dropout else ():
+                for module in model.modules():
+                    if hasattr(module, "hidden_dropout"):
+                        module.hidden_dropout = live_dropout
+
+        def forward_step(self, *args):
+            self.recorded["forwards"] += 1
+            return super().forward_step(*args)
+
+        def _reference_forward(self, *args):
+            self.recorded["reference_forwards"] += 1
+            return super()._reference_forward(*args)
+
+        def _ask_the_canaries(self, chunks):
+            step, told = self.heard, {}
+            before = self._state()
+            counts = self.recorded["forwards"], self.recorded["reference_forwards"]
+            for name in ["", *faults]:
+                self.heard = list(step)
+                with canary_lines() as lines, globals()[name](self) if name else nullcontext():
+                    super()._ask_the_canaries(chunks)
+                told[name] = list(lines)
+                if not name:
+                    now = self.recorded["forwards"], self.recorded["reference_forwards"]
+                    self.recorded["cost"] = [b - a for a, b in zip(counts, now, strict=True)]
+            self.recorded |= {"told": told, "left_as_it_was": self._state() == before}
+
+        def _state(self):
+            gradients = {f"{i}": b.grad_data for i, b in enumerate(self.wrapped_models[0].buffers)}
+            modes = [module.training for model in self.wrapped_models for module in model.modules()]
+            return fingerprint(parameters(self)), fingerprint(gradients), fingerprint(random_states()), modes
+
+        def save_checkpoint(self):
+            self.state.last_model_checkpoint = str(folder)
+
+        def finalize_training(self):
+            super().finalize_training()
+            if dist.get_rank() == 0:
+                torch.save(self.recorded, folder / "recorded.pt")
+
+    return Recorder
+
+
+# ---- faults of copies
+
+
+def plant_in_copies(base, folder, faults: dict[str, str], at_save: str = "", by: float = 1e-3):
+    """Change one parameter on rank 1 alone, once for each of `faults` (name → part of a parameter's name).
+
+    Args:
+        at_save: part of a parameter's name; changed on rank 1 before the run's last save, which is written.
+        by: how much every element is changed.
+    """
+
+    class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            found = {"": self.replicas.differences()}
+            for name, part in faults.items():
+                with self._changed(part):
+                    found[name] = self.replicas.differences()
+            self.recorded = {"found": {name: [vars(d) for d in told] for name, told in found.items()}}
+
+        def _changed(self, part: str):
+            here = dist.get_rank() == 1
+            return changed(self._named(part), by) if here else nullcontext()
+
+        def _named(self, part: str):
+            return next(p for n, p in self.unwrapped_models[0].named_parameters() if part in n)
+
+        def save_checkpoint(self):
+            if not at_save:
+                self.state.last_model_checkpoint = str(folder)
+                return
+            with canary_lines() as lines, self._changed(at_save):
+                super().save_checkpoint()
+            self.recorded["told"] = list(lines)
+
+        def finalize_training(self):
+            super().finalize_training()
+            if dist.get_rank() == 0:
+                torch.save(self.recorded, folder / "recorded.pt")
+
+    return Recorder
+
+
+def own_draws(base, folder):
+    """LoRA's A as mcore-bridge draws it, with default generators that differ from rank to rank."""
+    import megatron_bvpo.training.trainer as ours
+
+    class Recorder(base):
+        def _prepare_peft_model(self, models):
+            mended, ours.draw_lora_a = ours.draw_lora_a, lambda *args: None
+            torch.manual_seed(1000 + dist.get_rank())
+            try:
+                return super()._prepare_peft_model(models)
+            finally:
+                ours.draw_lora_a = mended
+
+    return Recorder
