@@ -11,11 +11,11 @@ from megatron_bvpo.cluster.nodes import Job, network_defaults
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.run_file import RunFile
 
-# Seconds until a collective that does not end is an error. ms-swift's own default is 208 days; ours in
-# training/arguments.py is two hours, because ranks wait while rank 0 tokenises. Half an hour is right for a cluster:
-# with dataset_num_proc or a cached data set the tokenising takes minutes, and a node that is gone is noticed by the
-# roll call long before.
-TIMEOUT_S = "1800"
+# Seconds that nodes wait for node 0's torchrun, which starts when node 0 has read the data files. torch's own 600 are
+# too few for many of them; a node that is gone is noticed by the roll call long before.
+MEETING_S = 4 * 3600
+# Where the rows of the run are kept for all nodes and for its next starts (data/shared_cache.py).
+DATA_CACHE, DATA_FOLDER = "BVPO_DATA_CACHE", "data-cache"
 
 
 def log_folder(folder: Path, job: Job, env: Mapping[str, str] | None = None) -> Path:
@@ -28,6 +28,12 @@ def log_folder(folder: Path, job: Job, env: Mapping[str, str] | None = None) -> 
 def flight_recorder_folder(logs: Path) -> Path:
     """`<run>/logs/<attempt>/flight-recorder`, of all nodes: torch's reader wants all ranks in one folder."""
     return logs.parent / "flight-recorder"
+
+
+def data_cache(folder: Path, env: Mapping[str, str] | None = None) -> Path:
+    """Where the rows are kept: BVPO_DATA_CACHE, else a folder in the run's folder, which all nodes share."""
+    given = (os.environ if env is None else env).get(DATA_CACHE)
+    return Path(os.path.abspath(os.path.expanduser(given or folder / DATA_FOLDER)))
 
 
 def launch_environment(
@@ -50,6 +56,8 @@ def launch_environment(
     default("BVPO_STOP_FILE", str(folder / "stop"))
     default("BVPO_RESUME", "auto")
     default("BVPO_NODE_SILENCE_S", "60")
+    made[DATA_CACHE] = str(data_cache(folder, made))
+    default("PET_RDZV_CONF", f"timeout={MEETING_S}")
     # ---- logs: a file a rank; on the screen the first rank (messages) and the last one (losses)
     made["PET_LOG_DIR"] = str(logs)
     made["PET_REDIRECTS"] = "3"
@@ -94,8 +102,8 @@ def launch_environment(
 def swift_command(run: RunFile, folder: Path, resume: list[str]) -> list[str]:
     """`swift rlhf` of this Python: the run as it was given, then what the launcher decides (the last flag wins)."""
     more = ["--output_dir", str(folder), "--add_version", "false", *resume]
-    if not run.is_given("ddp_timeout"):
-        more += ["--ddp_timeout", TIMEOUT_S]
+    if not run.is_given("load_from_cache_file"):  # a start after another one finds its rows encoded
+        more += ["--load_from_cache_file", "true"]
     if not run.is_given("rlhf_type"):
         more += ["--rlhf_type", "bvpo"]
     return [sys.executable, "-m", "megatron_bvpo.cli", "rlhf", *run.argv, *more]

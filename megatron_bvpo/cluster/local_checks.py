@@ -12,6 +12,7 @@ from pathlib import Path
 
 import megatron_bvpo
 from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bvpo.data.shared_cache import room_for
 from megatron_bvpo.errors import or_bound
 from megatron_bvpo.launching import versions
 from megatron_bvpo.launching.run_file import RunFile
@@ -68,6 +69,16 @@ def check_disk(folder: Path, need_gib: float) -> Finding:
             "Name another --output_dir, set --save_total_limit, or lower BVPO_MIN_FREE_GIB",
         )
     return Finding("disk", OK, f"{folder} has {free:.0f} GiB free")
+
+
+def check_room_for_rows(folder: Path, run: RunFile) -> Finding:
+    """Whether the disk takes the rows of the run's files, read and encoded: an estimate, without hub data sets."""
+    files = [spec.split("#")[0] for spec in (*run.values("dataset"), *run.values("val_dataset"))]
+    need, free = room_for(files) / GIB, shutil.disk_usage(folder).free / GIB
+    text = f"{folder} has {free:.1f} GiB free, the rows take about {need:.1f} GiB"
+    if free < need:
+        return Finding("disk", PROBLEM, text, "Set BVPO_DATA_CACHE to a folder with room for them that all nodes share")
+    return Finding("disk", OK, text)
 
 
 def check_scratch() -> list[Finding]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_bvpo.cluster import compare, gpus, local_checks
 from megatron_bvpo.cluster.findings import PROBLEM, WARNING, Finding, NodeReport
+from megatron_bvpo.cluster.launch_environment import data_cache
 from megatron_bvpo.cluster.links import run_links
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
 from megatron_bvpo.cluster.nodes import Job, interface_towards, job_from_environment
@@ -200,8 +201,12 @@ class NodePreflight:
 
     def _own_disks(self) -> list[Finding]:
         findings = _within(20, "temporary files", local_checks.check_scratch, [], [])
-        folders = [folder for folder in self.shared.folders[:1] if folder.exists()]
-        return findings + [local_checks.check_disk(folder, self.min_free_gib) for folder in folders]
+        run, rows, *_ = self.shared.folders
+        if run.exists():
+            findings.append(local_checks.check_disk(run, self.min_free_gib))
+        if rows.exists() and self.job.rank == 0:  # rank 0 writes them for all
+            findings.append(local_checks.check_room_for_rows(rows, self.run))
+        return findings
 
     def _own_interface(self) -> list[Finding]:
         if self.job.nodes == 1:
@@ -238,9 +243,9 @@ def _within(seconds: float, check: str, work: Callable[[], Any], findings: list[
 
 
 def shared_folders(run: RunFile) -> list[Path]:
-    """The run's folder first, then what BVPO_SHARED_FOLDERS lists (separated by colons)."""
+    """The run's folder first, then that of its rows, then what BVPO_SHARED_FOLDERS lists (separated by colons)."""
     more = [Path(item) for item in os.environ.get("BVPO_SHARED_FOLDERS", "").split(":") if item]
-    return [run_folder(run), *more]
+    return list(dict.fromkeys([run_folder(run), data_cache(run_folder(run)), *more]))
 
 
 def run_command(args: argparse.Namespace) -> int:

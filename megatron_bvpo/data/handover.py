@@ -5,7 +5,7 @@ A row that is kept is written in one form, whatever the file's: `messages`, and 
 where it came from, and its verdict. The columns and their types are fixed here: nothing is guessed from the first rows
 of a file, so a late column is no surprise and a text of digits stays a text. What else a row held is left out.
 
-The Arrow file lies in ms-swift's cache folder under a name made of the file's identity (path, size, times) and of
+The Arrow file lies in data/shared_cache.py's folder under a name made of the file's identity (path, size, times) and of
 everything that has a say in the rows. It is written aside and renamed, so ranks, nodes and runs may all write it. The
 counts of the file stand in it, too: who finds it needs not read the file.
 """
@@ -28,6 +28,7 @@ from megatron_bvpo.data.columns import unknown_form
 from megatron_bvpo.data.conversations import kind_of
 from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.data.rows import check_row
+from megatron_bvpo.data.shared_cache import VARIABLE, cache_folder, require_room, room_for
 from megatron_bvpo.data.verdicts import RowRules, RowTally, RowVerdict
 from megatron_bvpo.errors import UserError
 
@@ -215,6 +216,7 @@ def handed_over(path: str, reading: Reading, *, fresh: bool = False) -> tuple[st
     if not fresh and (report := _stored_report(target)):
         return str(target), report
     report = FileReport()
+    require_room(target.parent, room_for([path]), f"what is made of {path}")
     with _written_aside(target, path) as part:
         write_rows(part, judged_rows(path, reading, report), report)
     if _identity(path) != before:
@@ -319,9 +321,7 @@ def _arrow_path(path: str, reading: Reading, identity: tuple) -> Path:
     # The path as it was given: it stands in every row's source.
     said = (__version__, path, identity, columns, reading.auto_mapping, repr(reading.rules), COLUMNS)
     key = hashlib.sha256(repr(said).encode()).hexdigest()[:32]
-    # As modelscope.hub.utils.utils.get_cache_dir, which is slow to load.
-    cache = os.environ.get("MODELSCOPE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "modelscope", "hub")
-    return Path(cache, "datasets", "bvpo", f"{Path(path).stem[:40]}-{key}.arrow")
+    return cache_folder() / f"{Path(path).stem[:40]}-{key}.arrow"
 
 
 @contextmanager
@@ -332,7 +332,7 @@ def _written_aside(target: Path, path: str) -> Iterator[str]:
         handle, part = tempfile.mkstemp(prefix=".part-", dir=target.parent)
         os.close(handle)
     except OSError as error:
-        remedy = "Set MODELSCOPE_CACHE to a folder that can be written."
+        remedy = f"Set {VARIABLE} (else MODELSCOPE_CACHE) to a folder that can be written."
         raise UserError(f"cannot be written: {error.strerror}", file=str(target.parent), remedy=remedy) from None
     try:
         yield part
@@ -341,7 +341,7 @@ def _written_aside(target: Path, path: str) -> Iterator[str]:
             os.chmod(part, 0o644)
             os.replace(part, target)
     except OSError as error:
-        remedy = f"It holds the rows of {path} once more; set MODELSCOPE_CACHE to a folder with room for them."
+        remedy = f"It holds the rows of {path} once more; set {VARIABLE} to a folder with room for them."
         raise UserError(f"cannot be written: {error.strerror}", file=str(target.parent), remedy=remedy) from None
     finally:
         Path(part).unlink(missing_ok=True)

@@ -6,19 +6,14 @@ preprocessors, cached data sets) are judged here, after loading.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
-from datasets.fingerprint import Hasher
-from modelscope.hub.utils.utils import get_cache_dir
 from swift.dataset import RowPreprocessor
-from swift.utils import is_dist, is_master, safe_ddp_context
 
 from megatron_bvpo.data.batches import ROW_KEY
 from megatron_bvpo.data.handover import (
@@ -31,6 +26,7 @@ from megatron_bvpo.data.handover import (
     Reading,
     handed_over,
 )
+from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.rows import RowProblem, RowVerdict, require_rows
 
 # Columns of ours that ms-swift must not drop as unknown.
@@ -50,6 +46,7 @@ class JudgeRows:
     """Brings rows to the one form, and adds each one's verdict; a dropped row keeps its place, empty."""
 
     reading: Reading
+    versions: tuple[str, ...] = field(default_factory=made_by)
 
     def one(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         if row.get(PACKED_KEY) is not None:
@@ -65,31 +62,6 @@ class JudgeRows:
         rows = [dict(zip(names, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         found = [self.one(row, index) for row, index in zip(rows, indices, strict=True)]
         return {name: [row[name] for row in found] for name in COLUMNS}
-
-
-def map_rows(dataset: Dataset, function, features: Features, *, num_proc: int | None, load_from_cache_file: bool):
-    """A pass over a dataset whose columns have the given types, whatever its first rows look like.
-
-    `function` takes a batch as `{column: list}` and the rows' indices, and returns all columns of the same rows.
-    One rank of a node makes the pass, the others read what it has written.
-    """
-    cache = None
-    if not dataset.cache_files:  # in memory: datasets would give each rank a file of its own
-        key = hashlib.sha256(f"{dataset._fingerprint}|{Hasher.hash(function)}".encode()).hexdigest()[:32]
-        cache = os.path.join(get_cache_dir(), "datasets", "map_cache", f"bvpo-{key}.arrow")
-        os.makedirs(os.path.dirname(cache), exist_ok=True)
-    with safe_ddp_context(None, True):
-        return dataset.map(
-            function,
-            with_indices=True,
-            batched=True,
-            remove_columns=dataset.column_names,
-            features=features,
-            # datasets starts a worker process even for one, and a light pass is done before that is up.
-            num_proc=num_proc if (num_proc or 1) > 1 else None,
-            load_from_cache_file=load_from_cache_file or (is_dist() and not is_master()),
-            cache_file_name=cache,
-        )
 
 
 def load_file(path: str, reading: Reading, streaming: bool) -> tuple[Dataset | IterableDataset, FileReport]:

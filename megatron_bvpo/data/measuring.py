@@ -12,7 +12,8 @@ from typing import Any
 from datasets import Features, List, Value
 
 from megatron_bvpo.data.batches import ROW_KEY, row_in_words
-from megatron_bvpo.data.loading import cells, map_rows
+from megatron_bvpo.data.loading import cells
+from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.pair_checks import Account, Loss
 from megatron_bvpo.data.verdicts import STREAMS
 from megatron_bvpo.errors import UserError
@@ -96,6 +97,7 @@ class MeasureRows:
 
     template: Any
     version: int = _VERSION
+    versions: tuple[str, ...] = field(default_factory=made_by)
 
     def batch(self, columns: dict[str, list], indices: list[int]) -> dict[str, list]:
         names = [*columns, ROW_KEY]

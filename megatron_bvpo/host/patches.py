@@ -29,6 +29,7 @@ def apply_patches() -> None:
     _keep_empty_columns()
     _bypass_router_lora()
     _trust_offloaded_optimizers()
+    _give_groups_the_run_s_timeout()
 
 
 def _keep_empty_columns() -> None:
@@ -81,6 +82,27 @@ def _trust_offloaded_optimizers() -> None:
     torch.serialization.add_safe_globals([_target(optimizer, name) for name in ("Adam", "SGD", "CPUAdam", "CPUSGD")])
 
 
+def _give_groups_the_run_s_timeout() -> None:
+    """mcore-bridge makes its expert and pipeline group without a timeout, so that NCCL's 10 minutes hold for it.
+
+    Rank 0 reads and writes files between that group's collectives, which on a slow disk takes longer.
+    """
+    from megatron.core import parallel_state
+
+    from megatron_bvpo.host import timeouts
+
+    original = _target(parallel_state, "create_group")
+    if getattr(original, "bvpo", False):
+        return
+
+    def create_group(ranks=None, timeout=None, *args, **kwargs):
+        return original(ranks, timeouts.current() if timeout is None else timeout, *args, **kwargs)
+
+    create_group.bvpo = True
+    create_group.__wrapped__ = original
+    parallel_state.create_group = create_group
+
+
 @contextmanager
 def no_row_lost(reading, tell):
     """While ms-swift loads data sets in this block, what was judged is what is loaded, and no row goes unnamed.
@@ -94,12 +116,14 @@ def no_row_lost(reading, tell):
         tell: called with (path, FileReport) for every local file.
     """
     from swift.dataset import loader as swift_loader
+    from swift.dataset.preprocessor import core as swift_core
     from swift.dataset.preprocessor.core import AutoPreprocessor, RowPreprocessor
     from swift.utils import safe_ddp_context
 
     from megatron_bvpo.data.folders import files_of_folder
     from megatron_bvpo.data.loading import PackRows, judged, load_file, with_sources
     from megatron_bvpo.data.scan import READ_HERE
+    from megatron_bvpo.data.shared_cache import cache_folder, is_shared
 
     loader = _target(swift_loader, "DatasetLoader")
     stock_path, stock_repo = _target(loader, "_load_dataset_path"), _target(loader, "_load_repo_dataset")
@@ -166,6 +190,10 @@ def no_row_lost(reading, tell):
         # The name of its data set on every row: teachers of other trainings need it; a stream loses its types by it.
         (swift_loader, "_inject_dataset_routing_tag", lambda dataset, name: dataset),
     ]
+    if is_shared():  # what ms-swift itself reads and maps is then read once for all nodes, too
+        for owner in (swift_loader, swift_core):
+            _target(owner, "get_cache_dir")
+            changes.append((owner, "get_cache_dir", lambda: str(cache_folder())))
     stock = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]  # static methods as such
     for owner, name, new in changes:
         setattr(owner, name, new)

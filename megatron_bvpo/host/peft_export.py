@@ -5,7 +5,8 @@ which vLLM and the Megatron backend read. transformers 5 holds the experts of a 
 and `down_proj`, so peft below 0.19 finds no module of those names and drops the factors without a word; and
 the router is no `nn.Linear` any more, which peft refuses. What peft can do is target parameters. So the
 checkpoint itself gets the same numbers in peft's form (peft and `swift infer` read it; vLLM refuses its names), and
-mcore-bridge's files move below it, to `vllm/`. In three steps:
+mcore-bridge's files move below it, to `vllm/`: before the checkpoint is published, since that is two renames, while
+peft's form takes a minute for a 235B model and is written behind it. In three steps:
 
 1. Build the Hugging Face model on the meta device, and see which of the adapter's modules it has.
 2. Let peft itself inject an adapter of the new form there: that gives every name and shape it will look for.
@@ -31,7 +32,7 @@ import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from swift.utils import get_logger
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT, WEIGHTS
 
 logger = get_logger()
 
+# A file in a checkpoint whose peft form is not written yet, and the folder in which it is.
+DUE = "peft_form_is_due"
+_PARTIAL = ".peft-form"
 _VERSIONS = f"peft {peft.__version__} with transformers {transformers.__version__}"
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.lora_(?P<side>[AB])\.weight")
@@ -52,51 +56,25 @@ class NotExportable(Exception):
     """The reason why there is no peft form of this adapter."""
 
 
-def settle_adapter_forms(checkpoint: Path, hf_config: Any) -> None:
-    """Put peft's form of a saved adapter into `checkpoint`, and mcore-bridge's into `checkpoint/vllm`.
+def set_aside(checkpoint: Path) -> None:
+    """Move the adapter of a checkpoint that peft must not find to `checkpoint/vllm`, and note that peft's form is due.
 
-    Nothing moves where both are the same, as for a dense model. Logs what each folder is for. One rank calls this.
+    Before the checkpoint is published: from then on whatever kills the run, peft finds its own form or none. Nothing
+    moves where one form is for all, as for a dense model.
 
     Args:
-        checkpoint: a folder with `adapter_config.json` and `adapter_model.safetensors`; without them (full
-            tuning, or no safetensors asked for) nothing happens.
-        hf_config: the model's Hugging Face config.
+        checkpoint: a folder with `adapter_config.json` and `adapter_model.safetensors`; without them (full tuning, or
+            no safetensors asked for) nothing happens.
     """
     weights = checkpoint / WEIGHTS
     if not weights.is_file():
         return
-    alike = "The saved adapter is for peft, swift and vLLM alike"
     with safe_open(str(weights), framework="pt") as saved:
-        names = set(saved.keys())
-        if not any(_EXPERT.fullmatch(name) or _ROUTER.search(name) for name in names):
-            logger.info(f"{alike}.")
-            return
-        try:
-            form = _peft_form(checkpoint, hf_config, saved, names)
-        except Exception as e:  # an extra must never cost the checkpoint, whatever an unknown model raises
-            reason = str(e) if isinstance(e, NotExportable) else f"{type(e).__name__}: {e}"
-            _move_to_per_expert(checkpoint)
-            logger.warning(
-                f"The saved adapter has no form for {_VERSIONS}: {reason}. {checkpoint.name}/{PER_EXPERT} holds it "
-                "for vLLM and for --adapters of a Megatron run; peft would load a part of it, so it is not where "
-                "peft looks. The merged model (--merge_lora true) is for all of them."
-            )
-            return
-    if form is None:
-        logger.info(f"{alike}: this transformers keeps experts apart.")
+        two_forms = any(_EXPERT.fullmatch(name) or _ROUTER.search(name) for name in saved.keys())  # noqa: SIM118
+    if not two_forms:
+        logger.info("The saved adapter is for peft, swift and vLLM alike.")
         return
-    config, tensors = form
-    _move_to_per_expert(checkpoint)
-    config.save_pretrained(str(checkpoint))
-    save_file(tensors, str(weights), metadata={"format": "pt"})
-    logger.info(
-        f"The saved adapter {checkpoint.name} is for {_VERSIONS}, whose experts are fused; the same numbers, one pair "
-        f"of factors for each expert, are in {checkpoint.name}/{PER_EXPERT}: for vLLM and for --adapters of a Megatron "
-        "run."
-    )
-
-
-def _move_to_per_expert(checkpoint: Path) -> None:
+    (checkpoint / DUE).touch()
     folder = checkpoint / PER_EXPERT
     folder.mkdir()
     for name in (CONFIG, WEIGHTS):
@@ -105,7 +83,82 @@ def _move_to_per_expert(checkpoint: Path) -> None:
         shutil.copy(checkpoint / "args.json", folder)
 
 
-def _peft_form(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> tuple[LoraConfig, dict[str, Tensor]] | None:
+def is_due(checkpoint: Path) -> bool:
+    """Whether peft's form of a checkpoint's adapter has still to be written: the run was ended before it was."""
+    return (checkpoint / DUE).exists()
+
+
+def write_peft_form(checkpoint: Path, hf_config: Any) -> None:
+    """Write peft's form of an adapter that was set aside; says what each folder is for. One rank calls this.
+
+    It may be killed at any time and called again. What goes wrong is logged and never raised: the checkpoint is whole
+    without it.
+
+    Args:
+        hf_config: the model's Hugging Face config.
+    """
+    if not is_due(checkpoint):
+        return
+    try:
+        form = None
+        if (checkpoint / PER_EXPERT / WEIGHTS).is_file():  # else it was killed while it moved them back
+            with safe_open(str(checkpoint / PER_EXPERT / WEIGHTS), framework="pt") as saved:
+                form = _peft_form(checkpoint / PER_EXPERT, hf_config, saved, set(saved.keys()))
+                if form is not None:
+                    _put_in_place(checkpoint, *form)
+    except (OSError, SafetensorError) as e:
+        logger.warning(
+            f"peft's form of the adapter {checkpoint.name} could not be written ({e}); the next save tries again. "
+            f"{checkpoint.name}/{PER_EXPERT} holds it for vLLM and for --adapters of a Megatron run."
+        )
+        return
+    except Exception as e:  # an extra must never cost the run, whatever an unknown model raises
+        reason = str(e) if isinstance(e, NotExportable) else f"{type(e).__name__}: {e}"
+        logger.warning(
+            f"The saved adapter has no form for {_VERSIONS}: {reason}. {checkpoint.name}/{PER_EXPERT} holds it "
+            "for vLLM and for --adapters of a Megatron run; peft would load a part of it, so it is not where "
+            "peft looks. The merged model (--merge_lora true) is for all of them."
+        )
+    else:
+        if form is None:
+            _move_back(checkpoint)
+            logger.info("The saved adapter is for peft, swift and vLLM alike: this transformers keeps experts apart.")
+        else:
+            logger.info(
+                f"The saved adapter {checkpoint.name} is for {_VERSIONS}, whose experts are fused; the same numbers, "
+                f"one pair of factors for each expert, are in {checkpoint.name}/{PER_EXPERT}: for vLLM and for "
+                "--adapters of a Megatron run."
+            )
+    (checkpoint / DUE).unlink(missing_ok=True)
+
+
+def settle_adapter_forms(checkpoint: Path, hf_config: Any) -> None:
+    """Both steps at once, for a checkpoint that nobody waits for."""
+    set_aside(checkpoint)
+    write_peft_form(checkpoint, hf_config)
+
+
+def _put_in_place(checkpoint: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    """Weights first: where a config stands, its weights are whole."""
+    partial = checkpoint / _PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    save_file(tensors, str(partial / WEIGHTS), metadata={"format": "pt"})
+    config.save_pretrained(str(partial))
+    for name in (WEIGHTS, CONFIG):
+        (partial / name).replace(checkpoint / name)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_back(checkpoint: Path) -> None:
+    folder = checkpoint / PER_EXPERT
+    for name in (WEIGHTS, CONFIG):
+        if (folder / name).exists():
+            (folder / name).replace(checkpoint / name)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _peft_form(folder: Path, hf_config: Any, saved, names: set[str]) -> tuple[LoraConfig, dict[str, Tensor]] | None:
     """peft's config and tensors; None where the saved ones load as they are. Raises NotExportable."""
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(hf_config, trust_remote_code=True)
@@ -113,18 +166,23 @@ def _peft_form(checkpoint: Path, hf_config: Any, saved, names: set[str]) -> tupl
     if not parameters:
         return None
 
-    config = LoraConfig.from_pretrained(str(checkpoint))
+    config = LoraConfig.from_pretrained(str(folder))
     if config.use_dora or config.lora_bias:
         raise NotExportable("peft has no DoRA and no LoRA bias for parameters")
     config.target_modules, config.target_parameters = sorted(modules), sorted(parameters)
     config.lora_dropout = 0.0  # peft has none for parameters, and a saved adapter is there to be used
-    injected = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=True)
-    wanted = get_peft_model_state_dict(injected, save_embedding_layers=False)
+    injected, wanted = _inject(model, config)
 
     tensors, used = _fused_factors(injected, saved, names)
     tensors |= {name: saved.get_tensor(name) for name in names - used}
     _require_same(tensors, wanted)
     return config, tensors
+
+
+def _inject(model: nn.Module, config: LoraConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """(the model with an adapter of that config, every tensor that peft will look for); all on the meta device."""
+    injected = get_peft_model(model, deepcopy(config), low_cpu_mem_usage=True)
+    return injected, get_peft_model_state_dict(injected, save_embedding_layers=False)
 
 
 def _targets(model: nn.Module, names: set[str]) -> tuple[set[str], set[str]]:
@@ -218,11 +276,13 @@ def pack_experts(a_ERI: Tensor, b_EOR: Tensor, *, swapped: bool) -> tuple[Tensor
     Returns:
         (lora_A, lora_B), contiguous: [E·R, I] and [O, R·E], or [E·R, O] and [I, R·E] where swapped.
     """
-    first_ERI, last_ERO = a_ERI, b_EOR.transpose(1, 2)
+    # peft reads A as experts × rank, and B as rank × experts. Each is a copy of rows or of a transposed matrix, which
+    # torch does fast.
     if swapped:
-        first_ERI, last_ERO = last_ERO, first_ERI
-    # peft reads A as experts × rank, and B as rank × experts.
-    return first_ERI.flatten(0, 1).contiguous(), last_ERO.permute(2, 1, 0).flatten(1, 2).contiguous()
+        first, last = b_EOR.transpose(1, 2).flatten(0, 1), a_ERI.transpose(0, 1).flatten(0, 1).t()
+    else:
+        first, last = a_ERI.flatten(0, 1), b_EOR.flatten(1, 2).t().unflatten(0, b_EOR.shape[1:]).flatten(1, 2)
+    return first.contiguous(), last.contiguous()
 
 
 def swaps_expert_features() -> bool:

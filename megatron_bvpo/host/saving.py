@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from swift.utils import get_logger, is_master
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
-from megatron_bvpo.host.peft_export import settle_adapter_forms
+from megatron_bvpo.host.peft_export import is_due, set_aside, write_peft_form
+from megatron_bvpo.host.phases import tell, timed
 from megatron_bvpo.host.replicas import tell_unequal
 
 logger = get_logger()
@@ -69,6 +71,8 @@ class CheckpointMixin:
     # ---- saving
 
     def save_checkpoint(self):
+        """Write a checkpoint aside and publish it; only then the adapter's form for peft, which no restart needs."""
+        began = time.monotonic()
         args, state = self.args, self.state
         output_dir = args.output_dir
         staging = Path(output_dir) / ckpt.STAGING
@@ -77,30 +81,45 @@ class CheckpointMixin:
         random_state = ckpt.random_state()
         if is_master():
             ckpt.open_staging(output_dir)
-        self._flush_references()
-        dist.barrier()
+        with timed("save: reference log-probs"):
+            self._flush_references()
+            dist.barrier()
         args.output_dir = str(staging)
         try:
-            super().save_checkpoint()
+            with timed("save: Megatron's files, and the lines of save_weights", self.bridge, "save_weights"):
+                super().save_checkpoint()
         finally:
             args.output_dir = output_dir
         name = Path(state.last_model_checkpoint).name
-        ckpt.save_random_state(staging / name, dist.get_rank(), random_state)
-        dist.barrier()
+        with timed("save: random states"):
+            ckpt.save_random_state(staging / name, dist.get_rank(), random_state)
+            dist.barrier()
         state.last_model_checkpoint = str(Path(output_dir) / name)
         if state.best_global_step is not None:
             best = Path(output_dir) / f"checkpoint-{state.best_global_step}"
             if best.name == name or best.exists():
                 state.best_model_checkpoint = str(best)
         if is_master():
-            settle_adapter_forms(staging / name, self.template.config)
-            self._add_generation_config(staging)
-            ckpt.write_state(staging / name, self._checkpoint_state())
-            ckpt.publish(staging, name)
-            self._rotate_checkpoints(output_dir)
+            with timed("save: publishing, and removing old checkpoints"):
+                set_aside(staging / name)
+                self._add_generation_config(staging)
+                ckpt.write_state(staging / name, self._checkpoint_state())
+                ckpt.publish(staging, name)
+                self._rotate_checkpoints(output_dir)
+            tell("save: all that a restart needs", time.monotonic() - began)
             logger.info(f"The checkpoint is whole: {state.last_model_checkpoint}")
+            self._write_peft_forms()
         ckpt.restore_random_state(random_state)
         dist.barrier()
+        tell("save: all of it", time.monotonic() - began)
+        self.step_times.after_save(time.monotonic() - began)
+
+    def _write_peft_forms(self) -> None:
+        """Of the last checkpoint, and of older ones whose save was cut short behind their publication."""
+        for folder in reversed(ckpt.whole_checkpoints(Path(self.args.output_dir))):
+            if is_due(folder):
+                with timed(f"save: the adapter of {folder.name} in peft's form"):
+                    write_peft_form(folder, self.template.config)
 
     def _add_generation_config(self, staging: Path) -> None:
         """The model's own sampling settings and end-of-text tokens, which ms-swift leaves out of what it exports."""
@@ -175,8 +194,12 @@ class CheckpointMixin:
             self._check_layout_change(folder, saved)
         if is_master():
             ckpt.clear_staging(self.args.output_dir)
+            for checkpoint in ckpt.whole_checkpoints(Path(self.args.output_dir)):
+                if is_due(checkpoint):
+                    logger.info(f"{checkpoint.name} lacks its adapter in peft's form; the next save writes it.")
         asked = ckpt.schedule_of(self.opt_param_scheduler)
-        super()._load_checkpoint()
+        with timed("reading the checkpoint"):
+            super()._load_checkpoint()
         if folder is not None:
             self._restore(folder, saved)
             for line in ckpt.schedule_changes(asked, ckpt.schedule_of(self.opt_param_scheduler)):

@@ -10,7 +10,7 @@ import math
 import os
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,9 @@ from swift.megatron.arguments import MegatronRLHFArguments
 from swift.megatron.callbacks import megatron_callbacks_map
 from transformers import AutoConfig
 
+from megatron_bvpo.data.shared_cache import spare_cores
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.timeouts import patient_until_the_first_step
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
 from megatron_bvpo.launching.layout_rules import check_layout, check_model_fits
@@ -110,9 +112,11 @@ class BvpoArguments(MegatronRLHFArguments):
 
     # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
     cross_entropy_loss_fusion: bool = False
-    # ms-swift's 18,000,000 s would let a hang burn the whole allocation. Not less than this: the ranks wait for
-    # rank 0 while it tokenises the data.
-    ddp_timeout: int = 7200
+    # ms-swift's 18,000,000 s would let a hang burn the whole allocation. Holds from the first step on; until then ranks
+    # wait for rank 0 while it tokenises the data (host/timeouts.py).
+    ddp_timeout: int = 1800
+    # ms-swift's 1 lets all ranks wait while one core tokenises.
+    dataset_num_proc: int = field(default_factory=spare_cores)
 
     def __post_init__(self):
         check_values(self)
@@ -144,7 +148,8 @@ class BvpoArguments(MegatronRLHFArguments):
             )
         self._check_layout()  # here, before ms-swift lets the ranks wait for each other
         try:
-            super()._init_output_dir()
+            with patient_until_the_first_step(self):
+                super()._init_output_dir()
             if not os.access(self.output_dir, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as e:
@@ -158,7 +163,8 @@ class BvpoArguments(MegatronRLHFArguments):
         self._check_layout()  # both again: ms-swift has derived further settings by now
         refuse_unsupported(self)
         check_adapters(self)
-        super()._init_distributed()
+        with patient_until_the_first_step(self):
+            super()._init_distributed()
 
     def _check_layout(self):
         check_layout(self, int(os.environ.get("WORLD_SIZE", "1")))

@@ -19,6 +19,7 @@ from megatron_bvpo.data.rows import RowRules, require_rows
 from megatron_bvpo.data.scan import local_file, scan_files
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host.patches import apply_patches, no_row_lost, whole_cached_datasets
+from megatron_bvpo.host.phases import since_start, tell, timed
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations
 from megatron_bvpo.launching.error_output import handed_over_scan
@@ -81,6 +82,11 @@ class BvpoPipeline(MegatronRLHF):
         return lines
 
     def _get_dataset(self):
+        tell("libraries and process groups", since_start())
+        with timed("reading and judging rows"):
+            return self._loaded_and_judged()
+
+    def _loaded_and_judged(self) -> list:
         args = self.args
         scanned = {local_file(spec)[0] for spec in (*args.dataset, *args.val_dataset)}
         if is_master():
@@ -108,7 +114,8 @@ class BvpoPipeline(MegatronRLHF):
             return super()._encode_dataset(train_dataset, val_dataset, pre_process)
         self._save_val_dataset(val_dataset)
         named = (("training", train_dataset), ("held-out", val_dataset))
-        return [None if dataset is None else self._measured(name, dataset) for name, dataset in named]
+        with timed(f"tokenising, with dataset_num_proc {self.args.dataset_num_proc}"):
+            return [None if dataset is None else self._measured(name, dataset) for name, dataset in named]
 
     def _post_process_datasets(self, datasets: list) -> list:
         args = self.args

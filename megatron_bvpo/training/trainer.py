@@ -23,7 +23,7 @@ from swift.megatron.utils import (
     logical_and_across_model_parallel_group,
     reduce_max_stat_across_model_parallel_group,
 )
-from swift.utils import get_current_device, get_logger
+from swift.utils import get_current_device, get_logger, is_master
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
@@ -32,6 +32,7 @@ from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
+from megatron_bvpo.host.phases import StepTimes, timed
 from megatron_bvpo.host.replicas import Replicas, require_equal
 from megatron_bvpo.host.router import (
     clear_expert_counters,
@@ -80,8 +81,10 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         self._canaries_due = self.bvpo.preference.uses_reference
         self._val_dataloaders: list = []
         self.row_counts = RowCounts() if args.streaming or args.lazy_tokenize else None
-        super().__init__(args, template)
-        self.callbacks.append(StopCallback(self))
+        with timed("building and reading the model"):
+            super().__init__(args, template)
+        self.step_times = StepTimes(self)
+        self.callbacks += [self.step_times, StopCallback(self)]
         self._router_configs = router_configs(self.unwrapped_models)
         for model in self.wrapped_models:
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
@@ -311,6 +314,8 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
     def finalize_training(self):
         super().finalize_training()
         self._flush_references()
+        if is_master():
+            self._write_peft_forms()  # of a run that had nothing more to save
         if self.row_counts is not None:
             for line in self.row_counts.over(self.groups.dp).lines():
                 logger.info(line)

@@ -20,7 +20,7 @@ STAND_INS = PACKAGE / "rehearsal" / "stand_ins"
 MAY_USE = {
     "launching": {"data"},
     "planning": {"launching"},
-    "cluster": {"launching", "planning"},
+    "cluster": {"data", "launching", "planning"},
     "data": set(),
     "kernels": set(),
     "objective": set(),

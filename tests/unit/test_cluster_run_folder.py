@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -204,8 +205,13 @@ def test_what_the_run_is_given(tmp_path):
     assert launch_environment(job(0, 3), run, folder, logs, {})["PET_TEE"] == "0:3"
     assert launch_environment(job(0, 1), run, folder, logs, {})["PET_TEE"] == "0:3,1:3"
     command = swift_command(run, folder, ["--finetune", "false"])
-    assert command[3:6] == ["rlhf", "--model", "m"] and "--ddp_timeout 1800" in " ".join(command)
-    assert "--ddp_timeout" not in swift_command(read_run(["--ddp_timeout", "60"]), folder, [])[6:]
+    assert command[3:6] == ["rlhf", "--model", "m"] and "--load_from_cache_file true" in " ".join(command)
+    own = swift_command(read_run(["--load_from_cache_file", "false"]), folder, [])
+    assert "--load_from_cache_file" not in own[6:]
+    assert env["BVPO_DATA_CACHE"] == f"{folder}/data-cache", "on the disk that all nodes share"
+    assert int(env["PET_RDZV_CONF"].removeprefix("timeout=")) > 600, "node 0 may read its files for longer than torch's"
+    given = launch_environment(job(1, 2), run, folder, logs, {"BVPO_DATA_CACHE": "rows", "PET_RDZV_CONF": "timeout=9"})
+    assert given["BVPO_DATA_CACHE"] == os.path.abspath("rows") and given["PET_RDZV_CONF"] == "timeout=9"
 
 
 @pytest.mark.parametrize("name, value", [("BVPO_RESUME", "yes"), ("BVPO_NODE_SILENCE_S", "-1")])
