@@ -242,14 +242,13 @@ def test_the_map_of_rows_is_laid_out_as_transformer_engines():
 
 
 def test_sums_over_experts_are_rounded_once():
-    """256 + 1 + 1 in bf16: one after the other gives 256, added in float32 and rounded 258. Forward and backward."""
-    chosen = torch.ones(1, 3, dtype=torch.bool)
-    values = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16()
+    """In bf16 256 + 1 is 256: one after the other these give 512, whichever comes first. Forward and backward."""
+    values = torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0], [256.0]]).bfloat16()
     x = torch.ones(1, 1, dtype=BF16, requires_grad=True)
-    rows, mapping = permutation.moe_permute(x, chosen, 3)
+    rows, mapping = permutation.moe_permute(x, torch.ones(1, 6, dtype=torch.bool), 6)
     rows.backward(values)
-    assert x.grad.item() == 258
-    assert permutation.moe_unpermute(values, mapping, restore_shape=(1, 1)).item() == 258
+    assert x.grad.item() == 516
+    assert permutation.moe_unpermute(values, mapping, restore_shape=(1, 1)).item() == 516
 
 
 def test_a_probability_of_zero_is_padding():
