@@ -109,7 +109,9 @@ cuda_packages() {
   export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" MAX_JOBS TORCH_CUDA_ARCH_LIST="$BVPO_CUDA_ARCH"
   export PATH="$VENV/bin:$CUDA_HOME/bin:$PATH"
   # Without the two FORCE_BUILDs both packages fetch a binary from a release page, and no hash guards it.
-  NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE install_locked only transformer-engine-torch
+  # Its expert parallelism by NCCL, which its setup builds unless told otherwise, wants nccl.h with the device API, which
+  # the base image need not have, and symbols of the core library, which comes as a wheel. Megatron does without it.
+  NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_WITH_NCCL_EP=0 install_locked only transformer-engine-torch
   FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS="${BVPO_CUDA_ARCH/./}" install_locked only flash-attn
   # git checks the content against the commit's hash.
   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 APEX_PARALLEL_BUILD="$MAX_JOBS" "$VENV/bin/python" -m pip install \

@@ -162,6 +162,14 @@ def test_what_post_sh_compiles_is_in_the_gpu_lock_alone():
     assert {"pip", "setuptools", "wheel", "hatchling"} <= set(pins("cpu")) & set(pins("gpu"))
 
 
+def test_transformer_engine_is_built_without_nccls_expert_parallelism():
+    """By default it wants a header that the base image need not have."""
+    (build,) = [
+        line for line in (CONTAINERS / "post.sh").read_text().splitlines() if "only transformer-engine-" in line
+    ]
+    assert "NVTE_WITH_NCCL_EP=0" in build and "NVTE_FRAMEWORK=pytorch" in build
+
+
 def test_labels_are_the_locks_versions():
     lock = CONTAINERS / "lock-cpu.txt"
     found = pins("cpu")
