@@ -6,8 +6,13 @@ host/parallel_attributes.py.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+
+# What a layer's own arguments are called in peft's LoraConfig, beside the rank and alpha.
+LORA_SETTINGS = ("lora_dropout", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
 
 
 class PatchTargetMissing(RuntimeError):
@@ -28,6 +33,7 @@ def apply_patches() -> None:
     """Apply all patches; a second call changes nothing."""
     _keep_empty_columns()
     _bypass_router_lora()
+    _read_lora_settings()
     _trust_offloaded_optimizers()
     _give_groups_the_run_s_timeout()
 
@@ -69,6 +75,29 @@ def _bypass_router_lora() -> None:
     _patch_router_gating.bvpo = True
     _patch_router_gating.__wrapped__ = original
     LoraParallelLinear._patch_router_gating = _patch_router_gating
+
+
+def _read_lora_settings() -> None:
+    """peft 0.19 and later hand a layer its settings as one `config`, which mcore-bridge's layer does not read.
+
+    Dropout, rsLoRA, the bias and the start would be its defaults, whatever adapter_config.json says.
+    """
+    from mcore_bridge import LoraParallelLinear
+
+    original = _target(LoraParallelLinear, "__init__")
+    if getattr(original, "bvpo", False):
+        return
+    settings = [name for name in inspect.signature(original).parameters if name in LORA_SETTINGS]
+    if settings != list(LORA_SETTINGS):
+        raise PatchTargetMissing(f"{original!r} takes {settings}, expected {LORA_SETTINGS}: see `bvpo doctor`")
+
+    @wraps(original)
+    def __init__(self, base_layer, adapter_name, *args, config=None, **kwargs):
+        given = {} if config is None else {name: getattr(config, name) for name in LORA_SETTINGS}
+        original(self, base_layer, adapter_name, *args, **{**given, **kwargs})
+
+    __init__.bvpo = True
+    LoraParallelLinear.__init__ = __init__
 
 
 def _trust_offloaded_optimizers() -> None:

@@ -7,7 +7,7 @@ and works on the first day of an adapter, when B = 0 and policy and reference ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,8 +23,11 @@ def adapters_begin_at_zero(models: Sequence[nn.Module]) -> bool:
 
 
 @contextmanager
-def shaken_policy(models: Sequence[nn.Module], *, adapted: bool) -> Iterator[bool]:
-    """Within this block the policy is another model; yields whether anything on this rank was shaken.
+def shaken_policy(models: Sequence[nn.Module], *, adapted: bool) -> Iterator[Callable[[float], bool]]:
+    """Yields `shake(scale)`, which makes the policy another model until the block ends.
+
+    It returns whether there is anything to shake on this rank. A scale of 1 is as large as what the layers read, and
+    would send all tokens to the same few experts: begin far below.
 
     Args:
         models: unwrapped chunks.
@@ -32,17 +35,18 @@ def shaken_policy(models: Sequence[nn.Module], *, adapted: bool) -> Iterator[boo
             full tuning has copies of, and little enough to be kept.
     """
     steps = _steps_of_b if adapted else _steps_of_vectors
-    moved = [(tensor, step) for model in models for tensor, step in steps(model)]
-    kept = [tensor.detach().clone() for tensor, _ in moved]
+    kept = [(tensor, step, tensor.detach().clone()) for model in models for tensor, step in steps(model)]
+
+    @torch.no_grad()
+    def shake(scale: float) -> bool:
+        for tensor, step, before in kept:
+            tensor.copy_(before + scale * step * _signs(tensor) if scale else before)
+        return bool(kept)
+
     try:
-        with torch.no_grad():
-            for tensor, step in moved:
-                tensor.add_(step * _signs(tensor))
-        yield bool(moved)
+        yield shake
     finally:
-        with torch.no_grad():
-            for (tensor, _), before in zip(moved, kept, strict=True):
-                tensor.copy_(before)
+        shake(0.0)
 
 
 def _factors_b(model: nn.Module) -> Iterator[tuple[LoraLayer, Tensor]]:
@@ -61,7 +65,7 @@ def _steps_of_b(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
 def _steps_of_vectors(model: nn.Module) -> Iterator[tuple[Tensor, float]]:
     for param in model.parameters():
         if param.dim() == 1 and param.is_floating_point():
-            yield param, 0.5
+            yield param, 1.0
 
 
 def _signs(tensor: Tensor) -> Tensor:

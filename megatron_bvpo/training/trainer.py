@@ -233,12 +233,17 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         first = [batches[:n] for batches in chunks]
         adapted = args.tuner_type != "full"
         at_zero = adapters_begin_at_zero(self.unwrapped_models)
-        plain = self._listen(first)
-        with shaken_policy(self.unwrapped_models, adapted=adapted) as shaken:
-            heard = canaries.FirstStep(step, plain, self._listen(first), self._cached_and_new(first[0], plain))
         rounding = canaries.rounding_of(args, self.config.num_layers, device)
-        mine = [*heard.findings(rounding), (float(not at_zero), float(shaken))]
-        *findings, (moved, shaken) = canaries.largest_over_ranks(mine, device, self.groups.world)
+        plain = self._listen(first)
+        cached = self._cached_and_new(first[0], plain)
+        with shaken_policy(self.unwrapped_models, adapted=adapted) as shake:
+            for scale in canaries.SCALES:
+                shaken = shake(scale)
+                mine = canaries.FirstStep(step, plain, self._listen(first), cached).findings(rounding)
+                mine.append((float(not at_zero), float(shaken)))
+                *findings, (moved, shaken) = canaries.largest_over_ranks(mine, device, self.groups.world)
+                if not shaken or canaries.shows(findings):
+                    break
         resumed = self.state.iteration > 0
         begins_equal = canaries.reference_begins_as_policy(args, resumed=resumed, adapters_at_zero=not moved)
         silent_step = not canaries.noisy(args, self.config)

@@ -55,6 +55,19 @@ def adapters_on(trainer):
     return set_to(trainer, null_ref_context=lambda: nullcontext(trainer.unwrapped_models))
 
 
+@contextmanager
+def router_on(trainer):
+    """The adapter of the router alone stays on in the reference's forward: what host/patches.py mends."""
+    from mcore_bridge import LoraParallelLinear
+
+    mended = LoraParallelLinear._patch_router_gating
+    LoraParallelLinear._patch_router_gating = mended.__wrapped__
+    try:
+        yield
+    finally:
+        LoraParallelLinear._patch_router_gating = mended
+
+
 def swapped_halves(trainer):
     stock = trainer.loss_func
     return set_to(trainer, loss_func=lambda output, **more: stock(torch.cat(output.chunk(2)[::-1]), **more))

@@ -8,6 +8,7 @@ import zlib
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import LoraLayer
 
 from megatron_bvpo.host.replicas import tell_unequal
 from tests.distributed.full_gradients import export_gradients, shared_factor, true_norm
@@ -116,7 +117,8 @@ def record_first_step(
 
 
 def record_reference(base, folder, save: bool = True):
-    """Keep the reference's and the policy's sequence log-probs of every row at every step, in full precision."""
+    """Keep the reference's and the policy's sequence log-probs of every row at every step, in full precision, and the
+    dropouts and scalings of the adapted layers."""
 
     class Recorder(base):
         def save_checkpoint(self):
@@ -137,6 +139,9 @@ def record_reference(base, folder, save: bool = True):
 
         def finalize_training(self):
             super().finalize_training()
+            layers = [m for model in self.unwrapped_models for m in model.modules() if isinstance(m, LoraLayer)]
+            dropouts = {getattr(m.lora_dropout["default"], "p", 0.0) for m in layers}
+            self.recorded |= {"dropouts": dropouts, "scalings": {m.scaling["default"] for m in layers}}
             torch.save(self.recorded, folder / "recorded.pt")
 
     return Recorder

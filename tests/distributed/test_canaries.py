@@ -44,7 +44,13 @@ def runs(workshop, tmp_path_factory) -> dict[str, CellResult]:
     lora, cache = [*REFERENCE_FAULTS], f"--bvpo_ref_cache {folder / 'cache'}"
     full = ["adapters_on", "swapped_halves", "other_reference"]
     one = [
-        cell(workshop, "lora", f"{LORA} {cache}", faults=[*lora, "damaged_cache"], flush_steps=1),
+        cell(
+            workshop,
+            "lora",
+            f"{LORA} {cache} --target_modules all-linear all-router",
+            faults=[*lora, "damaged_cache", "router_on"],
+            flush_steps=1,
+        ),
         cell(workshop, "lora-bf16", f"{LORA} {BF16} --bvpo_alpha 0.5", faults=lora),
         cell(workshop, "full", "--tuner_type full", faults=full),
         cell(workshop, "dropout", f"{LORA} --lora_dropout 0.1", faults=["adapters_on"]),
@@ -98,6 +104,11 @@ def test_in_a_pipeline(runs, fault):
     assert len(told(runs["pp2"], fault)) == 1
 
 
+def test_a_part_of_the_adapters_left_on(runs):
+    lines = told(runs["lora"], "router_on")
+    assert len(lines) == 1 and "the reference moves with the policy's weights" in lines[0]
+
+
 def test_a_cache_of_another_reference(runs):
     lines = told(runs["lora"], "damaged_cache")
     assert len(lines) == 1 and "cached log-probs of the reference" in lines[0] and "up to 1 nats" in lines[0]
@@ -118,8 +129,11 @@ def test_the_first_step_is_left_as_it_was(runs, name):
     assert runs[name].recorded["left_as_it_was"]
 
 
-def test_it_costs_two_forwards_of_a_micro_batch_once(runs):
-    assert runs["lora"].recorded["cost"] == [2, 2]
+@pytest.mark.parametrize("name, most", [("lora", 2), ("full", 2), ("pp2", 2), ("lora-bf16", 6)])
+def test_it_costs_a_few_forwards_of_a_micro_batch_once(runs, name, most):
+    """In float32 the least shake shows."""
+    forwards, references = runs[name].recorded["cost"]
+    assert 2 <= forwards == references <= most
 
 
 def differing(run: CellResult, fault: str) -> dict[str, tuple]:

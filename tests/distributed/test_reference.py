@@ -7,9 +7,12 @@ its own micro-batch, so that its log-probs must be equal to the last bit.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT
 from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 
 HOOK = "tests.distributed.recorders:record_reference"
@@ -27,7 +30,7 @@ def flags(workshop, more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(workshop, tmp_path_factory):
     adapter = "--tuner_type lora --lora_rank 4 --lora_dropout 0.1"
-    router = f"{adapter} --target_modules all-linear all-router"
+    router = f"{adapter} --use_rslora true --target_modules all-linear all-router"
     cells = [
         Cell("router", flags(workshop, router), hook=HOOK, hook_args={"save": False}),
         Cell("merged", flags(workshop, f"{router} --save_steps 1 --merge_lora true"), hook=HOOK),
@@ -60,3 +63,12 @@ def test_a_reference_adapter_is_used(runs):
     """Its log-probs are those of the adapter it was loaded from, not of the bare model."""
     bare, adapted = runs["router"].recorded["reference"], runs["adapter"].recorded["reference"]
     assert all(abs(bare[row][0] - adapted[row][0]).max() > 1e-2 for row in bare)
+
+
+def test_what_is_saved_is_what_was_trained(runs):
+    """peft hands mcore-bridge's layers their settings in two ways, and one of them was not read."""
+    saved = runs["merged"].folder / "checkpoint-4" / PER_EXPERT / CONFIG  # peft's own form has no dropout
+    config = json.loads(saved.read_text())
+    assert config["lora_dropout"] == 0.1 and config["use_rslora"] and config["r"] == 4
+    assert runs["merged"].recorded["dropouts"] == {0.1}
+    assert runs["merged"].recorded["scalings"] == {config["lora_alpha"] / 2}
