@@ -3,11 +3,11 @@
     python benchmarks/adapter_save.py [--layers 94] [--folder /tmp]
 
 A synthetic LoRA adapter of Qwen3-235B-A22B-Thinking-2507 at the shipped configs' rank 16: its real names and shapes,
-bf16, random values; 2.46 billion parameters, and 3.25 billion as mcore-bridge writes them, since gate and up share
-their A in Megatron and each has a copy in the file. It goes through the code that rank 0 runs in a save:
-mcore-bridge's writer, setting the adapter aside, publication, peft's form. Saving and exporting are processes of their
-own, so that their memory is their own. Left out is what needs the cluster: the gathering of the factors from 32 ranks,
-and Megatron's own files, which each rank writes for itself.
+bf16, random values; 2.51 billion parameters (2.46 of them the experts'), and 3.30 billion as mcore-bridge writes them,
+since gate and up share their A in Megatron and each has a copy in the file. It goes through the code that rank 0 runs
+in a save: mcore-bridge's writer, setting the adapter aside, publication, peft's form. Saving and exporting are
+processes of their own, so that their memory is their own. Left out is what needs the cluster: the gathering of the
+factors from 32 ranks, and Megatron's own files, which each rank writes for itself.
 
 Predicted before the first run: the writer 10 s, peft's form 60 s, most of them in the loop over 12,032 experts.
 """

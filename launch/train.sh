@@ -13,6 +13,8 @@
 #   NPROC_PER_NODE   ranks a node, one for each GPU               (the GPUs that nvidia-smi lists)
 #   BVPO_RUN_DIR     folder of checkpoints and logs, on a disk that all nodes share
 #                                                                 (--output_dir, else runs/<name of the YAML file>)
+#   BVPO_DATA_CACHE  folder of the rows as they are read and encoded, on a disk that all nodes share
+#                                                                 (data-cache in BVPO_RUN_DIR)
 #   BVPO_RESUME      auto: go on from last-checkpoint in that folder, never: begin anew       (auto)
 #   BVPO_PREFLIGHT   1: check all nodes first, 0: do not, only: check and end                 (1)
 #   BVPO_PREFLIGHT_SECONDS, BVPO_MIN_FREE_GIB, BVPO_MIN_BUSBW_GBS, BVPO_SHARED_FOLDERS        (`bvpo preflight --help`)

@@ -16,12 +16,14 @@ from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.planning.checks import check_run
 from megatron_bvpo.planning.costs import step_costs
 from megatron_bvpo.planning.layout import Cluster, check_with_neighbours, groups_of
-from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace
+from megatron_bvpo.planning.memory import Lengths, all_stages, host_bytes, longest_trace, micro_batch
 from megatron_bvpo.planning.model_shapes import UnplannedModelError, model_shape
 from megatron_bvpo.planning.reading import read_settings, read_values
 from megatron_bvpo.planning.report import Plan, as_json, as_text
+from megatron_bvpo.planning.row_lengths import row_lengths
 from megatron_bvpo.planning.settings import RunSettings
-from megatron_bvpo.planning.suggest import suggestions
+from megatron_bvpo.planning.suggest import fewer_recomputed, suggestions
+from megatron_bvpo.planning.waiting import predict
 
 NOT_PLANNED = 3  # exit code: a run of this model may work, and the plan cannot say
 
@@ -50,6 +52,9 @@ def add_command(commands) -> None:
         default=1.0,
         help="tokens of the busiest expert rank over the mean (default 1)",
     )
+    parser.add_argument(
+        "--rows", metavar="FILE", help="a data file: how long replicas wait for each other's rows, and packs for them"
+    )
     parser.add_argument("--suggest", action="store_true", help="search the layouts, best first")
     parser.add_argument("--json", action="store_true", help="print numbers for scripts")
     parser.set_defaults(run=run)
@@ -75,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
         trace=args.trace_length,
         empty=args.empty_length,
         imbalance=args.imbalance,
+        rows=args.rows,
         # A search starts from any layout, one that does not work too.
         lenient=args.suggest,
     )
@@ -98,6 +104,7 @@ def make_plan(
     trace: int | None = None,
     empty: int | None = None,
     imbalance: float = 1.0,
+    rows: str | None = None,
     lenient: bool = False,
 ):
     """The plan of a YAML file.
@@ -115,28 +122,38 @@ def make_plan(
     shape = model_shape(name, beside=Path(config).parent)
     check_run(settings, config)
     lengths = Lengths.of(settings, trace=trace, empty=empty)
+    measured = row_lengths(rows, name, settings) if rows else None
     try:
         check_with_neighbours(settings, shape, cluster)
     except UserError as e:
         if lenient and e.field != "max_length":  # another layout does not mend a length
             return settings, shape, lengths, f"{config} as it is cannot work: {e.field}: {e.message}"
         raise UserError(e.message, file=config, field=e.field, remedy=e.remedy) from None
-    return _plan(config, cluster, settings, shape, lengths, imbalance)
+    return _plan(config, cluster, settings, shape, lengths, imbalance, measured)
 
 
-def _plan(config, cluster: Cluster, settings: RunSettings, shape, lengths: Lengths, imbalance: float) -> Plan:
+def _plan(
+    config, cluster: Cluster, settings: RunSettings, shape, lengths: Lengths, imbalance: float, rows=None
+) -> Plan:
+    groups = groups_of(settings, cluster.ranks)
+    costs = step_costs(shape, settings, cluster, lengths)
+    longest = longest_trace(shape, settings, cluster, lengths, imbalance)
+    # What a pack may hold is what a micro-batch of the longest row holds.
+    pack = longest if settings.packing else int(micro_batch(settings, Lengths(longest, lengths.empty)).tokens)
     return Plan(
         config=config,
         shape=shape,
         run=settings,
         cluster=cluster,
-        groups=groups_of(settings, cluster.ranks),
+        groups=groups,
         lengths=lengths,
         imbalance=imbalance,
         stages=all_stages(shape, settings, cluster.ranks, lengths, imbalance),
-        costs=step_costs(shape, settings, cluster, lengths),
-        longest=longest_trace(shape, settings, cluster, lengths, imbalance),
+        costs=costs,
+        longest=longest,
         host=host_bytes(shape, settings, cluster.ranks),
+        waiting=predict(groups, costs.micro_batches, rows, pack),
+        fewer=fewer_recomputed(shape, settings, cluster, lengths, imbalance),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_bvpo.planning.activations import Batch
-from megatron_bvpo.planning.layout import Cluster, Groups, groups_of
+from megatron_bvpo.planning.layout import Cluster, Groups, groups_of, stage_layers
 from megatron_bvpo.planning.memory import Lengths, micro_batch, stage_buffers, stage_chunks
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
@@ -49,6 +49,7 @@ class Costs:
         tokens: of all ranks together, every sequence at its longest.
         flops: of all ranks together.
         bubble: share of a step in which a pipeline stage waits.
+        probe_bubble: the same of a step that measures.
         traffic: what one rank sends.
         seconds: (fast, slow) a step; fast hides all communication behind arithmetic, slow hides none.
     """
@@ -57,6 +58,7 @@ class Costs:
     tokens: float
     flops: float
     bubble: float
+    probe_bubble: float
     traffic: tuple[Traffic, ...]
     seconds: tuple[float, float]
 
@@ -73,7 +75,8 @@ def step_costs(shape: ModelShape, run: RunSettings, cluster: Cluster, lengths: L
     per_rank = flops / cluster.ranks / PEAK_FLOPS / (1 - bubble)
     wires = sum(t.seconds for t in traffic)
     seconds = (per_rank / fast, per_rank / slow + wires)
-    return Costs(n, n * groups.dp * batch.tokens, flops, bubble, traffic, seconds)
+    tokens = n * groups.dp * batch.tokens
+    return Costs(n, tokens, flops, bubble, probe_bubble(run, groups, n), traffic, seconds)
 
 
 def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> float:
@@ -90,10 +93,25 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
     if run.runs_reference:
         total += forward + head
     if run.recompute == "full":
-        total += forward
+        total += forward * recomputed_share(shape, run)
     elif run.recompute == "selective" and "core_attn" in run.recompute_modules:
         total += attention_flops(shape, batch)
     return total
+
+
+def recomputed_share(shape: ModelShape, run: RunSettings) -> float:
+    """The share of the layers that `recompute_granularity: full` runs again: all, or the first ones of each chunk."""
+    if run.recompute_method != "block":
+        return 1.0
+    chunks = [n / run.vpp for n in stage_layers(run, shape.layers)]
+    return sum(min(run.recompute_num_layers or 1, n) for n in chunks) / sum(chunks)
+
+
+def probe_bubble(run: RunSettings, groups: Groups, micro_batches: int) -> float:
+    """The share of a probe step in which a pipeline stage waits: it is four passes, each of half the micro-batches."""
+    waiting = (groups.pp - 1) / (run.vpp if groups.pp > 1 else 1)
+    a_pass = micro_batches / 2 if micro_batches % 2 == 0 else micro_batches
+    return waiting / (a_pass + waiting)
 
 
 def attention_flops(shape: ModelShape, batch: Batch) -> float:

@@ -294,6 +294,30 @@ def fullest(shape: ModelShape, run: RunSettings, ranks: int, lengths: Lengths, i
     return max(stage_memory(shape, run, ranks, stage, batch, imbalance).total for stage in stages)
 
 
+def least_recomputed(
+    shape: ModelShape, run: RunSettings, ranks: int, lengths: Lengths, room: float, imbalance: float = 1.0
+) -> RunSettings | None:
+    """`run` with the fewest recomputed layers a chunk whose fullest rank takes `room` bytes; None where none does.
+
+    Layers of one kind: `recompute_method: block` runs the first n of each chunk again.
+    """
+
+    def with_layers(n: int) -> RunSettings:
+        modes = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=n)
+        return replace(run, **modes)
+
+    def fits(n: int) -> bool:
+        return fullest(shape, with_layers(n), ranks, lengths, imbalance) <= room
+
+    low, high = 1, max(stage_layers(run, shape.layers)) // run.vpp
+    if not fits(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return with_layers(low)
+
+
 def longest_trace(
     shape: ModelShape, run: RunSettings, cluster: Cluster, lengths: Lengths, imbalance: float = 1.0
 ) -> int:

@@ -11,7 +11,8 @@ from megatron_bvpo.planning.layout import Cluster, Groups, layout_name
 from megatron_bvpo.planning.memory import FRAGMENTATION, GIB, Lengths, StageMemory, micro_batch
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
-from megatron_bvpo.planning.suggest import HEADROOM, Suggestion
+from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM, Suggestion
+from megatron_bvpo.planning.waiting import Waiting
 
 COLUMNS = (
     ("params", "parameters"),
@@ -31,7 +32,13 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `bvpo plan` found for one run; `note`: why it is not the file's own layout."""
+    """Everything that `bvpo plan` found for one run.
+
+    Attributes:
+        waiting: of data-parallel replicas for each other.
+        fewer: the run with fewer recomputed layers, where that fits.
+        note: why it is not the file's own layout.
+    """
 
     config: str
     shape: ModelShape
@@ -44,6 +51,8 @@ class Plan:
     costs: Costs
     longest: int
     host: float
+    waiting: Waiting | None = None
+    fewer: RunSettings | None = None
     note: str = ""
 
     @property
@@ -82,6 +91,8 @@ def as_json(plan: Plan, table: list[Suggestion] | None = None) -> dict[str, Any]
         "host_bytes_a_gpu": plan.host,
         "stages": [{**dataclasses.asdict(s), "total": s.total} for s in plan.stages],
         "costs": dataclasses.asdict(plan.costs),
+        "waiting": plan.waiting and dataclasses.asdict(plan.waiting),
+        "fewer_recomputed_layers": plan.fewer and plan.fewer.recompute_num_layers,
     }
     if table is not None:
         found["suggestions"] = [
@@ -185,14 +196,24 @@ def _memory(plan: Plan) -> list[str]:
 
 def _step(plan: Plan) -> list[str]:
     costs, run = plan.costs, plan.run
-    probe = (
-        f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic" if run.probes else ""
-    )
+    probe = ""
+    if run.probes:
+        probe = f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic"
+        if costs.bubble:
+            probe += f" in four passes, and a bubble of {costs.probe_bubble:.0%}"
     lines = [
         f"A step: {run.global_batch_size} {'packs' if run.packing else 'rows'} in {costs.micro_batches} "
         f"micro-batches a replica, {costs.tokens:,.0f} tokens if all are as long; {costs.flops / 1e15:,.1f} PFLOP; "
         f"pipeline bubble {costs.bubble:.0%}{probe}",
     ]
+    lines += _waiting(plan)
+    if plan.fewer:
+        chunk = plan.shape.layers // (plan.groups.pp * run.vpp)
+        lines.append(
+            f"  recompute_method: block with recompute_num_layers: {plan.fewer.recompute_num_layers} of about {chunk} "
+            f"layers a chunk fits, too (with {BUSIEST:g} times the mean on the busiest expert rank and {HEADROOM:.0%} "
+            "left free)"
+        )
     if run.rehearsal:
         return [*lines, "  Seconds are not planned for a rehearsal: its ranks are processes on a CPU."]
     for t in costs.traffic:
@@ -207,6 +228,27 @@ def _step(plan: Plan) -> list[str]:
         f"{LINK_EFFICIENCY:.0%} of its links'; nobody has timed this run"
     )
     return lines
+
+
+def _waiting(plan: Plan) -> list[str]:
+    """Predicted, and said to be so."""
+    found, run = plan.waiting, plan.run
+    if found is None or run.rehearsal:
+        return []
+    meet = f"{found.together} replicas meet in every all-to-all, " if found.together > 1 else ""
+    where = f"  waiting of replicas, predicted from lengths alone: {meet}{plan.groups.dp} at the step's end: "
+    if not found.rows:
+        return [
+            f"{where}{found.single:.0%} of a step with one row a micro-batch, if rows' tokens vary by {found.cv:.1f} "
+            "of their mean; --rows FILE takes your rows' own"
+        ]
+    return [
+        f"{where}{found.single:.0%} of a step with one row a micro-batch; {found.rows} rows vary by {found.cv:.2f} of "
+        "their mean",
+        f"  packing: true, packing_length: {found.packing_length}: {found.packed:.0%}; {found.rows_a_pack:.1f} rows a "
+        f"pack, which vary by {found.packs_cv:.2f}. global_batch_size counts packs: {run.global_batch_size} of them "
+        f"are about {run.global_batch_size * found.rows_a_pack:.0f} rows a step",
+    ]
 
 
 def _suggestions(plan: Plan, table: list[Suggestion]) -> list[str]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_bvpo.planning.costs import Costs, step_costs
+from megatron_bvpo.planning.costs import Costs, recomputed_share, step_costs
 from megatron_bvpo.planning.layout import Cluster, candidate_layouts
-from megatron_bvpo.planning.memory import GIB, Lengths, fullest, longest_trace
+from megatron_bvpo.planning.memory import GIB, Lengths, fullest, least_recomputed, longest_trace
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 
 # Share of a GPU that a suggestion leaves free: experts are never loaded evenly, and the allowances are guesses.
 HEADROOM = 0.10
+# Tokens of the busiest expert rank over the mean that a proposal must bear.
+BUSIEST = 2.0
+BLOCK = dict(recompute_granularity="full", recompute_method="block")  # as few layers as fit
 RECOMPUTE = (
     dict(recompute_granularity="none", recompute_method=None, recompute_num_layers=None),
     dict(recompute_granularity="selective", recompute_method=None, recompute_num_layers=None),
+    BLOCK,
     dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
 )
 
@@ -41,6 +45,21 @@ class Suggestion:
         return sum(self.costs.seconds) / 2
 
 
+def fewer_recomputed(
+    shape: ModelShape, run: RunSettings, cluster: Cluster, lengths: Lengths, imbalance: float
+) -> RunSettings | None:
+    """The run with as few recomputed layers as leave HEADROOM free, with twice the mean tokens on the busiest expert
+    rank; None where that is not fewer than it has.
+    """
+    if run.recompute != "full" or run.rehearsal:
+        return None
+    load = max(imbalance, BUSIEST if shape.experts else 1.0)
+    room = (1 - HEADROOM) * cluster.memory * GIB
+    found = least_recomputed(shape, run, cluster.ranks, lengths, room, load)
+    fewer = found is not None and recomputed_share(shape, found) < recomputed_share(shape, run)
+    return found if fewer else None
+
+
 def suggestions(
     shape: ModelShape,
     run: RunSettings,
@@ -58,6 +77,11 @@ def suggestions(
     for layout in candidate_layouts(run, shape, cluster):
         for mode in RECOMPUTE:
             tried = dataclasses.replace(layout, **mode)
+            if mode is BLOCK:
+                room = (1 - HEADROOM) * cluster.memory * GIB
+                tried = least_recomputed(shape, layout, cluster.ranks, lengths, room, imbalance)
+                if tried is None:
+                    continue
             size = fullest(shape, tried, cluster.ranks, lengths, imbalance)
             fits = size <= (1 - HEADROOM) * cluster.memory * GIB
             found.append(Suggestion(tried, size, fits, step_costs(shape, tried, cluster, lengths)))

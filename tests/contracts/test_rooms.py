@@ -19,7 +19,7 @@ STAND_INS = PACKAGE / "rehearsal" / "stand_ins"
 # Room → rooms it may import. `errors` and the package itself are everybody's; the command line may use them all.
 MAY_USE = {
     "launching": {"data"},
-    "planning": {"launching"},
+    "planning": {"data", "launching"},
     "cluster": {"data", "launching", "planning"},
     "data": set(),
     "kernels": set(),

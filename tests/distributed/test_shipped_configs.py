@@ -52,6 +52,8 @@ def fitted(values: dict, ranks: int = RANKS) -> dict:
     data = ranks // (size("tensor_model") * size("pipeline_model") * size("context"))
     found["global_batch_size"] = values["micro_batch_size"] * data * max(2, size("pipeline_model"))
     found["max_length"] = 512
+    if values.get("packing"):
+        found["packing_length"] = 800  # two of the tiny rows
     return found
 
 
@@ -69,6 +71,7 @@ def argv_of(name: str, model: Path, rows: Path) -> list[str]:
         *argv,
         *CPU_FLAGS,
         *recompute,  # last, because CPU_FLAGS turn it off
+        *("--attention_backend", values["attention_backend"]),
         *bf16,  # as well; an optimizer on the host takes no float32 model
         *f"--model {model} --model_type {model_type} --template {template} --dataset {rows}".split(),
         # A file's learning rate moves a loss of ln 2 by less than logging.jsonl shows.

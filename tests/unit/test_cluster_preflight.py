@@ -13,7 +13,7 @@ import pytest
 from megatron_bvpo.cluster import compare, gpus, link_worker, local_checks, nodes
 from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding, NodeReport
 from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
-from megatron_bvpo.cluster.node_preflight import ROUNDS, Desk, _within
+from megatron_bvpo.cluster.node_preflight import ROUNDS, Desk, _within, shared_folders
 from megatron_bvpo.cluster.node_report import verdict_lines
 from megatron_bvpo.cluster.nodes import Job, job_from_environment
 from megatron_bvpo.cluster.plan_check import check_plan, judge_plan
@@ -392,3 +392,24 @@ def test_files_of_the_checkout_make_the_version(tmp_path, monkeypatch):
     (tmp_path / "megatron_bvpo" / "__init__.py").write_text("")
     monkeypatch.setattr(local_checks.megatron_bvpo, "__file__", str(Path(tmp_path, "megatron_bvpo", "__init__.py")))
     assert local_checks.source_digest() != before
+
+
+# ---- the rows of the run
+
+
+def test_the_folder_of_the_rows_is_shared_and_has_room(tmp_path, monkeypatch):
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("{}\n" * 1000)
+    run = read_run(["--dataset", f"{rows}#10", "some/hub", "--output_dir", str(tmp_path / "run")])
+    for name in ("BVPO_RUN_DIR", "BVPO_DATA_CACHE", "BVPO_SHARED_FOLDERS"):
+        monkeypatch.delenv(name, raising=False)
+    assert shared_folders(run) == [tmp_path / "run", tmp_path / "run" / "data-cache"]
+    monkeypatch.setenv("BVPO_DATA_CACHE", str(tmp_path / "rows"))
+    monkeypatch.setenv("BVPO_SHARED_FOLDERS", f"{tmp_path / 'rows'}:/more")
+    assert shared_folders(run) == [tmp_path / "run", tmp_path / "rows", Path("/more")]
+
+    assert local_checks.check_room_for_rows(tmp_path, run).level == OK
+    full = type("Usage", (), {"free": 2 * rows.stat().st_size})
+    monkeypatch.setattr(local_checks.shutil, "disk_usage", lambda folder: full)
+    found = local_checks.check_room_for_rows(tmp_path, run)
+    assert found.level == PROBLEM and "BVPO_DATA_CACHE" in found.remedy, "the rows lie there twice"

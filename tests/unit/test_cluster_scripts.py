@@ -342,11 +342,16 @@ def test_in_an_image(tmp_path):
     apptainer.write_text(f'#!/bin/bash\nprintf "<%s>" "$@"; echo "{told}"\n')
     apptainer.chmod(0o755)
     srun = 'while [[ $1 == --* ]]; do shift; done; exec "$@"'
-    given = {"BVPO_IMAGE": str(image), "BVPO_BINDS": "/data", "BVPO_PYTHON_BIN": "/host/python"}
+    given = {
+        "BVPO_IMAGE": str(image),
+        "BVPO_BINDS": "/data",
+        "BVPO_DATA_CACHE": str(tmp_path / "rows"),
+        "BVPO_PYTHON_BIN": "/host/python",
+    }
     given |= {"PYTHONPATH": "/host/site", "PYTHONHOME": "/host"}
     given |= {"CUDA_HOME": "/host/cuda", "CUDA_PATH": "/host/cuda", "NVTE_FUSED_ATTN": "0"}
     told = sbatch_with(tmp_path, srun, **given)
-    binds = f"<--bind><{ROOT},{ROOT},{tmp_path / 'run'},/data>"
+    binds = f"<--bind><{ROOT},{ROOT},{tmp_path / 'run'},{tmp_path / 'rows'},/data>"
     assert f"<exec><--nv><--no-home>{binds}<--pwd><{ROOT}><{image}><bash><-c>" in told
     inside = f"<{ROOT}/launch/train.sh><x.yaml>python none. cuda ."
     assert inside in told, "the host's Python and CUDA are not in the image"

@@ -394,3 +394,17 @@ def test_a_streamed_run_passes_over_them_too(make, caplog, quiet_again, columns)
     assert (layout.pairs("trace"), layout.pairs("empty")) == (2, 2)
     assert [line.split(":")[0] for line in told()][0] == "row ? ('What is 2+2?')"
     assert len(told()) == 3 and told()[2].startswith("row ? (''): its trace pair is not trained: messages: missing")
+
+
+def test_the_plan_counts_the_same_tokens(make, workshop):
+    """`bvpo plan --rows` without ms-swift: a few of the template's own tokens a sequence apart."""
+    from megatron_bvpo.data.readers import read_rows
+    from megatron_bvpo.planning.row_lengths import row_lengths
+    from megatron_bvpo.planning.settings import RunSettings
+
+    template = make()
+    reading = Reading(template.bvpo.rules)
+    rows = [reading.canonical(entry)[0] for _, entry in read_rows(str(workshop.train))]
+    lengths = [template.encode_with_account(entry, return_length=True)[0]["lengths"] for entry in rows]
+    found = row_lengths(str(workshop.train), str(workshop.dense), RunSettings())
+    assert found == pytest.approx([sum(row) for row in lengths], abs=4 * 8) and all(len(row) == 4 for row in lengths)

@@ -3,12 +3,13 @@
 import json
 import os
 from pathlib import Path
+from threading import Timer
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from megatron_bvpo.data import handover
+from megatron_bvpo.data import handover, shared_cache
 from megatron_bvpo.data.handover import COLUMNS, Reading, handed_over
 from megatron_bvpo.data.rows import RowRules
 from megatron_bvpo.errors import UserError
@@ -167,3 +168,34 @@ def test_the_columns_are_those_that_datasets_is_told(pairs):
 
     dataset = Dataset.from_file(handed_over(str(pairs), READING)[0])
     assert dataset.features == FEATURES and dataset[0]["messages"] == talk()
+
+
+def test_a_named_folder_takes_the_rows(pairs, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("BVPO_DATA_CACHE", str(tmp_path / "shared"))
+    assert Path(handed_over(str(pairs), READING)[0]).parent == tmp_path / "shared" and not cache.exists()
+
+
+def test_a_disk_without_room_is_told_before_it_is_full(pairs, cache, monkeypatch):
+    full = type("Usage", (), {"free": pairs.stat().st_size})
+    monkeypatch.setattr(shared_cache.shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(UserError, match="GiB are free, and what is made of .* takes about") as caught:
+        handed_over(str(pairs), READING)
+    assert "BVPO_DATA_CACHE" in caught.value.remedy and not cache.exists()
+
+
+def test_files_that_show_up_late(tmp_path):
+    """As NFS shows them."""
+    late = tmp_path / "late.arrow"
+    assert not shared_cache.all_visible([str(late)], 0.0)
+    Timer(0.7, late.touch).start()
+    assert shared_cache.all_visible([str(late)], 30.0)
+
+
+def test_spare_cores(monkeypatch):
+    monkeypatch.setattr(shared_cache.os, "sched_getaffinity", lambda pid: set(range(24)))
+    for ranks, wanted in (("1", 24), ("8", 17), ("64", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert shared_cache.spare_cores() == wanted
+    monkeypatch.setattr(shared_cache.os, "sched_getaffinity", lambda pid: set(range(192)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert shared_cache.spare_cores() == shared_cache.MOST_PROCESSES
