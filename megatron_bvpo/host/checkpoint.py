@@ -20,6 +20,7 @@ import torch
 from swift.utils import LAST_CHECKPOINT_SYMLINK, update_last_checkpoint_symlink
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.adapter_folders import PER_EXPERT
 
 STATE_FILE = "bvpo_state.json"
 STATE_FORMAT = 1
@@ -30,6 +31,13 @@ REPLACED = ".replaced"
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     return (Path(checkpoint) / STATE_FILE).is_file()
+
+
+def checkpoint_of(exported: str | os.PathLike) -> Path | None:
+    """The whole checkpoint that a Hugging Face adapter or model was saved with; None where there is none of ours."""
+    folder = Path(exported).resolve()
+    candidates = (folder, folder.with_name(folder.name.removesuffix("-merged")), folder.parent)
+    return next((home for home in candidates[: 3 if folder.name == PER_EXPERT else 2] if is_whole(home)), None)
 
 
 def _put_back_replaced(output_dir: Path) -> None:

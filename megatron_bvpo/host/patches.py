@@ -133,6 +133,39 @@ def _give_groups_the_run_s_timeout() -> None:
 
 
 @contextmanager
+def groups_at_any_rate(optimizer):
+    """In this block groups of parameters are found in a checkpoint whatever their rates were there.
+
+    megatron-core 0.19 looks for a group with the same rates, too: a run that goes on with another --lr finds none and
+    ends in a trace. The schedule comes from the checkpoint all the same. Where rates alone tell two groups apart,
+    nothing changes.
+
+    Args:
+        optimizer: Megatron's, chained or not.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import optimizer as base
+
+    keys = _target(base, "param_group_identifier_keys")
+    lasting = tuple(key for key in keys if key not in ("max_lr", "min_lr"))
+
+    def distinct(part) -> bool:
+        found = [tuple(group.get(key) for key in lasting) for group in part.param_groups]
+        return len(set(found)) == len(found)
+
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    modules = [base, distrib_optimizer] if all(map(distinct, parts)) else []
+    for module in modules:
+        _target(module, "param_group_identifier_keys")
+        module.param_group_identifier_keys = lasting
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.param_group_identifier_keys = keys
+
+
+@contextmanager
 def no_row_lost(reading, tell):
     """While ms-swift loads data sets in this block, what was judged is what is loaded, and no row goes unnamed.
 

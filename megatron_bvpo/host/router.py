@@ -83,18 +83,21 @@ def update_expert_bias(models: list, configs: list) -> None:
 
 def router_loss_sums() -> dict[str, torch.Tensor]:
     """What Megatron has summed up of the router's losses for the next line of the log."""
-    return {name: entry["values"].clone() for name, entry in _loss_tracker().items()}
+    return {name: values.clone() for name, values in _loss_tracker().items()}
 
 
 def put_back_router_loss_sums(sums: dict[str, torch.Tensor]) -> None:
     """Forget what was added since `router_loss_sums`: a NaN of a skipped step would stay in the sum."""
-    for name, entry in _loss_tracker().items():
-        entry["values"].copy_(sums[name] if name in sums else torch.zeros_like(entry["values"]))
+    for name, values in _loss_tracker().items():
+        values.copy_(sums[name] if name in sums else torch.zeros_like(values))
 
 
-def _loss_tracker() -> dict[str, dict]:
+def _loss_tracker() -> dict[str, torch.Tensor]:
+    """Megatron's own sums, by name; not copies."""
     try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:  # megatron-core before 0.18
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
-    except ImportError:  # later versions of megatron-core keep these numbers elsewhere
-        return {}
-    return get_moe_layer_wise_logging_tracker()
+
+        return {name: entry["values"] for name, entry in get_moe_layer_wise_logging_tracker().items()}
+    return {name: entry.values for name, entry in get_moe_metrics_tracker().metrics.items()}

@@ -17,6 +17,7 @@ from swift.utils import get_logger, is_master
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.host import checkpoint as ckpt
+from megatron_bvpo.host.patches import groups_at_any_rate
 from megatron_bvpo.host.peft_export import is_due, set_aside, write_peft_form
 from megatron_bvpo.host.phases import tell, timed
 from megatron_bvpo.host.replicas import tell_unequal
@@ -198,12 +199,34 @@ class CheckpointMixin:
                 if is_due(checkpoint):
                     logger.info(f"{checkpoint.name} lacks its adapter in peft's form; the next save writes it.")
         asked = ckpt.schedule_of(self.opt_param_scheduler)
-        with timed("reading the checkpoint"):
+        with timed("reading the checkpoint"), groups_at_any_rate(self.optimizer):
             super()._load_checkpoint()
         if folder is not None:
             self._restore(folder, saved)
             for line in ckpt.schedule_changes(asked, ckpt.schedule_of(self.opt_param_scheduler)):
                 logger.warning(line)
+
+    def _load_iteration(self):
+        """The step, and into `args` the rows, after which a run goes on from the Hugging Face form of a checkpoint.
+
+        ms-swift has the rows from common.pt, which megatron-core 0.19 does not write: the steps would go on and
+        the data begin anew. And it looks into the given folder only, where a mixture's adapter has its own below.
+        """
+        args = self.args
+        exported = args.adapters[0] if args.tuner_type != "full" and args.adapters else args.model
+        home = ckpt.checkpoint_of(exported)
+        if home is not None:
+            saved = ckpt.read_state(home)
+            args.consumed_train_samples = saved["consumed_train_samples"]
+            return saved["iteration"]
+        iteration = super()._load_iteration()
+        if iteration and self._resume_folder() is None and not hasattr(args, "consumed_train_samples"):
+            raise UserError(
+                f"{exported} is of step {iteration} of a run, and nothing there says which rows that run has seen",
+                field="--finetune",
+                remedy="leave --finetune false out and begin at step 1, or go on with --mcore_adapter or --mcore_model",
+            )
+        return iteration
 
     def _check_same_model(self, folder: str, saved: dict[str, Any]) -> None:
         mine = self._model_identity()

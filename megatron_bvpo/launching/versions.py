@@ -49,7 +49,7 @@ SUPPORTED = (
     Supported(
         "megatron-core",
         ">=0.16,<0.20",
-        "0.16.1",
+        "0.19.2",
         "mcore-bridge 1.6 supports 0.16 to 0.19",
         marker="python_version >= '3.12'",
     ),

@@ -61,7 +61,7 @@ def _run_lazy_calls_at_once(module: ModuleType) -> None:
 
 def _load_without_gradients(module: ModuleType) -> None:
     """Resuming copies into the optimizer's parameters. In float32 these are views of the model's, which require
-    gradients, and megatron-core 0.16 forgets `no_grad`; bf16 training has detached float32 copies instead."""
+    gradients, and megatron-core forgets `no_grad`; bf16 training has detached float32 copies instead."""
     import torch
 
     owner = _target(module, "DistributedOptimizer")
@@ -116,7 +116,7 @@ def _target(owner, name: str):
     if not hasattr(owner, name):
         raise RuntimeError(
             f"{owner.__name__} has no {name}: this megatron-core is not one the CPU rehearsal "
-            "knows (checked with 0.16.1). Install that version, or update "
+            "knows (checked with 0.16.1 and 0.19.2). Install one of these, or update "
             "megatron_bvpo/rehearsal/megatron_patches.py."
         )
     return getattr(owner, name)

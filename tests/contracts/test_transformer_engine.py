@@ -7,6 +7,7 @@ both, and that parameters carry the same marks, on which Megatron's reductions a
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import inspect
 from pathlib import Path
@@ -57,6 +58,28 @@ LACKING = {
     "transformer_engine.pytorch.tensor.utils.": "8-bit parameters",
     "transformer_engine.pytorch.utils.make_weak_ref": "CUDA graphs",
 }
+# The same for what only megatron-core 0.18 and later use.
+LACKING_FOR_NEWER_HOSTS = {
+    **{
+        f"transformer_engine.pytorch.{name}": "8-bit and 4-bit parameters"
+        for name in (
+            "constants.MXFP8_BLOCK_SCALING_SIZE",
+            "constants.NVFP4_BLOCK_SCALING_SIZE",
+            "distributed._NVFP4AllGatherAsyncHandle",
+            "quantized_tensor.QuantizedTensor",
+            "tensor.MXFP8TensorStorage",
+            "tensor.NVFP4TensorStorage",
+            "tensor.grouped_tensor.GroupedTensor",
+            "tensor.mxfp8_tensor.MXFP8Quantizer",
+            "utils.round_up_to_nearest_multiple",
+        )
+    },
+    "transformer_engine.pytorch.ep": "NCCL's own expert parallelism, a dispatcher that has to be asked for",
+    "transformer_engine.pytorch.permutation.moe_permute_and_pad_with_probs": "8-bit experts",
+    "transformer_engine.pytorch.utils.nvtx_range_": "marks for a profiler",
+}
+if importlib.metadata.version("megatron-core") >= "0.19":
+    LACKING |= LACKING_FOR_NEWER_HOSTS
 # Names of older releases, which the stand-ins keep for hosts that look there first.
 OLDER = {
     "transformer_engine.pytorch.attention._SplitAlongDim",
@@ -76,10 +99,19 @@ NOT_COMPARED = {
 ONE_SIDED = {
     **{
         f"DotProductAttention.forward({name})": "newer than any host here: a call with it would fail"
-        for name in "score_mod score_mod_bprop score_mod_tensors score_mod_bprop_tensors qkv_layer kv_layer "
-        "qkv_interleave_dim thd_attention_policies thd_attention_policy_dispatch".split()
+        for name in "score_mod score_mod_bprop score_mod_tensors score_mod_bprop_tensors".split()
     },
-    "DotProductAttention.set_context_parallel_group(load_balancing_strategy)": "its default is the one layout here",
+    **{
+        what: "newer than the pinned release; refused whatever it is"
+        for what in (
+            "DotProductAttention.__init__(softcap)",
+            "DotProductAttention.forward(softcap)",
+            "DotProductAttention.forward(bf16_backward)",
+            "GroupedLinear.__init__(use_grouped_tensor)",
+            "GroupedLinear.forward(out)",
+            "GroupedLinear.forward(dgrad_out)",
+        )
+    },
     **{
         f"{norm}.__init__({name})": "passed on in **kwargs there"
         for norm in ("RMSNorm", "LayerNorm")
@@ -93,10 +125,6 @@ ONE_SIDED = {
 }
 # Defaults that differ: why.
 OTHER_DEFAULTS = {
-    **{
-        f"DotProductAttention.forward({name})": "optional there for qkv_layer's sake"
-        for name in ("query_layer", "key_layer", "value_layer")
-    },
     **{
         f"DotProductAttention.set_context_parallel_group({name})": "hosts give all of them; optional here for tests"
         for name in ("cp_global_ranks", "cp_stream")

@@ -50,9 +50,9 @@ def record_router(base, folder, mutation: str | None = None, save_rank: int = 0)
                 self.router["counts"].append([c.clone() for c in found])
                 update(models, configs)
 
-            def changing(*args):
+            def changing(*args, **named):
                 self.updates += 1
-                change(*args)
+                change(*args, **named)
 
             ours.update_expert_bias, megatrons._update_router_expert_bias = counted, changing
             try:

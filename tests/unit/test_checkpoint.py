@@ -169,3 +169,15 @@ def test_a_merge_that_a_node_cannot_hold_is_told():
     gib = 2**30
     assert ckpt.merge_needs_more(7 * gib, 8, 100 * gib) is None
     assert ckpt.merge_needs_more(59 * gib, 8, 400 * gib) == "472.0 GiB for 8 ranks, 400.0 GiB are available"
+
+
+def test_an_exported_form_knows_the_checkpoint_it_was_saved_with(tmp_path):
+    save(tmp_path, 3, "whole")
+    home = tmp_path / "checkpoint-3"
+    (home / "vllm").mkdir()
+    for exported in (home, home / "vllm", tmp_path / "checkpoint-3-merged", tmp_path / LINK):
+        assert ckpt.checkpoint_of(exported) == home
+    (tmp_path / "checkpoint-3" / "other").mkdir()
+    (tmp_path / "elsewhere" / "vllm").mkdir(parents=True)
+    for foreign in (home / "other", tmp_path, tmp_path / "elsewhere" / "vllm", "Qwen/Qwen3-30B-A3B-Thinking-2507"):
+        assert ckpt.checkpoint_of(foreign) is None

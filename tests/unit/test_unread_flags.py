@@ -40,7 +40,8 @@ BY_ARGUMENTS = set(
     "shuffle_buffer_size skip_megatron_init split_dataset_ratio stopping_strategy target_regex val_dataset_shuffle "
     "model_kwargs "
     # use_vllm is true for everybody; the route refuses Ray; Muon is refused
-    "use_vllm device_groups ray_exp_name muon_coefficient_type".split()
+    # use_vllm is true for everybody; the route refuses Ray; Muon is refused
+    "use_vllm device_groups ray_exp_name muon_coefficient_type muon_use_nesterov".split()
 )
 
 

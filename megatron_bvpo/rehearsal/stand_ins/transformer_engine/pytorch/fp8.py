@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 _REMEDY = "the transformer_engine stand-in has no FP8: leave --fp8_format unset (and --fp8_param false)."
 
@@ -59,7 +59,17 @@ def fp8_model_init(enabled=True, recipe=None, preserve_high_precision_init_val=F
     yield
 
 
-autocast = fp8_autocast
+class autocast(AbstractContextManager):
+    """fp8_autocast under its newer name and with that one's parameters."""
+
+    def __init__(self, enabled=True, calibrating=False, recipe=None, amax_reduction_group=None, _graph=False):
+        if enabled or calibrating:
+            raise NotImplementedError(f"autocast(enabled={enabled}, calibrating={calibrating}): {_REMEDY}")
+
+    def __exit__(self, *exception) -> None:
+        return None
+
+
 quantized_model_init = fp8_model_init
 
 
