@@ -207,6 +207,12 @@ state = torch.cuda.get_rng_state(); loader = torch.utils.data.DataLoader([1, 2],
 seeds = [iter(loader)._base_seed for _ in range(2)]
 torch.manual_seed(3); assert [iter(loader)._base_seed for _ in range(2)] == seeds != seeds[:1] * 2
 assert torch.equal(torch.cuda.get_rng_state(), state)
+class Batch(list):
+    def pin_memory(self):
+        return ['pinned', *self]
+for workers in (0, 1):
+    loader = torch.utils.data.DataLoader([1, 2], collate_fn=Batch, num_workers=workers, pin_memory=True)
+    assert list(loader) == [['pinned', 1], ['pinned', 2]]
 assert torch.cuda.max_memory_reserved() == torch.cuda.memory_allocated() == 0
 assert not torch.cuda.is_available() and torch.cuda.device_count() == 1
 torch.cuda.nvtx.range_push('x'); torch.cuda.synchronize(); torch.cuda.empty_cache()
