@@ -24,6 +24,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.\-]*")
 # dashes; in a file it may stand on lines of its own, further in than its key.
 _VALUE = r"""(?P<value>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&}\])"']+)"""
 _BEHIND_NAME = re.compile(rf"""["']?[ \t]*[:=][ \t]*{_VALUE}""")
+_REST_OF_LINE = re.compile(r"""["']?[ \t]*[:=][ \t]*(?P<value>\S[^\n]*)""")
 _BEHIND_FLAG = re.compile(rf"""["']?(?:=|,?\s+){_VALUE}""")
 _NEXT_LINES = r":[ \t]*[|>]?[+\-]?[ \t]*\n(?P<value>(?:%s[ \t]+\S.*(?:\n|\Z))+)"
 _IN_ADDRESS = re.compile(r"(?P<head>\w://)[^/\s@\"']+@")
@@ -71,10 +72,11 @@ def _value_behind(text: str, name: re.Match) -> re.Match | None:
     if text[max(name.start() - 2, 0) : name.start()] == "--":
         return _BEHIND_FLAG.match(text, name.end())
     indent = text[text.rfind("\n", 0, name.start()) + 1 : name.start()]
-    if not indent.strip():
+    if indent.strip() in ("", "-", "export", "#"):  # a line of a file of settings: all that is behind the name
         lines = re.compile(_NEXT_LINES % re.escape(indent)).match(text, name.end())
-        if lines:
-            return lines
+        word = _BEHIND_NAME.match(text, name.end())
+        if word is None or not _NOTHING.fullmatch(word["value"]):
+            return lines or _REST_OF_LINE.match(text, name.end())
     return _BEHIND_NAME.match(text, name.end())
 
 

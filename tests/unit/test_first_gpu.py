@@ -149,6 +149,9 @@ def test_every_cell_has_a_use_and_every_comparison_its_cells():
         assert cells == used
         for group in plan.groups(gpu):
             assert len({cell.side for cell in group.cells}) == 1
+            # Megatron's choice of attention holds for the life of a process.
+            flags = [last_wins(cell.flags.split()) for cell in group.cells]
+            assert len({f[f.index("--attention_backend") + 1] for f in flags}) == 1
 
 
 def test_a_later_flag_takes_the_place_of_an_earlier_one():
