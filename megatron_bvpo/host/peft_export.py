@@ -2,11 +2,11 @@
 
 mcore-bridge saves one pair of LoRA factors for each expert and projection (`…experts.0.gate_proj.lora_A`),
 which vLLM and the Megatron backend read. transformers 5 holds the experts of a layer as two parameters, `gate_up_proj`
-and `down_proj`, so peft below 0.19 finds no module of those names and drops the factors without a word; and
-the router is no `nn.Linear` any more, which peft refuses. What peft can do is target parameters. So the
-checkpoint itself gets the same numbers in peft's form (peft and `swift infer` read it; vLLM refuses its names), and
-mcore-bridge's files move below it, to `vllm/`: before the checkpoint is published, since that is two renames, while
-peft's form takes a minute for a 235B model and is written behind it. In three steps:
+and `down_proj`, so peft below 0.19 finds no module of those names and drops the factors without a word (later ones fuse
+them, and scale them otherwise under rsLoRA); and the router is no `nn.Linear` any more, which peft refuses. What peft
+can do is target parameters. So the checkpoint itself gets the same numbers in peft's form (peft and `swift infer` read
+it; vLLM refuses its names), and mcore-bridge's files move below it, to `vllm/`: before the checkpoint is published,
+since that is two renames, while peft's form takes a minute for a 235B model and is written behind it. In three steps:
 
 1. Build the Hugging Face model on the meta device, and see which of the adapter's modules it has.
 2. Let peft itself inject an adapter of the new form there: that gives every name and shape it will look for.
@@ -195,14 +195,14 @@ def _targets(model: nn.Module, names: set[str]) -> tuple[set[str], set[str]]:
         path = name.removeprefix(_PREFIX).rpartition(".lora_")[0]
         module = _submodule(model, path)
         if isinstance(module, nn.Linear):
-            modules.add(path.rpartition(".")[2])
+            modules.add(_last(path))
         elif module is not None and getattr(module, "weight", None) is not None and module.weight.ndim == 2:
-            parameters.add(f"{_tail(path)}.weight")
+            parameters.add(f"{_last(path)}.weight")
         elif expert is not None and module is None:
             fused = next((f for f, parts in _FUSED.items() if expert["projection"] in parts), None)
             experts = expert["experts"].removeprefix(_PREFIX)
             _require_known_experts(_submodule(model, experts), experts, fused)
-            parameters.add(f"{_tail(experts)}.{fused}")
+            parameters.add(fused)
         else:
             raise NotExportable(f"the model of transformers {transformers.__version__} has nothing at {path}")
     return modules, parameters
@@ -215,9 +215,13 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _tail(path: str) -> str:
-    """The last two parts of a module's path, `mlp.experts`: peft matches ends of paths."""
-    return ".".join(path.split(".")[-2:])
+def _last(path: str) -> str:
+    """The last part of a path: peft matches ends of them.
+
+    No more than that, because peft 0.19 and later read mcore-bridge's form too, give it these names, and take no two
+    adapters that have others: ms-swift loads the folder below a checkpoint as a second adapter.
+    """
+    return path.rpartition(".")[2]
 
 
 def _require_known_experts(experts: nn.Module | None, path: str, fused: str | None) -> None:

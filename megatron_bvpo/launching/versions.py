@@ -55,9 +55,9 @@ SUPPORTED = (
     ),
     Supported(
         "peft",
-        ">=0.15,<0.19",
+        ">=0.15,<0.21",
         "0.18.1",
-        "from 0.19 on mcore-bridge 1.6 silently drops use_rslora and lora_dropout",
+        "as ms-swift 4.6",
     ),
     Supported("transformers", ">=4.51,<5.20", "5.19.0", "Qwen3-MoE came with 4.51; ms-swift 4.6 stops before 5.20"),
     Supported("trl", ">=0.15,<1.0", "0.29.1", "as ms-swift 4.6"),

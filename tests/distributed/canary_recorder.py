@@ -186,26 +186,23 @@ def plant_in_reference(base, folder, faults: list[str], flush_steps: int = 32, l
 # ---- faults of copies
 
 
-def plant_in_copies(base, folder, faults: dict[str, str], at_save: str = "", by: float = 1e-3):
-    """Change one parameter on rank 1 alone, once for each of `faults` (name → part of a parameter's name).
+def plant_in_copies(base, folder, faults: dict[str, tuple[str, float]], at_save: tuple[str, float] | None = None):
+    """Change one parameter on rank 1 alone, once for each of `faults`: (part of its name, what each element gets more).
 
-    Args:
-        at_save: part of a parameter's name; changed on rank 1 before the run's last save, which is written.
-        by: how much every element is changed.
+    `at_save` is changed on rank 1 before the run's last save, which is written.
     """
 
     class Recorder(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             found = {"": self.replicas.differences()}
-            for name, part in faults.items():
-                with self._changed(part):
+            for name, fault in faults.items():
+                with self._changed(*fault):
                     found[name] = self.replicas.differences()
             self.recorded = {"found": {name: [vars(d) for d in told] for name, told in found.items()}}
 
-        def _changed(self, part: str):
-            here = dist.get_rank() == 1
-            return changed(self._named(part), by) if here else nullcontext()
+        def _changed(self, part: str, by: float):
+            return changed(self._named(part), by) if dist.get_rank() == 1 else nullcontext()
 
         def _named(self, part: str):
             return next(p for n, p in self.unwrapped_models[0].named_parameters() if part in n)
@@ -214,7 +211,7 @@ def plant_in_copies(base, folder, faults: dict[str, str], at_save: str = "", by:
             if not at_save:
                 self.state.last_model_checkpoint = str(folder)
                 return
-            with canary_lines() as lines, self._changed(at_save):
+            with canary_lines() as lines, self._changed(*at_save):
                 super().save_checkpoint()
             self.recorded["told"] = list(lines)
 

@@ -44,6 +44,7 @@ class Run:
         assert set(self.codes) == {0}, f"exit codes {self.codes}\n" + "\n".join(
             f"--- rank {i} ---\n{text[-3000:]}" for i, text in enumerate(self.stderr)
         )
+        assert "Canary:" not in self.text
         return self
 
 

@@ -21,12 +21,13 @@ REFERENCE_FAULTS = {
     "swapped_halves": "the two halves of the output are swapped",
     "adapters_off": "do not depend on what is trained",
 }
-NORM, FACTOR, EXPERT, SHARD = (
-    "input_layernorm.weight",
-    "linear_qkv.lora_A.default.weight",
-    "experts.linear_fc1.lora_A.default.weight0",
-    "linear_qkv.lora_B.default.weight",
-)
+FACTOR = "linear_qkv.lora_A.default.weight"
+COPIES = {
+    "norm": "pre_mlp_layernorm.weight",
+    "factor": FACTOR,
+    "expert": "experts.linear_fc1.lora_A.default.weight0",
+    "shard": "linear_qkv.lora_B.default.weight",
+}
 
 
 def cell(workshop, name: str, more: str, hook: str = "plant_in_reference", may_fail: bool = False, **hook_args) -> Cell:
@@ -57,10 +58,10 @@ def runs(workshop, tmp_path_factory) -> dict[str, CellResult]:
         cell(workshop, "live-dropout", LORA, faults=[], live_dropout=0.1),
     ]
     found = run_cells(1, one, folder)
-    copies = {"norm": NORM, "factor": FACTOR, "expert": EXPERT, "shard": SHARD}
+    copies = {**{name: (part, 1e-3) for name, part in COPIES.items()}, "rounding": (FACTOR, 1e-8)}
     two = [
         cell(workshop, "own-draws", f"{LORA} {TP2}", "own_draws", may_fail=True),
-        cell(workshop, "tp2", f"{LORA} {TP2}", "plant_in_copies", faults=copies, at_save=FACTOR),
+        cell(workshop, "tp2", f"{LORA} {TP2}", "plant_in_copies", faults=copies, at_save=copies["factor"]),
         cell(workshop, "ep2", f"{LORA} {EP2}", "plant_in_copies", faults=copies),
         cell(workshop, "pp2", f"{LORA} {PP2}", faults=["adapters_on", "swapped_halves", "swapped_between_stages"]),
     ]
@@ -144,7 +145,7 @@ def differing(run: CellResult, fault: str) -> dict[str, tuple]:
 def test_a_changed_copy_is_named_with_its_ranks(runs, name, shared):
     """Under TP 2, B of the attention's input is cut; under EP 2 (and DP 2) each rank has its own experts."""
     assert differing(runs[name], "") == {}
-    for fault, part in (("norm", NORM), ("factor", FACTOR), ("expert", EXPERT), ("shard", SHARD)):
+    for fault, part in COPIES.items():
         found = differing(runs[name], fault)
         if fault not in shared:
             assert found == {}, fault
@@ -153,6 +154,11 @@ def test_a_changed_copy_is_named_with_its_ranks(runs, name, shared):
         assert where.endswith(part) and ranks == ((0,), (1,)), fault
         (difference,) = runs[name].recorded["found"][fault]
         assert difference["apart"] == pytest.approx(1e-3, rel=1e-3) and not difference["rounding"]
+
+
+def test_rounding_is_told_apart(runs):
+    (difference,) = runs["tp2"].recorded["found"]["rounding"]
+    assert difference["rounding"] and 0 < difference["apart"] < 2e-8
 
 
 def test_what_bridge_draws_is_refused_where_default_seeds_differ(runs):

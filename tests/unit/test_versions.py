@@ -57,22 +57,22 @@ def test_this_environment_is_supported():
 
 
 def test_one_message_names_package_found_range_and_remedy(monkeypatch):
-    found = {"peft": "0.20.0", "mcore-bridge": None}
+    found = {"peft": "0.21.0", "mcore-bridge": None}
     real = versions.installed
     monkeypatch.setattr(versions, "installed", lambda name: found[name] if name in found else real(name))
     with pytest.raises(UserError) as caught:
         versions.require_supported()
     message = str(caught.value)
-    assert "peft 0.20.0 is installed, supported is peft>=0.15,<0.19 (from 0.19 on" in message
+    assert "peft 0.21.0 is installed, supported is peft>=0.15,<0.21 (as ms-swift" in message
     assert "mcore-bridge is not installed, supported is mcore-bridge>=1.6.5,<1.7" in message
-    assert message.endswith("Run: pip install 'mcore-bridge>=1.6.5,<1.7' 'peft>=0.15,<0.19'")
+    assert message.endswith("Run: pip install 'mcore-bridge>=1.6.5,<1.7' 'peft>=0.15,<0.21'")
     assert "\n" not in message
 
     monkeypatch.setenv(versions.SKIP, "1")
     versions.require_supported()
 
 
-@pytest.mark.parametrize("found", [None, "0.19.0", "0.19.0.dev0", "0.14.9", "unknown"])
+@pytest.mark.parametrize("found", [None, "0.21.0", "0.21.0.dev0", "0.14.9", "unknown"])
 def test_versions_outside_the_range_are_not_ok(found):
     peft = next(row for row in versions.SUPPORTED if row.package == "peft")
     assert not versions.Finding(peft, found).ok
