@@ -33,7 +33,7 @@ CPU_FLAGS = (
     "--recompute_granularity none --gradient_accumulation_fusion false --masked_softmax_fusion false "
     "--bias_dropout_fusion false --moe_permute_fusion false --dataloader_num_workers 0 "
     "--dataloader_persistent_workers false --dataloader_pin_memory false --check_model false --add_version false "
-    "--report_to tensorboard --load_from_cache_file false"
+    "--report_to tensorboard --load_from_cache_file false --dataset_num_proc 1"
 ).split()
 
 # What GPU configurations have on, by ms-swift's defaults or by configs/, and a CPU's cheap runs leave out. The rest of

@@ -128,6 +128,36 @@ def test_peft_alone_would_make_another_adapter_of_it(saved_runs, workshop):
         require_same_logps(loaded, run, workshop, workshop.moe)
 
 
+def said_in(run) -> list[str]:
+    """What rank 0 of a run has logged."""
+    text = (run.folder.parent / "rank0_of_1.log").read_text(errors="replace")
+    return text.split(f"===== cell {run.folder.name}\n")[1].partition("===== cell ")[0].splitlines()
+
+
+def test_a_checkpoint_is_published_before_peft_s_form_and_each_part_is_timed(saved_runs):
+    said = said_in(saved_runs["moe"])
+    first: dict[str, int] = {}
+    for i, line in enumerate(said):
+        if "INFO" in line:
+            first.setdefault(line.partition("] ")[2].rpartition(":")[0] or line, i)
+    order = [
+        "time: reading and judging rows",
+        "time: tokenising, with dataset_num_proc 1",
+        "time: building and reading the model",
+        "time: first step",
+        "time: save: save_weights",
+        "time: save: Megatron's files, and the lines of save_weights",
+        "time: save: publishing, and removing old checkpoints",
+        "time: save: all that a restart needs",
+        f"time: save: the adapter of {CHECKPOINT} in peft's form",
+        "time: save: all of it",
+    ]
+    assert [name for name in sorted(first, key=first.get) if name in order] == order
+    (whole,) = (i for i, line in enumerate(said) if "The checkpoint is whole" in line)
+    (form,) = (i for i, line in enumerate(said) if "is for peft" in line)
+    assert whole < form, "a run that is killed in between can go on"
+
+
 @pytest.fixture
 def copied(saved_runs, tmp_path):
     """The MoE adapter as mcore-bridge writes it."""
