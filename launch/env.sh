@@ -2,7 +2,7 @@
 # Sourced by the other scripts: makes the virtual environment once and activates it.
 #
 #   BVPO_VENV      where it lives (default: .venv in the checkout)
-#   BVPO_PYTHON    which Python makes it (default: python3.12 or python3.11, whichever is found)
+#   BVPO_PYTHON    which Python makes it (default: python3.11, python3.12 or python3, the first that is one)
 #   BVPO_EXTRAS    extras to install (default: rehearsal)
 #   BVPO_PIP_ARGS  more arguments for pip, such as an index of CPU builds of torch
 #
@@ -15,14 +15,15 @@ BVPO_TORCH="${BVPO_TORCH:-torch==2.13.0}"
 BVPO_PIP_ARGS="${BVPO_PIP_ARGS:-}"
 
 bvpo_find_python() {
-  local candidate
-  for candidate in "${BVPO_PYTHON:-}" python3.11 python3.12 python3; do
-    [ -n "$candidate" ] || continue
+  local candidate candidates=(python3.11 python3.12 python3)
+  [ -z "${BVPO_PYTHON:-}" ] || candidates=("$BVPO_PYTHON") # another one would not be what was asked for
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
       command -v "$candidate"
       return 0
     fi
   done
+  [ -z "${BVPO_PYTHON:-}" ] || echo "BVPO_PYTHON=$BVPO_PYTHON does not run, or is another version." >&2
   echo "No Python 3.11 or 3.12 found; install one (Debian 12: apt-get install python3 python3-venv) or set BVPO_PYTHON." >&2
   return 1
 }

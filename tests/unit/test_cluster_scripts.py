@@ -31,6 +31,18 @@ def test_there_are_scripts():
     assert {"env.sh", "train.sh", "slurm.sbatch", "rehearse.sh", "test.sh"} <= names
 
 
+def test_a_python_that_is_asked_for_is_that_one_or_none(tmp_path):
+    """Not the next best: the tests of one version would run with another."""
+    other = tmp_path / "python3.12"
+    other.write_text("#!/bin/sh\nexit 127\n")
+    other.chmod(0o755)
+    find = ["bash", "-c", f". {ROOT}/launch/env.sh; bvpo_find_python"]
+    for asked, code, answer in ((str(other), 1, ""), (sys.executable, 0, sys.executable)):
+        done = subprocess.run(find, env={**os.environ, "BVPO_PYTHON": asked}, capture_output=True, text=True)
+        assert (done.returncode, done.stdout.strip()) == (code, answer)
+        assert not code or f"BVPO_PYTHON={asked} does not run" in done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shellcheck(script):
     done = subprocess.run(
