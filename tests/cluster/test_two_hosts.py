@@ -54,6 +54,7 @@ class Host:
             "BVPO_NODE_SILENCE_S": str(SILENCE_S),
             "BVPO_MIN_FREE_GIB": "1",
             "BVPO_PYTHON_BIN": sys.executable,
+            "MODELSCOPE_CACHE": str(run_dir.parent / f"cache-of-{self.name}"),  # a disk of its own, as in an image
             **env,
         }
         with log.open("ab") as file:
@@ -123,6 +124,8 @@ def test_it_trains_over_tcp(whole):
     assert "preflight: passed" in told and "all-reduce across nodes" in told
     assert "node 0 (host-a): ended with 0" in told and "node 1 (host-b): ended with 0" in told
     assert sorted(losses(whole / "run")) == list(range(1, STEPS + 1))
+    kept = {path.parent.name for path in whole.rglob("*.arrow")}
+    assert kept == {"data-cache"}, "the rows lie where both hosts see them, and nowhere else"
     ranks = sorted(p.parts[-5] for p in (whole / "run" / "logs").rglob("stderr.log"))
     assert ranks == ["000-host-a", "001-host-b"], "a log for each rank, by the name of its host"
 

@@ -67,18 +67,27 @@ def bare_answers(workshop) -> Path:
     return write_rows(workshop.folder / "bare-answers.jsonl", rows)
 
 
+def saved_data(workshop) -> str:
+    """LoRA with an evaluation and a checkpoint at the end."""
+    data = f"--dataset {workshop.train} --val_dataset {workshop.held_out} --bvpo_alpha {ALPHA} "
+    return data + f"--global_batch_size 4 --train_iters 2 --save_steps 100 {LORA} {SAVE}"
+
+
+def saved_flags(workshop) -> str:
+    """Of the run `moe-experts`, which can be gone on from."""
+    return f"{saved_data(workshop)} {moe(workshop)} --target_modules all-linear --no_save_optim false"
+
+
 def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
     """LoRA on both models, with an evaluation and a checkpoint at the end; and runs that begin with a checkpoint."""
-    data = f"--dataset {workshop.train} --val_dataset {workshop.held_out} --bvpo_alpha {ALPHA} "
-    data += f"--global_batch_size 4 --train_iters 2 --save_steps 100 {LORA} {SAVE}"
-    save = {"save": True}
+    data, save = saved_data(workshop), {"save": True}
     cells = [
         cell(
             "moe",
             f"{data} {moe(workshop)} --use_rslora true --target_modules all-linear all-router",
             hook_args=save,
         ),
-        cell("moe-experts", f"{data} {moe(workshop)} --target_modules all-linear", hook_args=save),
+        cell("moe-experts", saved_flags(workshop), hook_args=save),
         cell("dense", f"{data} {dense(workshop)}", hook_args=save),
     ]
     adapter = f"{folder}/moe-experts/last-checkpoint"

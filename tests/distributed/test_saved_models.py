@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from megatron_bvpo.host.peft_export import settle_adapter_forms
+from megatron_bvpo.host.peft_export import DUE, settle_adapter_forms
 from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT, WEIGHTS, per_expert_form
+from tests.distributed import oracle_runs
+from tests.distributed.cells import run_cells
 from tests.distributed.hf_oracle import load_model, mean_logps, read_rows
 
 TOLERANCE = 1e-5
@@ -156,6 +158,26 @@ def test_a_checkpoint_is_published_before_peft_s_form_and_each_part_is_timed(sav
     (whole,) = (i for i, line in enumerate(said) if "The checkpoint is whole" in line)
     (form,) = (i for i, line in enumerate(said) if "is for peft" in line)
     assert whole < form, "a run that is killed in between can go on"
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_peft_s_form(saved_runs, workshop, tmp_path):
+    """As a kill behind the publication leaves it; the next save writes what is missing."""
+    before = saved_runs["moe-experts"].folder / CHECKPOINT
+    checkpoint = tmp_path / "goes-on" / CHECKPOINT
+    shutil.copytree(before, checkpoint)
+    for name in (CONFIG, WEIGHTS):
+        (checkpoint / name).unlink()
+    (checkpoint / DUE).touch()
+    flags = oracle_runs.saved_flags(workshop)
+    flags += f" --train_iters 3 --mcore_adapter {checkpoint} --finetune false --no_load_rng true"
+    cell = oracle_runs.cell("goes-on", flags, hook_args={"save": True}, keep_folder=True)
+    run = run_cells(1, [cell], tmp_path)["goes-on"]
+    said = "\n".join(said_in(run))
+    assert "Going on from step 2" in said and f"{CHECKPOINT} lacks its adapter in peft's form" in said
+    for folder in (checkpoint, run.folder / "checkpoint-3"):
+        assert not (folder / DUE).exists() and (folder / CONFIG).is_file()
+    mended, wanted = load_file(checkpoint / WEIGHTS), load_file(before / WEIGHTS)
+    assert mended.keys() == wanted.keys() and all(torch.equal(mended[name], wanted[name]) for name in wanted)
 
 
 @pytest.fixture
