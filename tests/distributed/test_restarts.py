@@ -68,11 +68,12 @@ class Shop:
             from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 
             return str(make_tiny_model(workshop.folder / "moe-other", kind="moe", vocab="trimmed", seed=1))
-        return str(self.folder / "cache") if value == "CACHE" else str(value)
+        return str(value)
 
     def start(self, kind: str, folder: Path, **hook_args) -> tuple[Run, list[Record]]:
         """As `bvpo supervise` starts it: anew, or from what stands in the folder."""
         flags = [word for name, value in self.flags(kind).items() for word in (f"--{name}", *value.split())]
+        flags = [f"{folder}-references" if word == "CACHE" else word for word in flags]
         run = read_run(flags)
         refuse_unresumable(run, {})
         command = swift_command(run, folder, resume_flags(run, folder))
