@@ -275,6 +275,18 @@ def check_optimizer(args: Any) -> None:
                 "is True without the distributed optimizer, which Megatron refuses",
                 "add --use_distributed_optimizer true",
             ),
+            *(
+                (
+                    # ms-swift turns the names into torch's types later.
+                    not args.use_precision_aware_optimizer
+                    and str(getattr(args, name)) not in ("fp32", "torch.float32"),
+                    name,
+                    f"is {str(getattr(args, name)).removeprefix('torch.')}, and Megatron has that with the "
+                    "precision-aware optimizer only",
+                    "leave the flag out, or add --use_precision_aware_optimizer true",
+                )
+                for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+            ),
             (
                 args.overlap_param_gather and not args.use_distributed_optimizer,
                 "overlap_param_gather",

@@ -204,9 +204,15 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
 
         successful, grad_norm, _ = self.optimizer.step()
         successful = logical_and_across_model_parallel_group(successful)
-        grad_norm = reduce_max_stat_across_model_parallel_group(grad_norm)
+        # Under fp16 an overflow leaves no norm.
+        grad_norm = reduce_max_stat_across_model_parallel_group(0.0 if grad_norm is None else grad_norm)
         if successful:
             self.opt_param_scheduler.step(increment=self.args.global_batch_size)
+        else:
+            scale = float(self.optimizer.get_loss_scale())
+            logger.info(
+                f"Step {self.state.iteration + 1} not taken: fp16 overflowed; the loss scale is {scale:.0f} now."
+            )
         metrics = self._step_metrics(done)
         if self.moments is not None:  # later steps use it; this one was mixed with what was known before
             self._learn_alpha(self.moments)

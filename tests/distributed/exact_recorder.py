@@ -72,7 +72,12 @@ def random_states() -> dict[str, torch.Tensor]:
 
 
 def record_exactly(
-    base, folder: Path, kill_in_step: int | None = None, kill_in_save: int | None = None, when: str = ""
+    base,
+    folder: Path,
+    kill_in_step: int | None = None,
+    kill_in_save: int | None = None,
+    when: str = "",
+    loss_scale: float | None = None,
 ):
     """Writes `<folder>.out/exact<rank>.jsonl`: a line for each step, evaluation, save, and the end.
 
@@ -80,12 +85,18 @@ def record_exactly(
         kill_in_step: SIGKILL for all ranks before the second micro-batch of this step.
         kill_in_save: SIGKILL for all ranks during the save after this step, as soon as …
         when: … a path matches this pattern inside the staging folder.
+        loss_scale: where fp16's begins, which is 2³² otherwise.
     """
 
     class Exact(base):
         def _write(self, **line) -> None:
             with Path(f"{folder}.out", f"exact{dist.get_rank()}.jsonl").open("a") as file:
                 print(json.dumps(exact(line)), file=file, flush=True)
+
+        def setup_model_training(self):
+            super().setup_model_training()
+            for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if loss_scale else ():
+                part.grad_scaler._scale.fill_(loss_scale)
 
         def forward_step(self, data_iterator, model):
             if kill_in_step == self.state.iteration + 1 and self.unwrapped_models[0].training:
@@ -102,6 +113,7 @@ def record_exactly(
                 metrics=metrics[0] if metrics else {},
                 grad_norm=grad_norm,
                 lr=self._get_reported_learning_rate(),
+                loss_scale=float(self.optimizer.get_loss_scale()),
                 before=before,
             )
             return metrics, grad_norm, successful

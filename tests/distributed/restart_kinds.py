@@ -19,11 +19,13 @@ class Kind:
     Attributes:
         flags: what it is given beside the flags of all kinds; None takes one of these out.
         trains_as: the kind whose numbers it has to the last bit, killed or not; its own by default.
-        last: the step of its last checkpoint when it is killed in step 4.
+        steps: how many it takes; it is killed in the last one …
+        last: … and has its last checkpoint of this one.
     """
 
     flags: dict[str, str | None]
     trains_as: str | None = None
+    steps: int = 4
     last: int = 2
 
 
@@ -42,7 +44,7 @@ FURTHER = {
     # ---- what is written, and in what form
     "merged": Kind({"merge_lora": "true"}, "lora"),
     "no-safetensors": Kind({"save_safetensors": "false"}, "lora"),
-    "one-checkpoint": Kind({"save_total_limit": "1", "save_steps": "1"}, "lora", last=3),
+    "few-checkpoints": Kind({"save_total_limit": "2", "save_steps": "1"}, last=3),
     "no-rng": Kind({"no_save_rng": "true"}, "lora"),
     "reshardable-little-memory": Kind(
         {"dist_ckpt_optim_fully_reshardable": "true", "distrib_optim_fully_reshardable_mem_efficient": "true"}, "lora"
@@ -60,18 +62,16 @@ FURTHER = {
     "full-no-shards": Kind(FULL | {"use_distributed_optimizer": "false"}),
     "bf16": Kind(BF16),
     "full-bf16": Kind(FULL | BF16),
-    "full-fp16": Kind(FULL | {"fp16": "true", "torch_dtype": "float16"}),
-    "full-bf16-gradients": Kind(FULL | BF16 | {"main_grads_dtype": "bf16"}),
-    "precision-aware": Kind(FULL | BF16 | PRECISE),
-    "precision-aware-small-moments": Kind(
-        FULL | BF16 | PRECISE | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "main_params_dtype": "fp16"}
-    ),
+    # The loss scale falls until nothing overflows, from step 16 on.
+    "fp16": Kind({"fp16": "true", "torch_dtype": "float16", "save_steps": "17"}, steps=19, last=17),
+    "small-moments": Kind(FULL | OFFLOADED | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}),
+    "small-gradients": Kind(FULL | OFFLOADED | {"main_grads_dtype": "bf16"}),
     "offloaded": Kind(FULL | OFFLOADED),
     "lora-offloaded": Kind(OFFLOADED | {"optimizer_offload_fraction": "1"}),
     # ---- what is trained
     "router": Kind({"target_modules": "all-linear all-router", "use_rslora": "true", "lora_alpha": "16"}),
     "regex": Kind({"target_regex": r".*(experts\.linear_fc1|linear_proj)"}),
-    "whole-modules": Kind({"modules_to_save": "embed_tokens"}),
+    "whole-modules": Kind({"modules_to_save": "word_embeddings"}),
     "frozen": Kind(FULL | {"freeze_parameters_regex": r".*\.router\.weight"}),
     # ---- where it begins: the restart must not begin there again
     "from-an-adapter": Kind({"adapters": "START"}),
@@ -82,6 +82,7 @@ FURTHER = {
     "with-a-reference-model": Kind(FULL | {"ref_model": "OTHER_MODEL"}),
     # ---- what has been consumed
     "streaming": Kind({"streaming": "true"}),
+    "held-out-share": Kind({"split_dataset_ratio": "0.25", "eval_iters": None, "eval_steps": "1"}),
     "lazy": Kind({"lazy_tokenize": "true"}, "lora"),
     "packing": Kind({"packing": "true", "packing_length": "820", "global_batch_size": "2"}),
     "padded": Kind({"padding_free": "false"}),
@@ -95,7 +96,7 @@ KINDS = IN_CI | FURTHER
 # Every flag whose name says that a checkpoint may depend on it is set by a kind or stands here.
 MAY_MATTER = (
     r"save|ckpt|checkpoint|optim|offload|exp_avg|main_(grads|params)|merge|shard|rng|random|tuner|adapter|mcore"
-    r"|train_iters|epoch|pack|stream|lazy|cached|fp16|bf16|best|modules_to|lora"
+    r"|train_iters|epoch|split_dataset|pack|stream|lazy|cached|fp16|bf16|best|modules_to|lora"
 )
 REFUSED = {
     "by train.sh (test_a_run_that_saves_no_optimizer_is_not_begun…)": "no_save_optim",
@@ -115,5 +116,6 @@ NO_MATTER = {
     "of one data-parallel rank there is one": "data_parallel_random_init overlap_param_gather_with_optimizer_step",
     "how a run that goes on reads": "no_load_optim no_load_rng",
     "another name of a reference": "mcore_ref_adapter mcore_ref_model",
+    "of Transformer Engine's own optimizer, which the stand-ins lack": "main_params_dtype",
     "rows that are ready when the run begins": "cached_dataset cached_val_dataset packing_num_proc packing_strategy",
 }

@@ -322,6 +322,12 @@ FLAGS = {
         "--freeze_parameters: nothing is left to train: every parameter is frozen; .*",
     ),
     "SGD": ({"optimizer": "sgd"}, 1, "--optimizer: is sgd: Megatron's distributed optimizer .* use --optimizer adam"),
+    "gradients in bf16": (
+        {"main_grads_dtype": "bf16"},
+        1,
+        "--main_grads_dtype: is bf16, and Megatron has that with the precision-aware optimizer only; .*",
+    ),
+    "moments in fp16": ({"exp_avg_sq_dtype": "fp16"}, 1, "--exp_avg_sq_dtype: is fp16, and Megatron .*"),
     "no rows asked": ({"dataset": "pairs.jsonl#0"}, 1, "--dataset: takes 0 rows of pairs.jsonl; .*"),
     "a jinja template": ({"template_backend": "jinja"}, 1, "--template_backend: .* is 'jinja': .*"),
     "no such checkpoint": (

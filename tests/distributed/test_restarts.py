@@ -31,7 +31,6 @@ from tests.distributed.test_resume import RECORDER, Record, assert_killed, asser
 from tests.unit.cluster_ports import free_pair
 
 pytestmark = pytest.mark.slow
-STEPS = 4
 
 
 class Shop:
@@ -51,7 +50,7 @@ class Shop:
             **{"dataset": f"{workshop.train}#8", "max_length": 512, "eval_iters": 0},
             **{"tuner_type": "lora", "lora_rank": 4, "lora_dropout": 0.05, "merge_lora": "false"},
             **{"lr": 1e-3, "lr_warmup_iters": 1, "bvpo_alpha": 0.3, "micro_batch_size": 1, "global_batch_size": 4},
-            **{"train_iters": STEPS, "save_steps": 2, "logging_steps": 1},
+            **{"train_iters": KINDS[kind].steps, "save_steps": 2, "logging_steps": 1},
             **KINDS[kind].flags,
         }
         return {name: self.place(value) for name, value in given.items() if value is not None}
@@ -69,11 +68,12 @@ class Shop:
             from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 
             return str(make_tiny_model(workshop.folder / "moe-other", kind="moe", vocab="trimmed", seed=1))
-        return str(self.folder / "cache") if value == "CACHE" else str(value)
+        return str(value)
 
     def start(self, kind: str, folder: Path, **hook_args) -> tuple[Run, list[Record]]:
         """As `bvpo supervise` starts it: anew, or from what stands in the folder."""
         flags = [word for name, value in self.flags(kind).items() for word in (f"--{name}", *value.split())]
+        flags = [f"{folder}-references" if word == "CACHE" else word for word in flags]
         run = read_run(flags)
         refuse_unresumable(run, {})
         command = swift_command(run, folder, resume_flags(run, folder))
@@ -85,7 +85,7 @@ class Shop:
         folder = self.folder / f"{kind}-whole"
         run, records = self.start(kind, folder)
         run.require_success()
-        assert sorted(records[0].steps) == list(range(1, STEPS + 1))
+        assert sorted(records[0].steps) == list(range(1, KINDS[kind].steps + 1))
         return folder, records
 
 
@@ -101,18 +101,18 @@ def pytest_generate_tests(metafunc):
 
 def test_a_killed_run_of_each_kind_goes_on_exactly(shop, kind):
     _, whole = shop.whole(KINDS[kind].trains_as or kind)
-    folder, last = shop.folder / kind, KINDS[kind].last
-    run, killed = shop.start(kind, folder, kill_in_step=STEPS)
+    folder, last, steps = shop.folder / kind, KINDS[kind].last, KINDS[kind].steps
+    run, killed = shop.start(kind, folder, kill_in_step=steps)
     assert_killed(run)
-    assert_same(killed, whole, 1, STEPS - 1)
+    assert_same(killed, whole, 1, steps - 1)
     assert reached(folder) == last
 
     run, restarted = shop.start(kind, folder)
     run.require_success()
     assert min(restarted[0].steps) == last + 1, "the run did not go on where the checkpoint was"
-    assert_same(restarted, whole, last + 1, STEPS)
+    assert_same(restarted, whole, last + 1, steps)
     assert restarted[0].end == whole[0].end, "parameters or optimizer differ at the end"
-    assert reached(folder) == STEPS
+    assert reached(folder) == steps
 
 
 def train_sh(config: Path, folder: Path) -> subprocess.Popen:
@@ -142,7 +142,7 @@ def test_train_sh_itself_goes_on(shop):
     code = train_sh(config, folder).wait(timeout=600)
     said = Path(f"{folder}.log").read_text()
     assert code == 0, said[-3000:]
-    assert f"going on from {folder}/checkpoint-{KINDS[kind].last}" in said and reached(folder) == STEPS
+    assert f"going on from {folder}/checkpoint-{KINDS[kind].last}" in said and reached(folder) == KINDS[kind].steps
     assert losses(folder) == losses(shop.whole(KINDS[kind].trains_as)[0])
 
 

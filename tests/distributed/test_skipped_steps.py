@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.forks import Run, zygotes
-from tests.distributed.test_resume import BF16, argv
+from tests.distributed.test_resume import BF16, RECORDER, argv
 
 pytestmark = pytest.mark.slow
 
 HOOK = "tests.distributed.poison:poisoned"
 PP2 = "--pipeline_model_parallel_size 2"
+FP16 = "--fp16 true --torch_dtype float16"
 STEPS = 5
 SKIPPED = 2
 # name: (where the NaN is put, flags beside LoRA's, hook arguments)
@@ -110,3 +111,24 @@ def test_too_many_in_a_row_stop_the_run(workshop, tmp_path):
     assert list(lines(run, 0, "state")) == [1, 2, 3, 4, 5], "one good step between them begins the count anew"
     last = run.stderr[0].strip().splitlines()[-1]
     assert last.startswith("megatron-bvpo: error: 3 steps in a row without a finite gradient") and "--lr" in last
+
+
+def test_an_overflow_under_fp16_lowers_the_loss_scale_and_the_run_goes_on(workshop, tmp_path):
+    """Two overflows in a row halve the scale; a step that is not taken moves neither weights nor schedule."""
+    flags = argv(workshop, "lora-float32-dp2", f"{FP16} --train_iters {STEPS} --save_steps 100 --eval_iters 0")
+    hook = {"hook": RECORDER, "hook_args": {"loss_scale": 2.0**30}}
+    run = zygotes().run(tmp_path / "fp16", flags, **hook).require_success()
+    steps = lines(run, 0, "step")
+    scales = [float.fromhex(steps[n]["loss_scale"]) for n in range(1, STEPS + 1)]
+    assert scales == [2.0**30, *(2.0**power for power in (29, 28, 27, 26))]
+    assert {steps[n]["before"]["parameters"] for n in steps} == {steps[1]["before"]["parameters"]}
+    assert len({steps[n]["lr"] for n in steps}) == 1 and all(steps[n]["metrics"]["loss"] for n in steps)
+    told = [line for line in run.stderr[0].splitlines() if "not taken: fp16 overflowed" in line]
+    assert len(told) == STEPS and "Step 2 not taken: fp16 overflowed; the loss scale is 536870912 now." in told[1]
+
+    hook["hook_args"]["loss_scale"] = 2.0**10
+    run = zygotes().run(tmp_path / "fp16-trains", flags, **hook).require_success()
+    steps = lines(run, 0, "step")
+    assert {float.fromhex(step["loss_scale"]) for step in steps.values()} == {2.0**10} and "not taken" not in run.text
+    norms = [float.fromhex(steps[n]["grad_norm"]) for n in steps]
+    assert all(norm > 0 for norm in norms)

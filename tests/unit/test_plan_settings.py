@@ -129,7 +129,7 @@ REFUSED = {
     "task_type": "seq_cls",
     "packing": {"packing": True, "streaming": True},
     "fp16": True,
-    "main_grads_dtype": "bf16",
+    "main_grads_dtype": {"main_grads_dtype": "bf16", "use_precision_aware_optimizer": True},
     "use_precision_aware_optimizer": True,
     "optimizer_cpu_offload": {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True, "bvpo_alpha": 0.5},
     "group_by_length": True,
@@ -355,7 +355,7 @@ def test_max_length_is_needed():
     [
         ({}, 2, 4),
         ({"bf16": True}, 2, 4),
-        ({"bf16": True, "main_grads_dtype": "bf16"}, 2, 2),
+        ({"bf16": True, "main_grads_dtype": "bf16", "use_precision_aware_optimizer": True}, 2, 2),
         ({"fp16": True}, 2, 2),
         ({"torch_dtype": "float32", "bf16": "false"}, 4, 4),
     ],
@@ -363,6 +363,15 @@ def test_max_length_is_needed():
 def test_bytes_of_an_element(values, parameter, gradient):
     run = settings_from({"max_length": 1, **values})
     assert (run.dtype_bytes, run.grad_bytes) == (parameter, gradient)
+
+
+@pytest.mark.parametrize("name", ["main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"])
+def test_small_dtypes_need_the_precision_aware_optimizer(name):
+    small = {"max_length": 1, name: "bf16" if name == "main_grads_dtype" else "fp16"}
+    with pytest.raises(UserError, match="with the precision-aware optimizer only") as found:
+        settings_from(small)
+    assert found.value.field == name
+    settings_from({**small, "use_precision_aware_optimizer": True})
 
 
 def test_a_frozen_router_is_known_and_nothing_else():
