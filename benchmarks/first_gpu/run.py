@@ -69,9 +69,10 @@ class Run:
         return [c for c in self.comparisons if c.key not in there]
 
     def _forget_failures(self) -> None:
+        """What failed or was left out is tried again; the lines stay, and newer ones count."""
         for comparison in self.comparisons:
             line = self.found().get(comparison.key)
-            if line is not None and not line.get("ok"):
+            if line is not None and (not line.get("ok") or "skipped" in line):
                 self.lines.append({"key": comparison.key, "on": self.machine, "again": True})
                 shutil.rmtree(self.place(self.cells[comparison.cell]), ignore_errors=True)
 
