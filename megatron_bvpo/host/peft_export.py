@@ -6,7 +6,8 @@ and `down_proj`, so peft below 0.19 finds no module of those names and drops the
 them, and scale them otherwise under rsLoRA); and the router is no `nn.Linear` any more, which peft refuses. What peft
 can do is target parameters. So the checkpoint itself gets the same numbers in peft's form (peft and `swift infer` read
 it; vLLM refuses its names), and mcore-bridge's files move below it, to `vllm/`: before the checkpoint is published,
-since that is two renames, while peft's form takes a minute for a 235B model and is written behind it. In three steps:
+since that is two renames, while peft's form takes some 20 s of a core for a 235B adapter, and is written behind it. In
+three steps:
 
 1. Build the Hugging Face model on the meta device, and see which of the adapter's modules it has.
 2. Let peft itself inject an adapter of the new form there: that gives every name and shape it will look for.
