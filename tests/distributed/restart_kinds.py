@@ -35,12 +35,12 @@ FULL = {"tuner_type": "full", "lora_rank": None, "lora_dropout": None, "merge_lo
 IN_CI = {
     "reshardable": Kind({"dist_ckpt_optim_fully_reshardable": "true"}, "lora"),
     "alpha-auto": Kind({"bvpo_alpha": "auto"}),
-    "full": Kind(FULL),
 }
 # Under `--whole-matrix`.
 FURTHER = {
     "lora": Kind({}),
-    "epochs": Kind(EPOCHS, "lora"),
+    "epochs": Kind(EPOCHS, "lora"),  # in CI through train.sh
+    "full": Kind(FULL),
     # ---- what is written, and in what form
     "merged": Kind({"merge_lora": "true"}, "lora"),
     "no-safetensors": Kind({"save_safetensors": "false"}, "lora"),
