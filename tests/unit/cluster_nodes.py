@@ -10,8 +10,10 @@ from pathlib import Path
 # Beats and patience are shorter than a cluster's. Node 0 leaves a file for each node that it has heard.
 NODE = """
 import os
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts in the background
 from megatron_bvpo.cluster import supervise
 from megatron_bvpo.cluster.nodes import Job
 from megatron_bvpo.cluster.roll_call import RollCall

@@ -61,7 +61,8 @@ def test_an_interrupt_before_the_start_has_returned_leaves_no_ranks(tmp_path, mo
         time.sleep(60)
         return process
 
-    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)  # the handlers of pytest's own process stay
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)  # pytest's own process keeps its other handlers
     monkeypatch.setattr(supervise.subprocess, "Popen", interrupted)
     monkeypatch.setattr(supervise, "GRACE", 1.0)
     logs = tmp_path / "logs" / "run" / "000"
@@ -72,6 +73,8 @@ def test_an_interrupt_before_the_start_has_returned_leaves_no_ranks(tmp_path, mo
     try:
         assert supervise.Supervisor(alone, command, env, logs, 2.0).run() == 130
     finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGINT, before)
         ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)  # pytest's own process adopts no orphans of other tests
     assert not ranks_alive(tmp_path)
 

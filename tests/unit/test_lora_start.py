@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
 
@@ -19,7 +21,10 @@ def groups(tp_rank=0, tp_size=1, ep_rank=0):
 
 
 def lora(inputs=WIDTH, **attributes) -> Linear:
-    layer = Linear(nn.Linear(inputs, 8, bias=False), "default", r=RANK)
+    # From 0.19 on a layer must have its settings as a config, too.
+    new = "config" in inspect.signature(Linear.__init__).parameters
+    config = {"config": LoraConfig(r=RANK)} if new else {}
+    layer = Linear(nn.Linear(inputs, 8, bias=False), "default", r=RANK, **config)
     for name, value in attributes.items():
         setattr(layer, name, value)
     return layer
