@@ -117,7 +117,7 @@ def silent_refusals(args: Any) -> list[tuple]:
         (
             args.cp_partition_mode != "zigzag",
             "cp_partition_mode",
-            "megatron-core 0.16's attention knows zigzag parts only, so tokens would be credited to other sequences",
+            "megatron-core's attention knows zigzag parts only, so tokens would be credited to other sequences",
             "leave the flag out",
         ),
         (

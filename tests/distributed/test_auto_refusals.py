@@ -92,7 +92,7 @@ ALWAYS = {
     "contiguous context parallelism": (
         {"cp_partition_mode": "contiguous"},
         "cp_partition_mode",
-        "megatron-core 0.16's attention knows zigzag parts only, .*; leave the flag out",
+        "megatron-core's attention knows zigzag parts only, .*; leave the flag out",
     ),
     "another bridge": (
         {"bridge_backend": "megatron-bridge", "tuner_type": "full"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +50,6 @@ def test_contiguous_parts_would_be_credited_to_other_sequences(monkeypatch):
     assert credited(monkeypatch, "contiguous", 2) == [[8, 0, 8, 0], [2, 0, 2, 0], [6, 0, 2, 4], [0, 4, 0, 4]]
 
 
-@pytest.mark.skipif(not version("megatron-core").startswith("0.16"), reason="newer ones were not looked at")
 def test_attention_is_not_told_of_contiguous_parts():
-    """And what the ranks hold would be attended to as if it were zigzag: megatron-core 0.16 has no field to say so."""
+    """And what the ranks hold would be attended to as if it were zigzag: megatron-core has no field to say so."""
     assert "cp_partition_mode" not in {field.name for field in dataclasses.fields(PackedSeqParams)}

@@ -173,7 +173,7 @@ def there_and_back(fused: bool, with_probs: bool, merging: bool, dtype=F64):
     chosen, probs = routing()
     x = torch.randn(TOKENS, HIDDEN, dtype=dtype).requires_grad_()
     probs = probs.requires_grad_()
-    rows, row_probs, mapping, *_ = permute(  # newer ones give more
+    rows, row_probs, mapping, *_ = permute(  # newer megatron-core gives two more
         x, chosen, probs=probs if with_probs else None, num_out_tokens=TOKENS * TOPK, fused=fused
     )
     experts = rows * torch.arange(1, TOKENS * TOPK + 1).to(dtype).unsqueeze(1)
