@@ -1,4 +1,8 @@
-"""A router that sends every token to the first half of the experts, so that the other ranks of EP get none."""
+"""A router that sends every token to the same few experts, so that all but the first rank of EP get none.
+
+As many experts as each token takes: with a choice among more, tokens that are as near to one as to another would be
+decided by rounding, which is another in every layout.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ def record_starved_probe(base, folder, **hook_args):
 
     def starving(self, logits, *args, **kwargs):
         out_of_reach = torch.zeros_like(logits)
-        out_of_reach[..., logits.shape[-1] // 2 :] = -1e4
+        out_of_reach[..., self.config.moe_router_topk :] = -1e4
         return routing(self, logits + out_of_reach, *args, **kwargs)
 
     def counting(self, permuted_local_hidden_states, *args, **kwargs):

@@ -27,7 +27,7 @@ VARIANTS = {
     "dp2-lora-no-dist-opt": ("dp2", "lora", "--use_distributed_optimizer false"),
     "ep2-full-overlap": ("ep2", "full", "--overlap_grad_reduce true --overlap_param_gather true"),
     "tp2-full-dense": ("tp2", "full", "DENSE"),
-    # Half of the expert ranks get no token, in no pass; with what lets a run hang on that.
+    # All expert ranks but the first get no token, in any pass; with what lets a run hang on that.
     "ep2-full-starved": ("ep2", "full", f"{SHIPPED} --overlap_grad_reduce true --overlap_param_gather true"),
 }
 # With --whole-matrix, these too.
@@ -199,15 +199,16 @@ def test_an_expert_rank_without_tokens_has_zero_gradients_and_the_others_one_ran
     """Finding no token must neither hang a run nor change what the other ranks do."""
     rows = torch.load(runs[starved].folder / "rows.pt")
     fed = [sum(of_rank) > 0 for of_rank in rows]
-    assert all(rows) and fed.count(True) == fed.count(False), fed
+    ep = int(re.search(r"ep(\d)", starved)[1])
+    assert all(rows) and fed.count(True) * ep == len(fed), fed
     ours, base = (runs[name].recorded["gradients"][0] for name in (starved, baseline(starved)))
     assert ours.keys() == base.keys()
     scale = max(g.norm().item() for g in base.values())
     for name, gradient in base.items():
         assert (ours[name] - gradient).norm().item() <= 1e-5 * max(gradient.norm().item(), 1e-2 * scale), name
     expert = {name: int(found[1]) for name in base if (found := re.search(r"\.experts\.(\d+)\.", name))}
-    hungry = [name for name, i in expert.items() if i > max(expert.values()) / 2]
-    assert hungry and not any(ours[name].any() for name in hungry)
+    assert len(set(expert.values())) == 8
+    assert {i for name, i in expert.items() if ours[name].any()} == {0, 1}
 
 
 @pytest.mark.parametrize("name", ["odd", "single"])

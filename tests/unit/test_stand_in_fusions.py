@@ -138,6 +138,23 @@ def test_apexs_kernels_add_to_the_gradient(dtype, kernel):
         getattr(apex_kernels, other)(x, dy, grad)
 
 
+def test_megatrons_own_layers_add_to_the_gradient():
+    """`--bvpo_logp_impl te` takes the logits from such a layer."""
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce as linear
+
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(2)
+        x, weight = torch.randn(3, 2, 7).requires_grad_(), torch.randn(5, 7).requires_grad_()
+        weight.main_grad, weight.grad_added_to_main_grad = torch.ones(5, 7), False
+        out = linear(x, weight, None, fused, allreduce_dgrad=False, sequence_parallel=False)
+        out.backward(torch.randn_like(out))
+        assert weight.grad_added_to_main_grad == bool(weight.grad.isnan().all()) == fused
+        results.append((out, x.grad, weight.main_grad if fused else 1 + weight.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_ms_swift_and_megatron_find_them():
     """In a process of its own: both look while they are imported."""
     code = (
