@@ -9,8 +9,9 @@ itself a sum of rounded terms:
 - a loss, absolute: a pair's margin is beta times a sum of four log-probs, whose independent errors add to twice that of
   one; the loss moves by half of the margin; and the mean over a step's 8 pairs divides what is left, by up to 3.
 
-What four CPU ranks (TP2 · PP2 · EP2) differ from one by is in docs/first-gpu-run.md. A bound that a sound GPU misses is
-a finding, not a reason to raise it: say what was measured.
+The multiples were chosen with the differences of four CPU ranks (TP2 · PP2 · EP2) from one at hand, which are in
+docs/first-gpu-run.md: they are calibrated, not proved. A bound that a sound GPU misses is a finding, not a reason to
+raise it: say what was measured.
 """
 
 from __future__ import annotations
