@@ -115,7 +115,10 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
 
     def add(name: str, layout: str, tuner: str, more: str = "", alpha: str = "auto", **hook_args) -> None:
         hook = STARVING if "starved" in name else HOOK
-        cell = Cell(name, argv(workshop, layout, tuner, more, alpha), hook=hook, hook_args=hook_args)
+        # With local gradients each replica takes a step of its own, and the copies part: the canaries say so, too.
+        apart = hook_args.get("mutation") == "local gradients"
+        flags = argv(workshop, layout, tuner, more, alpha)
+        cell = Cell(name, flags, hook=hook, hook_args=hook_args, canaries=apart)
         by_ranks[LAYOUTS[layout][0]].append(cell)
 
     for name in layout_cells(request.config.getoption("--whole-matrix")):
