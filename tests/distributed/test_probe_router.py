@@ -101,7 +101,10 @@ def argv(model: Path, rows: Path, alpha: str, more: str) -> list[str]:
 def runs(shop, tmp_path_factory) -> dict[str, CellResult]:
     def biased(name: str, alpha: str, more: str = EVERYTHING, **hook_args) -> Cell:
         hook = f"{RECORDERS}:record_router"
-        return Cell(name, argv(shop.biased, shop.rows, alpha, more), hook=hook, hook_args=hook_args)
+        flags = argv(shop.biased, shop.rows, alpha, more)
+        # A bias that moves within a step makes another policy of the first one: the canaries say so, too.
+        moves = hook_args.get("mutation") == "bias moves in every pass"
+        return Cell(name, flags, hook=hook, hook_args=hook_args, canaries=moves)
 
     def dense_first(name: str, more: str = "") -> Cell:
         flags = argv(shop.dense_first, shop.rows, "auto", f"{EVERYTHING} {more}")
