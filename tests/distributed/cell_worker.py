@@ -121,6 +121,9 @@ def take_down() -> None:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 
     parallel_state.destroy_model_parallel()
+    # Megatron writes a run's attention backend into these, and refuses another one's afterwards.
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)
     # mcore-bridge keeps a group of its own for the life of the process.
     gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_RANK = None
     destroy_num_microbatches_calculator()
