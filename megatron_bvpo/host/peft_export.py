@@ -133,12 +133,6 @@ def write_peft_form(checkpoint: Path, hf_config: Any) -> None:
     (checkpoint / DUE).unlink(missing_ok=True)
 
 
-def settle_adapter_forms(checkpoint: Path, hf_config: Any) -> None:
-    """Both steps at once, for a checkpoint that nobody waits for."""
-    set_aside(checkpoint)
-    write_peft_form(checkpoint, hf_config)
-
-
 def _put_in_place(checkpoint: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
     """Weights first: where a config stands, its weights are whole."""
     partial = checkpoint / _PARTIAL

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from megatron_bvpo.host.peft_export import DUE, settle_adapter_forms
+from megatron_bvpo.host.peft_export import DUE, set_aside, write_peft_form
 from megatron_bvpo.launching.adapter_folders import CONFIG, PER_EXPERT, WEIGHTS, per_expert_form
 from tests.distributed import oracle_runs
 from tests.distributed.cells import run_cells
@@ -199,7 +199,8 @@ def require_no_half_adapter(folder, workshop) -> None:
 def test_an_unknown_model_gets_a_reason(copied, workshop, caplog):
     """A dense model's config: its layers have no such experts."""
     with caplog.at_level("INFO", logger="swift"):
-        settle_adapter_forms(copied, AutoConfig.from_pretrained(workshop.dense))
+        set_aside(copied)
+        write_peft_form(copied, AutoConfig.from_pretrained(workshop.dense))
     require_no_half_adapter(copied, workshop)
     assert "has no form for peft" in caplog.text and "mlp.experts" in caplog.text and "--merge_lora" in caplog.text
 
@@ -211,7 +212,8 @@ def test_a_missing_factor_gets_a_reason(copied, workshop, caplog):
     del tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"]
     save_file(tensors, copied / WEIGHTS)
     with caplog.at_level("INFO", logger="swift"):
-        settle_adapter_forms(copied, AutoConfig.from_pretrained(workshop.moe))
+        set_aside(copied)
+        write_peft_form(copied, AutoConfig.from_pretrained(workshop.moe))
     require_no_half_adapter(copied, workshop)
     assert "1 tensors are missing" in caplog.text
 
