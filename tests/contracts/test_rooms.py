@@ -28,11 +28,12 @@ MAY_USE = {
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
     "reporting": set(),
+    "sampling": {"data"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting"}
+WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling"}
 
 
 def imports(source: str) -> set[str]:
