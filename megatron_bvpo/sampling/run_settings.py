@@ -1,4 +1,4 @@
-"""settings.json: what a folder's samples were asked with. Another start may ask for more of the same, for nothing else."""
+"""settings.json: what a folder was asked with. Another start may ask for more of the same, and for nothing else."""
 
 import json
 import os

@@ -45,7 +45,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="all requests' seeds come from it (0)")
     add("--limit", metavar="N", type=int, help="take the first N prompts")
     add("--tokenizer", metavar="PATH", help="the model's folder with chat template and tokenizer.json, by default "
-        "--model where that is a folder; needed for short, and for empty unless --thinking_switch is given")  # fmt: skip
+        "--model where that is a folder; needed for short, and for empty without --thinking_switch")  # fmt: skip
     add("--thinking_switch", metavar="NAME", help="variable of the chat template that switches thinking, such as "
         "enable_thinking; the default is what the tokenizer's template has")  # fmt: skip
     add("--empty_block", metavar="TEXT", help="text of an empty trace; the default is the template's switch, or "
