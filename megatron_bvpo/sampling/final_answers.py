@@ -58,6 +58,12 @@ def final(text: str) -> str | None:
     return found or None
 
 
+def readings(answer: str) -> tuple[str, ...]:
+    """An answer, and its first sentence where more follow ("42. I have checked it.")."""
+    first = re.split(r"(?<=\w)[.。]\s", answer, maxsplit=1)[0]
+    return (answer,) if first == answer else (answer, first)
+
+
 def gold(answer: str) -> str:
     """The right answer of a row, of a GSM8K solution the part behind its ####."""
     match = _GSM8K.fullmatch(answer)
@@ -68,8 +74,8 @@ def normalised(text: str, ignore_case: bool = False) -> str:
     """The text by which answers are compared.
 
     Unicode's compatible forms are one (full width, ligatures), so are minus signs and quotation marks; white space is
-    one space; what wraps the whole ($…$, **…**, `…`, \\text{…}) and a full stop at the end fall away. Letters keep their
-    case unless `ignore_case`.
+    one space; what wraps the whole ($…$, **…**, `…`, \\text{…}) and a full stop at the end fall away. Letters keep
+    their case unless `ignore_case`.
     """
     text = unicodedata.normalize("NFKC", text.translate(_MINUS).translate(_QUOTES))
     text = _SPACES.sub(" ", text).strip()

@@ -68,7 +68,8 @@ class JudgeOptions:
 
     Attributes:
         workers: processes of `math` and of functions; 0 for the machine's cores.
-        time_limit: seconds for one item; 0 for the kind's own (10 in a process, 120 for a reward, 600 for a judge model).
+        time_limit: seconds for one item; 0 for the kind's own (10 in a process, 120 for a reward, 600 for a judge
+            model).
         model: the served model's name; '' for the first that the server names.
         rubric: `llm`'s rubric; None for the built-in one.
         threshold: from which score on an answer is right.
@@ -132,9 +133,8 @@ def message_text(message: dict[str, Any]) -> str:
     """A message's text, whichever of the two usual forms its content has."""
     content = message.get("content")
     if isinstance(content, list):
-        return "\n".join(
-            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
-        )
+        texts = [part.get("text") for part in content if isinstance(part, dict)]
+        return "\n".join(text for text in texts if isinstance(text, str))
     return content if isinstance(content, str) else ""
 
 

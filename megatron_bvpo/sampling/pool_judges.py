@@ -104,7 +104,7 @@ def function_judge(spec: str, workers: int, time_limit: float, threshold: float 
         return Judgement(*item.key, score=score, right=right, parsed=parsed)
 
     pool = JudgePool("megatron_bvpo.sampling.function_calls:judge", {"function": spec}, workers, time_limit)
-    settings = {"judge": spec, "threshold": bound, "time_limit": time_limit, "source": _source_digest(spec)}
+    settings = {"judge": spec, "threshold": bound, "source": _source_digest(spec)}
     return PoolJudge(spec.rpartition(":")[2].rpartition(".")[2], settings, False, pool, payload, read)
 
 

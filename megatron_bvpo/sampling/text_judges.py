@@ -41,8 +41,9 @@ def exact(ignore_case: bool = False) -> TextJudge:
     def compare(item: Item) -> tuple[bool, str | None]:
         wanted = final_answers.normalised(final_answers.gold(item.answer), ignore_case)
         parsed = final_answers.final(item.text)
-        if parsed is not None and final_answers.normalised(parsed, ignore_case) == wanted:
-            return True, parsed
+        for candidate in final_answers.readings(parsed) if parsed is not None else ():
+            if final_answers.normalised(candidate, ignore_case) == wanted:
+                return True, candidate
         whole = item.text.strip()
         if final_answers.normalised(whole, ignore_case) in (
             wanted,
