@@ -64,9 +64,9 @@ def _server_judge(kind: str, url: str, options: JudgeOptions) -> Judge:
             remedy="give the server's http:// or https:// address",
         )
     if kind == "reward":
-        from megatron_bvpo.sampling.reward_judge import reward_judge
+        from megatron_bvpo.sampling.reward_judge import RewardJudge
 
-        return reward_judge(url, options)
-    from megatron_bvpo.sampling.llm_judge import llm_judge
+        return RewardJudge(url, options)
+    from megatron_bvpo.sampling.llm_judge import LlmJudge
 
-    return llm_judge(url, options)
+    return LlmJudge(url, options)
