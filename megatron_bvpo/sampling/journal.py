@@ -163,8 +163,8 @@ def shard_of(journal: Path) -> Path:
     return journal.parent.parent / SAMPLES / f"{journal.stem}.parquet"
 
 
-def known_samples(folder: Path, columns: list[str]) -> Iterator[dict]:
-    """Some columns of all compacted samples; the texts stay on disk unless they are asked for.
+def known_rows(shards: Path, columns: list[str], later_first: bool = False) -> Iterator[dict]:
+    """Some columns of all rows of a folder's shards; the texts stay on disk unless they are asked for.
 
     Raises:
         UserError: a shard is damaged.
@@ -172,7 +172,7 @@ def known_samples(folder: Path, columns: list[str]) -> Iterator[dict]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path in sorted((folder / SAMPLES).glob("*.parquet")):
+    for path in sorted(shards.glob("[!.]*.parquet"), reverse=later_first):
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(2048, columns=columns):
@@ -181,7 +181,7 @@ def known_samples(folder: Path, columns: list[str]) -> Iterator[dict]:
             raise UserError(
                 f"cannot be read: {error}",
                 file=str(path),
-                remedy="delete it; its samples are asked for again",
+                remedy="delete it: the same command makes what was in it anew",
             ) from None
 
 

@@ -2,34 +2,33 @@
 
 import asyncio
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.sampling.account import Account
-from megatron_bvpo.sampling.journal import known_samples
+from megatron_bvpo.sampling.journal import known_rows
+from megatron_bvpo.sampling.judge_items import Judge, item
+from megatron_bvpo.sampling.judgement_folder import JudgementFolder
 from megatron_bvpo.sampling.progress import Progress
 from megatron_bvpo.sampling.prompts import PromptBook
-from megatron_bvpo.sampling.samples import JUDGEMENTS, Judgement, Sample, read_judgements, write_shard
+from megatron_bvpo.sampling.samples import SAMPLES, Judgement, Sample
 
 _GROUP = 256
 # Answers that may wait for the judge; the sampling waits behind them.
 _WAITING = 4096
-# Verdicts are written in shards of so many, or after so many seconds: what a kill costs is judged again.
-_SHARD, _SECONDS = 10_000, 30.0
 
 
 class LiveJudging:
     """Judges the answers of a run.
 
     Args:
-        judge: has `judge(items) -> judgements` and `close()`.
-        folder: judgements/NAME.
+        judge: the judge; it is closed with the run.
+        folder: where its verdicts go, open.
         book: the prompts.
-        item: makes an item of a prompt and a sample.
         progress: told of the verdicts.
+        whole: the whole response is judged, its trace too.
         verdict: called with each judgement, those of earlier runs first.
 
     Raises:
@@ -38,28 +37,25 @@ class LiveJudging:
 
     def __init__(
         self,
-        judge: Any,
-        folder: Path,
+        judge: Judge,
+        folder: JudgementFolder,
         book: PromptBook,
-        item: Callable[..., Any],
         progress: Progress,
+        whole: bool = False,
         verdict: Callable[[Judgement], None] = lambda judgement: None,
     ) -> None:
-        self.judge, self.folder, self.book, self.item = judge, folder, book, item
+        self.judge, self.folder, self.book, self.whole = judge, folder, book, whole
         self.progress, self.verdict = progress, verdict
         self._judged = Account(book)
         self._queue: deque[Sample] = deque()
-        self._made: list[Judgement] = []
-        self._written = time.monotonic()
         self._wake = asyncio.Event()
         self._busy = False
         self._task: asyncio.Task | None = None
         self._catching_up: asyncio.Task | None = None
-        if folder.is_dir() and any(folder.glob("*.parquet")):
-            for judgement in read_judgements(folder.parent.parent, folder.name):
-                self._count(judgement)
-                self._judged.add(*judgement.key)
-        self._number = max((int(path.stem) for path in folder.glob("*.parquet") if path.stem.isdigit()), default=0)
+        # Later shards first: where two judged one sample, the later word counts.
+        for row in known_rows(folder.path, ["prompt_id", "mode", "number", "right"], later_first=True):
+            if self._judged.add(row["prompt_id"], row["mode"], row["number"]):
+                self._count(Judgement(**row))
 
     def start(self, samples: Path) -> None:
         """Begins: with what an earlier run sampled and did not judge, and with whatever is offered."""
@@ -89,7 +85,7 @@ class LiveJudging:
             await asyncio.sleep(0.02)
         if self._task.done():
             self._task.result()
-        self._write()
+        self.folder.flush()
 
     async def close(self) -> None:
         """Writes the verdicts that there are; what is not judged yet is judged by the next run."""
@@ -98,12 +94,12 @@ class LiveJudging:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         # A judge that is at work ends with its group: its verdicts are not waited for.
-        self._write()
+        self.folder.flush()
         self.judge.close()
 
     async def _catch_up(self, folder: Path) -> None:
         columns = ["prompt_id", "mode", "number", "text", "finish_reason", "error"]
-        for row in known_samples(folder, columns):
+        for row in known_rows(folder / SAMPLES, columns):
             index = self.book.place.get(row["prompt_id"])
             if index is not None and not self._judged.has(index, row["mode"], row["number"]):
                 self.offer(Sample(**row))
@@ -118,31 +114,19 @@ class LiveJudging:
             while self._queue and len(group) < _GROUP:
                 sample = self._queue.popleft()
                 if self._judged.add(*sample.key):
-                    group.append(self.item(self.book[self.book.place[sample.prompt_id]], sample))
+                    group.append(item(self.book[self.book.place[sample.prompt_id]], sample, self.whole))
             self._busy = True
             if group:
-                for judgement in await _in_thread(self.judge.judge, group):
-                    self._made.append(judgement)
+                judgements = await _in_thread(self.judge.judge, group)
+                self.folder.add(judgements)
+                for judgement in judgements:
                     self._count(judgement)
             self._busy = False
-            if len(self._made) >= _SHARD or time.monotonic() - self._written > _SECONDS:
-                self._write()
 
     def _count(self, judgement: Judgement) -> None:
         if judgement.right is not None:
             self.progress.verdicts(int(judgement.right), 1)
         self.verdict(judgement)
-
-    def _write(self) -> None:
-        self._written = time.monotonic()
-        if self._made:
-            self._number += 1
-            write_shard(self.folder / f"{self._number:06d}.parquet", self._made, Judgement)
-            self._made = []
-
-
-def judgement_folder(folder: Path, name: str) -> Path:
-    return folder / JUDGEMENTS / name
 
 
 async def _in_thread(work: Callable[..., Any], *given: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.sampling import judge_command
 
 _MODES = ("thinking", "empty", "short")
 _BUDGETS = ("uniform", "balanced", "gvm", "pairs")
@@ -63,6 +64,9 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
     add("--retry_failed", action="store_true", help="ask again for what is recorded as failed")
     add("--api_key_file", metavar="FILE", help="file with the servers' key; the default is OPENAI_API_KEY")
     add("--judge", metavar="SPEC", help="judge while sampling, as bvpo judge --with SPEC does")
+    add("--judge_name", metavar="NAME", help="as bvpo judge's --name")
+    add("--judge_text", choices=("final", "whole"), default="final", help="as bvpo judge's --text (final)")
+    judge_command.add_options(parser, "--judge_")
     add("--budget", choices=_BUDGETS, default="uniform", help="who gets how many of --samples times prompts (uniform)")
     add("--pilot", metavar="N", type=int, default=4, help="samples that a budget looks at first (4)")
     add("--max_samples", metavar="N", type=int, default=64, help="samples that a budget may give one prompt (64)")
@@ -101,43 +105,37 @@ def run_command(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace, asking, book, key: str | None) -> int:
     import asyncio
+    from contextlib import ExitStack
 
     from megatron_bvpo.sampling.progress import Progress
     from megatron_bvpo.sampling.sampling_run import SamplingRun
     from megatron_bvpo.sampling.servers import ServerPool
 
     progress = Progress(len(book) * args.samples * len(args.modes))
-    judging, rounds = make_judging(args, book, progress)
-    run = SamplingRun(
-        args.out,
-        book,
-        asking,
-        modes=args.modes,
-        samples=args.samples,
-        progress=progress,
-        judging=judging,
-        rounds=rounds,
-    )
-    print(
-        f"{len(book):,} prompts, modes {', '.join(args.modes)}: {progress.total:,} samples, "
-        f"{progress.done:,} are there; empty: {asking.empty_by}",
-        file=sys.stderr,
-    )
 
-    async def go():
-        pool = ServerPool(
-            args.server,
-            args.model,
-            key=key,
-            timeout=args.timeout,
-            tries=args.tries,
-            patience=args.patience,
-            say=progress.say,
+    async def go(stack: ExitStack):
+        judging, rounds = _judging(args, book, progress, stack)
+        run = SamplingRun(
+            args.out,
+            book,
+            asking,
+            modes=args.modes,
+            samples=args.samples,
+            progress=progress,
+            judging=judging,
+            rounds=rounds,
         )
+        progress.say(
+            f"{len(book):,} prompts, modes {', '.join(args.modes)}: {progress.total:,} samples, "
+            f"{progress.done:,} are there; empty: {asking.empty_by}"
+        )
+        limits = {"timeout": args.timeout, "tries": args.tries, "patience": args.patience}
+        pool = ServerPool(args.server, args.model, key=key, say=progress.say, **limits)
         return await run.run(pool, args.concurrency)
 
     try:
-        told = asyncio.run(go())
+        with ExitStack() as stack:
+            told = asyncio.run(go(stack))
     finally:
         progress.close()
     return _tell(args, told, progress)
@@ -304,8 +302,40 @@ def settings_of(args: argparse.Namespace, asking, book, extra: dict[str, Any]) -
     }
 
 
-def make_judging(args: argparse.Namespace, book, progress) -> tuple[Any, Any]:
+def _judging(args: argparse.Namespace, book, progress, stack) -> tuple[Any, Any]:
     """The judge that works while sampling, and the rounds of a budget; None where not asked for."""
+    from megatron_bvpo.sampling.judgement_folder import JudgementFolder
+    from megatron_bvpo.sampling.judges import judge_name, make_judge
+    from megatron_bvpo.sampling.live_judging import LiveJudging
+
     if args.judge is None:
         return None, None
-    raise UserError("not built yet", field="--judge")
+    judge = make_judge(args.judge, **{name: getattr(args, f"judge_{name}") for name in judge_command.OPTIONS})
+    stack.callback(judge.close)
+    if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
+        raise UserError("no prompt has an answer to compare with", field="--judge", remedy="give rows with `answer`")
+    name = args.judge_name or judge_name(args.judge)
+    folder = stack.enter_context(JudgementFolder(args.out, name, {**judge.settings, "text": args.judge_text}))
+    rounds = make_rounds(args, book)
+    verdict = {"verdict": rounds.judged} if rounds else {}
+    return LiveJudging(judge, folder, book, progress, whole=args.judge_text == "whole", **verdict), rounds
+
+
+def make_rounds(args: argparse.Namespace, book) -> Any:
+    """The rounds of a budget; None for uniform."""
+    if args.budget == "uniform":
+        return None
+    from functools import partial
+
+    from megatron_bvpo.sampling import budgets
+    from megatron_bvpo.sampling.rounds import Rounds
+
+    plan = partial(
+        budgets.plan,
+        args.budget,
+        total=args.samples * len(book),
+        pilot=args.pilot,
+        max_samples=args.max_samples,
+    )
+    modes = tuple(mode for mode in args.modes if mode != "short")
+    return Rounds(args.out, book, modes, plan, budgets.Tally)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.account import Account, Work
-from megatron_bvpo.sampling.journal import Journal, compact_left, known_samples
+from megatron_bvpo.sampling.journal import Journal, compact_left, known_rows
 from megatron_bvpo.sampling.live_judging import LiveJudging
 from megatron_bvpo.sampling.modes import Asking, Request
 from megatron_bvpo.sampling.progress import Progress
 from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.rounds import Rounds
-from megatron_bvpo.sampling.samples import Sample
+from megatron_bvpo.sampling.samples import SAMPLES, Sample
 from megatron_bvpo.sampling.servers import Refused, Reply, ServerPool
 
 # So many refusals before any success mean a wrong setting, and not a wrong prompt.
@@ -72,7 +72,7 @@ class SamplingRun:
     def _take_stock(self) -> None:
         compact_left(self.folder)
         columns = ["prompt_id", "mode", "number", "error", "gradient_norm"]
-        for row in known_samples(self.folder, columns):
+        for row in known_rows(self.folder / SAMPLES, columns):
             if self.account.add(row["prompt_id"], row["mode"], row["number"]):
                 self.account.good += row["error"] is None
                 if self.rounds:
@@ -94,7 +94,7 @@ class SamplingRun:
         """Short samples whose thinking sample came in an earlier run."""
         if "short" not in self.modes:
             return
-        for row in known_samples(self.folder, ["prompt_id", "mode", "number", "text"]):
+        for row in known_rows(self.folder / SAMPLES, ["prompt_id", "mode", "number", "text"]):
             index = self.book.place.get(row["prompt_id"])
             if row["mode"] == "thinking" and index is not None and not self.account.has(index, "short", row["number"]):
                 yield Work(index, "short", row["number"], row["text"])
@@ -140,6 +140,9 @@ class SamplingRun:
     async def _everything(self) -> None:
         if self.judging:
             self.judging.start(self.folder)
+        if self.rounds is None and self.progress.done >= self.progress.total:
+            await self._judge_rest()
+            return  # no server is needed
         async with self.pool:
             await self._ask_all(self.short_works())
             if self.rounds is None:
@@ -147,6 +150,9 @@ class SamplingRun:
             else:
                 await self._ask_rounds()
         self._settle_held()
+        await self._judge_rest()
+
+    async def _judge_rest(self) -> None:
         self.journal.flush()
         if self.judging:
             await self.judging.drain()
@@ -155,8 +161,7 @@ class SamplingRun:
         left = self.rounds.unfinished(self.account)
         while True:
             await self._ask_all(left)
-            self.journal.flush()
-            await self.judging.drain()
+            await self._judge_rest()
             if (plan := self.rounds.next_round()) is None:
                 return
             self.progress.say(plan.line)
