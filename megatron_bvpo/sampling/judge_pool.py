@@ -7,6 +7,7 @@ do it (`judge_worker`).
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -136,8 +137,11 @@ class JudgePool:
             if worker.pipe in heard:
                 self._read(worker, done)
             elif time.monotonic() >= self._limit(worker) and (worker.job or not worker.ready):
-                self._over(worker, done, f"no verdict within {self.time_limit:g} s")
+                self._over(worker, done, self._late())
         yield from done.items()
+
+    def _late(self) -> str:
+        return f"no verdict within {self.time_limit:g} s"
 
     def _limit(self, worker: _Worker) -> float:
         return worker.began + (self.time_limit if worker.ready else START_LIMIT_S)
@@ -147,7 +151,8 @@ class JudgePool:
             value, error = worker.pipe.recv()
         except (EOFError, OSError):
             code = worker.process.wait()
-            self._over(worker, done, f"the judge's process died ({_how(code)})")
+            late = code == -signal.SIGALRM  # its own alarm, while this process stood still
+            self._over(worker, done, self._late() if late else f"the judge's process died ({_how(code)})")
             return
         if worker.job is not None:
             done[worker.job[0]] = Outcome(value, error, time.monotonic() - worker.began)
