@@ -65,6 +65,7 @@ class JudgePool:
         self.function, self.arguments = function, arguments
         self.time_limit, self.memory_gib = time_limit, memory_gib
         self._failed_starts = 0
+        self._closed = False
         self._workers = [self._start()]
         try:
             # One is asked whether it can be loaded; the others then start beside the first items.
@@ -78,6 +79,8 @@ class JudgePool:
         self._workers += [self._start() for _ in range(workers - 1)]
 
     def close(self) -> None:
+        """End the processes; a `run` of another thread ends, too."""
+        self._closed = True
         for worker in self._workers:
             worker.end()
         self._workers = []
@@ -103,6 +106,8 @@ class JudgePool:
                 self._replace(worker)
 
     def _start(self) -> _Worker:
+        if self._closed:
+            raise RuntimeError("the pool is closed")
         ours, theirs = Pipe()
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH"), root) if part)
