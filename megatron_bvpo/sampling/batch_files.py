@@ -195,7 +195,7 @@ def _sample(asking: Asking, request: Request, result: dict[str, Any]) -> Sample:
             return asking.sample(request, outcome.choice, outcome.usage)._replace(server="batch")
         why = outcome.why
     else:
-        why = f"{status}: {refusal_text(json.dumps(result.get('error') or body or 'no reason given').encode())}"
+        why = f"{status}: {refusal_text(json.dumps(body or result.get('error') or 'no reason given').encode())}"
     failed = Sample(request.prompt_id, request.mode, request.number, None, finish_reason="error", seed=request.seed)
     return failed._replace(error=why, server="batch")
 

@@ -19,6 +19,7 @@ from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.samples import Judgement
 
 ROUNDS = "rounds"
+_STEPS = 10**6
 
 
 class PlannedRound(NamedTuple):
@@ -58,7 +59,7 @@ class Rounds:
         self._asked = {mode: [0] * len(book) for mode in modes}
         self._right = {mode: [0] * len(book) for mode in modes}
         self._wrong = {mode: [0] * len(book) for mode in modes}
-        self._norms = {mode: ([0.0] * len(book), [0] * len(book)) for mode in modes}
+        self._norms = {mode: ([0] * len(book), [0] * len(book)) for mode in modes}
         self._rounds: list[dict[str, dict[str, list[int]]]] = []
         for path in sorted(self.folder.glob("*.json")):
             self._take(_read(path))
@@ -73,7 +74,7 @@ class Rounds:
         if mode in self._norms and gradient_norm is not None and prompt_id in self.book.place:
             sums, counts = self._norms[mode]
             index = self.book.place[prompt_id]
-            sums[index] += gradient_norm
+            sums[index] += round(gradient_norm * _STEPS)  # whole numbers: their sum knows no order
             counts[index] += 1
 
     def judged(self, judgement: Judgement) -> None:
@@ -101,7 +102,7 @@ class Rounds:
                 self._asked[mode][index],
                 self._right[mode][index],
                 self._wrong[mode][index],
-                sums[index] / counts[index] if counts[index] else None,
+                sums[index] / counts[index] / _STEPS if counts[index] else None,
             )
             for index, prompt_id in enumerate(self.book.ids)
         }
