@@ -29,6 +29,10 @@ def misbehaving(text, answer):
     return text == answer
 
 
+def two_gib(payload):
+    return len(bytearray(2**31))  # zeros: no memory is touched
+
+
 def returning(text):
     return eval(text)
 
