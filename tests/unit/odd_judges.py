@@ -1,5 +1,6 @@
 """Functions as users write judges, good ones and bad ones; named by the tests as `tests.unit.odd_judges:…`."""
 
+import mmap
 import os
 import sys
 import time
@@ -30,7 +31,7 @@ def misbehaving(text, answer):
 
 
 def two_gib(payload):
-    return len(bytearray(2**31))  # zeros: no memory is touched
+    return len(mmap.mmap(-1, 2**31))  # asked for and never touched
 
 
 def returning(text):
@@ -62,3 +63,8 @@ class Scorer:
     @staticmethod
     def score(text):
         return 0.5
+
+
+def slow(text):
+    time.sleep(0.01)
+    return True

@@ -185,7 +185,7 @@ def test_what_goes_wrong_in_one_item_is_its_own():
 
 
 def test_a_process_has_no_more_memory_than_it_may():
-    for gib, error in ((1.0, "out of memory"), (0, None)):
+    for gib, error in ((1.0, "OSError: [Errno 12] Cannot allocate memory"), (0, None)):
         pool = JudgePool(f"{ODD}:two_gib", {}, 1, 10, gib)
         try:
             assert [outcome.error for _, outcome in pool.run([("key", None)])] == [error]
@@ -197,7 +197,8 @@ def test_a_pool_works_in_a_thread_and_after_a_listener_that_left():
     judge = make_judge(f"{ODD}:misbehaving", workers=2, time_limit=5)
     items = [an_item(str(number), str(number), number) for number in range(50)]
     # Answers of processes that nobody listens to any more must not be taken for those of the next run.
-    assert next(judge.stream(an_item("x", number=100 + number) for number in range(50))).right is False
+    left = [an_item("x", number=100), an_item("hang", number=101)]
+    assert next(judge.stream(left)).right is False
     said = []
     thread = threading.Thread(target=lambda: said.extend(judge.stream(items)))
     thread.start()
