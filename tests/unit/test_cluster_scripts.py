@@ -57,7 +57,7 @@ def test_shellcheck_would_complain(tmp_path):
     assert subprocess.run([shellcheck(), str(bad)], capture_output=True).returncode != 0
 
 
-@pytest.mark.parametrize("name", ["train.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["train.sh", "slurm.sbatch", "sample.sbatch"])
 def test_every_variable_that_a_site_may_set_is_explained_and_has_a_default(name):
     """Under `set -u` a variable without a default would end the script with "unbound variable"."""
     text = (ROOT / "launch" / name).read_text()
