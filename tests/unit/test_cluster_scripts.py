@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*"), *ROOT.glob("containers/*.sh"), *ROOT.glob("tests/cluster/*.sh")])
+SCRIPTS = sorted(
+    [path for folder in ("launch/*", "containers/*.sh", "tests/*/*.sh") for path in ROOT.glob(folder) if path.is_file()]
+)
 SECRET = "hf_" + "S3cretS3cretS3cret"
 # Set by Slurm itself, the shell, or the system.
 NOT_OURS = re.compile(r"^(SLURM_|BASH|PATH$|HOME$|SECONDS$|VIRTUAL_ENV$|PYTHONPATH$|TMPDIR$|USER$|IFS$)")
