@@ -100,7 +100,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
-    from megatron_bvpo.sampling import judge_command
+    from megatron_bvpo.sampling import judge_command, sample_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -110,6 +110,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     rows_command.add_command(commands)
     judge_command.add_command(commands)
     plan.add_command(commands)
+    sample_command.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)
     refs = commands.add_parser(
