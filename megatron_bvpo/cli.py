@@ -100,6 +100,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
+    from megatron_bvpo.sampling import pairs_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -107,6 +108,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     support_report.add_options(doctor.add_command(commands))
     run_report.add_command(commands)
     rows_command.add_command(commands)
+    pairs_command.add_command(commands)
     plan.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)
