@@ -55,7 +55,7 @@ def canonical_row(
         row["messages"] = canonical_messages(row.get("messages"), system, tags)
         row = _with_one_rejected_side(row, system, tags)
         return _with_row_reasoning(row, tags)
-    if row and not any(row.get(key) for key in REJECTED_KEYS):
+    if row and not any(row.get(key) for key in (*REJECTED_KEYS, "empty_rejected_response")):
         return None
     row = _with_one_rejected_side(_from_query(row, auto_mapping, tags), row.get("system"), tags)
     return _with_row_reasoning(row, tags)

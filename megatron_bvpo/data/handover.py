@@ -27,7 +27,7 @@ from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.columns import unknown_form
 from megatron_bvpo.data.conversations import kind_of
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import check_row
+from megatron_bvpo.data.rows import check_row, has_empty_pair_alone
 from megatron_bvpo.data.shared_cache import VARIABLE, cache_folder, require_room, room_for
 from megatron_bvpo.data.verdicts import RowRules, RowTally, RowVerdict
 from megatron_bvpo.errors import UserError
@@ -80,6 +80,9 @@ def _in_one_form(row: dict[str, Any]) -> dict[str, Any]:
         if new[name] is not None and not isinstance(new[name], list):
             new[name] = [new[name]]
     response, messages = new["rejected_response"], new["messages"]
+    if has_empty_pair_alone(new):
+        new["rejected_response"] = new["rejected_messages"] = None
+        return new
     if isinstance(response, str):
         new["rejected_messages"] = None
         return new

@@ -217,3 +217,12 @@ def test_both_images(tmp_path, job, port):
     (log,) = (tmp_path / "samples" / "logs" / "slurm-7-0").glob("engine-*.log")
     assert f"--nv --no-home --bind {tmp_path},/data --pwd {tmp_path} {images['BVPO_ENGINE_IMAGE']}" in log.read_text()
     assert "CLIENT sample" in told and told.endswith("exit 0")
+
+
+def test_every_shipped_file_is_what_bvpo_sample_reads(tmp_path):
+    from megatron_bvpo.sampling.sample_command import with_job_file
+
+    for file in sorted((ROOT / "configs").glob("sampling_*.yaml")):
+        words = with_job_file(["sample", str(file), "--limit", "5"])
+        assert words[:2] == ["sample", "prompts.jsonl"] and words[-2:] == ["--limit", "5"]
+        assert words[words.index("--modes") + 1 :][:2] == ["thinking", "empty"]
