@@ -59,6 +59,16 @@ class ChatTemplate:
         switch = {self.switch: thinking} if self.switch else {}
         return self._render(jinja2, messages, tools, (more or {}) | switch)
 
+    def conversation(self, messages: list[dict[str, Any]]) -> str:
+        """The text of a conversation that ends in a response, as a reward model reads it.
+
+        Raises:
+            UserError: the template refuses the messages.
+        """
+        import jinja2
+
+        return self._render(jinja2, messages, None, {"add_generation_prompt": False})
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text."""
         return self._tokens().encode(text, add_special_tokens=False).ids
@@ -86,9 +96,8 @@ class ChatTemplate:
                 messages=messages,
                 tools=tools,
                 documents=None,
-                add_generation_prompt=True,
                 **self._special,
-                **variables,
+                **{"add_generation_prompt": True, **variables},
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(

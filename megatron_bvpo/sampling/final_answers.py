@@ -44,7 +44,8 @@ def stated(text: str) -> str | None:
         return tagged[-1].strip()
     if phrases := [match["rest"].strip() for match in _PHRASE.finditer(text)]:
         # **The answer is 42.** leaves one end of the bold type behind.
-        return phrases[-1].replace("**", "") if phrases[-1].count("**") % 2 else phrases[-1]
+        phrase = phrases[-1].replace("**", "") if phrases[-1].count("**") % 2 else phrases[-1]
+        return phrase[:-1].rstrip() if phrase[-1:] in (".", "。") else phrase
     if marked := _GSM8K.fullmatch(text):
         return marked[1]
     return None

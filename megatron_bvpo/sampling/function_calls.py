@@ -88,6 +88,8 @@ def meaning(value: Any) -> dict[str, Any]:
         told.update(value, parsed_told="parsed" in value)
         if told["score"] is None and told["right"] is None:
             raise TypeError("the judge's object has neither score nor right")
+    elif value is None:
+        raise TypeError("a truth value, a number or an object was expected, found NoneType")
     elif _truth(value) is not None:
         told["right"] = _truth(value)
     else:

@@ -53,7 +53,10 @@ class Judge(Protocol):
     needs_answers: bool
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        """One judgement an item, in the items' order. What goes wrong with an item stands in its judgement."""
+        """One judgement an item, in the items' order; no two items have one key.
+
+        What goes wrong with an item stands in its judgement.
+        """
 
     def stream(self, items: Iterable[Item]) -> Iterator[Judgement]:
         """The same in the order in which judgements are made; items are taken as they are needed."""

@@ -7,6 +7,7 @@ do it (`judge_worker`).
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class JudgePool:
         self.function, self.arguments = function, arguments
         self.time_limit, self.memory_gib = time_limit, memory_gib
         self._failed_starts = 0
+        self._closed = False
         self._workers = [self._start()]
         try:
             # One is asked whether it can be loaded; the others then start beside the first items.
@@ -77,6 +79,8 @@ class JudgePool:
         self._workers += [self._start() for _ in range(workers - 1)]
 
     def close(self) -> None:
+        """End the processes; a `run` of another thread ends, too."""
+        self._closed = True
         for worker in self._workers:
             worker.end()
         self._workers = []
@@ -102,6 +106,8 @@ class JudgePool:
                 self._replace(worker)
 
     def _start(self) -> _Worker:
+        if self._closed:
+            raise RuntimeError("the pool is closed")
         ours, theirs = Pipe()
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(part for part in (os.environ.get("PYTHONPATH"), root) if part)
@@ -136,8 +142,11 @@ class JudgePool:
             if worker.pipe in heard:
                 self._read(worker, done)
             elif time.monotonic() >= self._limit(worker) and (worker.job or not worker.ready):
-                self._over(worker, done, f"no verdict within {self.time_limit:g} s")
+                self._over(worker, done, self._late())
         yield from done.items()
+
+    def _late(self) -> str:
+        return f"no verdict within {self.time_limit:g} s"
 
     def _limit(self, worker: _Worker) -> float:
         return worker.began + (self.time_limit if worker.ready else START_LIMIT_S)
@@ -147,7 +156,8 @@ class JudgePool:
             value, error = worker.pipe.recv()
         except (EOFError, OSError):
             code = worker.process.wait()
-            self._over(worker, done, f"the judge's process died ({_how(code)})")
+            late = code == -signal.SIGALRM  # its own alarm, while this process stood still
+            self._over(worker, done, self._late() if late else f"the judge's process died ({_how(code)})")
             return
         if worker.job is not None:
             done[worker.job[0]] = Outcome(value, error, time.monotonic() - worker.began)

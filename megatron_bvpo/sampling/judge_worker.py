@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 # The parent kills at the limit. Where it is gone, the kernel does, so many seconds later.
-ORPHAN_GRACE_S = 5.0
+ORPHAN_GRACE_S = 2.0
 
 
 def main(descriptor: int) -> None:

@@ -3,8 +3,8 @@
 | route | server | asked with | score |
 |---|---|---|---|
 | `/classify` (default) | vLLM | `messages`, the response as the last of them | `data[0].probs`, without activation |
-| `/classify` | SGLang | `text`: the rendered conversation (`--tokenizer`) | `[0].embedding` |
-| `/v1/classify` | SGLang | `input`: the same | `data[0].probs` |
+| `/classify` | SGLang | `input_ids` or `text`: the rendered conversation (`--tokenizer`) | `[0].embedding` |
+| `/v1/classify` | SGLang | `input`: its text | `data[0].probs` |
 | `/pooling` | vLLM | `messages` | `data[0].data`, its last token's number |
 | `/score`, `/v1/score` | vLLM | `text_1`: the question, `text_2`: the response | `data[0].score` |
 
@@ -101,7 +101,8 @@ class RewardJudge(Streaming):
             return {**body, "messages": messages}
         text = self._template.conversation(messages)
         if self._engine == "sglang" and self.route == "/classify":
-            return {"text": text}
+            # Token ids where they can be had: SGLang would put another BOS in front of a text that has one.
+            return {"input_ids": self._template.encode(text)} if self._template.has_tokens else {"text": text}
         return {**body, "input": text, "add_special_tokens": False}
 
 
