@@ -98,6 +98,7 @@ class ServerPool:
         )
         await asyncio.gather(*(self._look(server) for server in self.servers))
         if all(server.wrong for server in self.servers):
+            await self.__aexit__()
             raise UserError(
                 "; ".join(f"{server.base}: {server.why}" for server in self.servers),
                 field="--server",
