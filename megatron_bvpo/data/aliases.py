@@ -80,6 +80,8 @@ def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dic
         if row.get("output") is not None:
             row["response"] = row.pop("output")
     query, response, system = row.pop("query", None), row.pop("response", None), row.pop("system", None)
+    if response == "" and row.get("empty_rejected_response") and not any(row.get(key) for key in REJECTED_KEYS):
+        response = None  # a table cannot leave the cell of an empty pair that comes alone out
     history = parsed(row.pop("history", None) or [])
     if isinstance(response, list) and response:
         response = response[0]

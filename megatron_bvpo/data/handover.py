@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +149,9 @@ class FileReport:
 # --- reading a file ---
 
 
-def judged_rows(path: str, reading: Reading, report: FileReport) -> Iterator[dict[str, Any]]:
+def judged_rows(
+    path: str, reading: Reading, report: FileReport, carried: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of a file that are kept, in the one form; counts all of them in `report`.
 
     Raises:
@@ -171,7 +173,8 @@ def judged_rows(path: str, reading: Reading, report: FileReport) -> Iterator[dic
         report.add(source, verdict)
         unknown += bool(verdict.problems) and verdict.problems[0].field == "columns"
         if new and stop is None:
-            yield {**new, SOURCE_KEY: source, VERDICT_KEY: verdict.to_json()}
+            also = {name: row[name] for name in carried if row.get(name) is not None}
+            yield {**new, **also, SOURCE_KEY: source, VERDICT_KEY: verdict.to_json()}
     if stop is not None:
         raise _with_count(stop, bad_rows - 1)
     if not report.tally.rows:

@@ -50,8 +50,9 @@ def add_command(commands) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    from megatron_bvpo.data.whole_files import written_whole
     from megatron_bvpo.sampling.pairs_report import report_lines
-    from megatron_bvpo.sampling.pairs_run import make_pairs, written_whole
+    from megatron_bvpo.sampling.pairs_run import make_pairs
 
     plan = read_plan(args)
     out = plan.outputs["pairs"]
@@ -145,6 +146,8 @@ def named_folders(given: list[str]):
 
 
 def _outputs(args: argparse.Namespace) -> dict[str, Path]:
+    from megatron_bvpo.data.whole_files import require_new_file
+
     out = Path(args.out)
     outputs = {"pairs": out}
     if args.heldout:
@@ -152,10 +155,7 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
     if len(set(outputs.values())) < len(outputs):
         raise UserError("both parts would go to one file", file=args.out, field="--heldout_out")
     for flag, path in zip(("--out", "--heldout_out"), outputs.values(), strict=False):
-        if path.suffix not in (".jsonl", ".json"):
-            remedy = f"call it {path.stem}.jsonl"
-            raise UserError("rows are written as JSON lines", file=str(path), field=flag, remedy=remedy)
-        _require_writable(path, flag, args.overwrite)
+        require_new_file(path, flag, args.overwrite)
     if args.report and not Path(args.report).is_dir():
         try:
             Path(args.report).mkdir(parents=True, exist_ok=True)
@@ -163,12 +163,3 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
             problem = f"cannot be made: {error.strerror}"
             raise UserError(problem, file=args.report, field="--report", remedy="choose another folder") from None
     return outputs
-
-
-def _require_writable(path: Path, flag: str, overwrite: bool) -> None:
-    if path.is_dir():
-        raise UserError("is a folder", file=str(path), field=flag, remedy=f"name a file: {path / 'pairs.jsonl'}")
-    if path.exists() and not overwrite:
-        raise UserError("is there already", file=str(path), field=flag, remedy="add --overwrite, or name another file")
-    if not path.absolute().parent.is_dir():
-        raise UserError("no such folder", file=str(path.parent), field=flag, remedy="make it first")

@@ -1,14 +1,13 @@
 """`bvpo pairs`, from folders to files: read the facts, choose, write the rows, and keep what the report tells."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
+from megatron_bvpo.data.whole_files import written_whole
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.pair_mixing import Lot, held_out, mixed
 from megatron_bvpo.sampling.pair_rows import RowWriter
@@ -224,18 +223,3 @@ def _words(mode: str, outcome: Outcome, texts: Texts) -> SideWords | None:
         return chosen, rejected
 
     return side_words(prompts, sides)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that gets its name when all of it is written."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(aside, path)
-    except OSError as error:
-        remedy = "choose a folder that can be written and has room"
-        raise UserError(f"cannot be written: {error.strerror}", file=str(path), remedy=remedy) from error
-    finally:
-        aside.unlink(missing_ok=True)

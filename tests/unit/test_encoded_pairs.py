@@ -144,6 +144,27 @@ def test_a_template_that_adds_its_own_empty_trace(make):
     assert not losses(make(block="<thought>\n</thought>\n"), row())
 
 
+@pytest.mark.parametrize("name", ["qwen3_thinking", "qwen3", "deepseek_r1"])
+@pytest.mark.parametrize("given", [{}, {"tools": [TOOL]}, {"rejected_response": ""}])
+def test_an_empty_pair_alone_is_encoded_as_beside_its_trace_pair(given, name, make):
+    template = make(name, **({"agent_template": "hermes"} if name == "deepseek_r1" else {}))
+    both, _ = template.encode_with_account({**row(**OWN), **given, "rejected_response": REJECTED})
+    alone = {"messages": talk()[:1], **OWN, **given}
+    encoded, account = template.encode_with_account(alone)
+    assert account == Account(("empty",))
+    assert not any(key.startswith(("chosen_input", "rejected_input")) for key in encoded)
+    for sequence in FOUR[2:]:
+        for what in ("input_ids", "labels"):
+            assert encoded[f"{sequence}_{what}"] == both[f"{sequence}_{what}"]
+    assert make(name, streams=("empty",)).encode_with_account(alone)[1] == Account(("empty",))
+
+
+def test_an_empty_pair_alone_may_be_lost_as_tokens(make):
+    template = make(max_length=30)
+    entry = {"messages": talk()[:1], "empty_response": LONG, "empty_rejected_response": "5"}
+    assert template.encode_with_account(entry)[1].lost.keys() == {"empty"}
+
+
 # --- what counts ---
 
 
