@@ -1,4 +1,4 @@
-"""A real engine: 200 prompts are sampled in three modes, judged and paired; the pairs train the model they come from."""
+"""A real engine: 200 prompts are sampled in three modes, judged and paired; the pairs train their model."""
 
 from __future__ import annotations
 
