@@ -27,6 +27,7 @@ MATH = [
     ("1000000", "The answer is 1e6.", True),
     ("1 1/2", r"\boxed{\frac{3}{2}}", True),
     ("x=5", r"\boxed{5}", True),
+    ("5 = x", r"\boxed{\{5\}}", True),  # math-verify says no with gold and answer the other way round
     ("3 + 4 = 7\n#### 7", "the answer is 7", True),
     ("2\\pi", "The answer is 2π.", True),
     ("$1,000", r"It costs \$1000", True),

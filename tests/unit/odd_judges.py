@@ -1,5 +1,6 @@
 """Functions as users write judges, good ones and bad ones; named by the tests as `tests.unit.odd_judges:…`."""
 
+import mmap
 import os
 import sys
 import time
@@ -27,6 +28,10 @@ def misbehaving(text, answer):
     if text == "pid":
         return {"right": True, "parsed": str(os.getpid())}
     return text == answer
+
+
+def two_gib(payload):
+    return len(mmap.mmap(-1, 2**31))  # asked for and never touched
 
 
 def returning(text):
@@ -58,3 +63,8 @@ class Scorer:
     @staticmethod
     def score(text):
         return 0.5
+
+
+def slow(text):
+    time.sleep(0.01)
+    return True

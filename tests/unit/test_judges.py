@@ -13,6 +13,7 @@ import pytest
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
+from megatron_bvpo.sampling.judge_pool import JudgePool
 from megatron_bvpo.sampling.judges import Item, item, judge_name, make_judge
 from megatron_bvpo.sampling.samples import Prompt, Sample, SampleKey
 from tests.unit import judged_answers as known
@@ -183,15 +184,28 @@ def test_what_goes_wrong_in_one_item_is_its_own():
     ]
 
 
+def test_a_process_has_no_more_memory_than_it_may():
+    for gib, error in ((1.0, "OSError: [Errno 12] Cannot allocate memory"), (0, None)):
+        pool = JudgePool(f"{ODD}:two_gib", {}, 1, 10, gib)
+        try:
+            assert [outcome.error for _, outcome in pool.run([("key", None)])] == [error]
+        finally:
+            pool.close()
+
+
 def test_a_pool_works_in_a_thread_and_after_a_listener_that_left():
     judge = make_judge(f"{ODD}:misbehaving", workers=2, time_limit=5)
     items = [an_item(str(number), str(number), number) for number in range(50)]
-    assert next(judge.stream(items)).right
+    # Answers of processes that nobody listens to any more must not be taken for those of the next run.
+    judge.judge(items)  # both processes are there
+    left = [an_item("hang", number=101), an_item("x", number=100)]
+    assert next(judge.stream(left)).right is False
     said = []
-    thread = threading.Thread(target=lambda: said.extend(verdicts(judge, items)))
+    thread = threading.Thread(target=lambda: said.extend(judge.stream(items)))
     thread.start()
     thread.join()
-    assert len(said) == 50 and all(one.right for one in said)
+    judge.close()
+    assert sorted(one.key.number for one in said) == list(range(50)) and all(one.right for one in said)
 
 
 def test_no_process_outlives_a_killed_parent():
