@@ -30,8 +30,7 @@ def from_pair_form(row: dict[str, Any], prompt_keys: Sequence[str]) -> dict[str,
         row = _from_ranked(row, by_lower)
     elif by_lower.keys() >= {"generations", "ratings"} and "chosen" not in by_lower:
         row = _from_rated(row, by_lower)  # argilla's rows have these two beside their sides, too
-    if "chosen" not in by_lower:
-        by_lower = {key.lower(): key for key in row}
+    by_lower = {key.lower(): key for key in row}
     for names in _SIDES:
         if all(row.get(by_lower.get(name)) is not None for name in names):
             keys = [by_lower[name] for name in names]
