@@ -45,7 +45,7 @@ def read_shares(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     for entry in given:
         name, mark, text = entry.rpartition("=")
         try:
-            value = float(text.removesuffix("%"))
+            value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
             value = math.nan
         if not mark or not math.isfinite(value) or value < 0:
@@ -59,8 +59,8 @@ def read_shares(given: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     if missing := [name for name in names if name not in shares]:
         raise UserError(f"no share for {', '.join(missing)}", field=field, remedy=f"add {missing[0]}=0 to leave it out")
     total = sum(shares.values())
-    if not any(math.isclose(total, whole, rel_tol=1e-3) for whole in (1.0, 100.0)):
-        raise UserError(f"the shares add up to {total:g}", field=field, remedy="make it 1 (or 100, in per cent)")
+    if not math.isclose(total, 1.0, rel_tol=1e-3):
+        raise UserError(f"the shares add up to {total:g}", field=field, remedy="make it 1, or 100%")
     return {name: value / total for name, value in shares.items()}
 
 

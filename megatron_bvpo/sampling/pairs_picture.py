@@ -38,6 +38,7 @@ def _outcomes(ax, outcome: Outcome, mode: str) -> None:
     reasons = outcome.reasons[mode].most_common(6)
     pairs = len(outcome.facts.prompts) - outcome.reasons[mode].total()
     named = [("a pair", pairs), *reasons][::-1]
+    ax.tick_params(axis="y", labelsize=8)
     bars = ax.barh([_wrapped(name) for name, _ in named], [n for _, n in named], color=_NEUTRAL)
     bars[-1].set_color(_CHOSEN)
     ax.bar_label(bars, padding=3)
@@ -65,6 +66,8 @@ def _lengths(ax, outcome: Outcome, mode: str) -> None:
     longest, shortest = max(chosen.max(), rejected.max()), min(chosen.min(), rejected.min())
     spread = longest > 20 * shortest
     edges = np.geomspace(shortest, longest + 1, 31) if spread else np.linspace(shortest, longest + 1, 31)
+    if longest - shortest < 30:  # one bin a length, or some would stay empty
+        edges = np.arange(shortest, longest + 2) - 0.5
     for side, name, colour in ((chosen, "chosen", _CHOSEN), (rejected, "rejected", _REJECTED)):
         ax.hist(side, bins=edges, histtype="step", linewidth=1.8, color=colour, label=name)
     if spread:
@@ -75,4 +78,4 @@ def _lengths(ax, outcome: Outcome, mode: str) -> None:
 def _wrapped(text: str) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, 26))
+    return "\n".join(textwrap.wrap(text, 38))

@@ -7,6 +7,7 @@ the texts of these, which go to a file beside the output (`Texts`).
 
 import hashlib
 import json
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from megatron_bvpo.sampling.samples import (
 CUT = "truncated"
 STILL_THINKS = "thinks although thinking was off"
 BROKEN = "a character that is none"
+
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 SampleName = tuple[int, str, str, int]  # folder, prompt_id, mode, number
 
@@ -202,7 +205,7 @@ def _why_unusable(sample, text: str, keep_truncated: bool) -> str | None:
     """Why a sample can be no side of a pair: in part the user's choice, in part what the trainer would refuse."""
     if sample.text is None:
         return FAILED
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _HALF_A_CHARACTER.search(text):
         return BROKEN
     if not keep_truncated and (TRUNCATED in sample.marks or sample.finish_reason == "length"):
         return CUT

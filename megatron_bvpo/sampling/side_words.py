@@ -86,5 +86,5 @@ def _telling(ups: Counter[str], downs: Counter[str], shown: int) -> tuple[tuple[
     seen = [w for w in ups.keys() | downs.keys() if ups[w] + downs[w] >= 5]
     bound = math.sqrt(2 * math.log(2 * max(len(seen), 1)))
     signs = {w: (ups[w] - downs[w]) / math.sqrt(ups[w] + downs[w]) for w in seen}
-    told = sorted((w for w in seen if abs(signs[w]) > bound), key=lambda w: (-abs(signs[w]), w))
+    told = sorted((w for w in seen if abs(signs[w]) > bound), key=lambda w: (-abs(signs[w]), w.count(" "), w))
     return tuple((w, ups[w], downs[w]) for w in told[:shown])
