@@ -54,8 +54,8 @@ def main() -> None:
         "# √Σ(1 − p)² against the norm of the gradient",
         "",
         f"`python benchmarks/gradient_norm_proxy.py`: {args.prompts} held-out problems, {args.answers} answers each in "
-        "both modes, temperature 1, the small reasoner in float32 on a CPU. Spearman's rank correlation, with the interval "
-        "that holds 95 % of 2000 resamples of prompts.",
+        "both modes, temperature 1, the small reasoner in float32 on a CPU. Spearman's rank correlation, with the "
+        "interval that holds 95 % of 2000 resamples of prompts.",
         "",
     ]
     for mode in MODES:
