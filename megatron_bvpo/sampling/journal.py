@@ -61,7 +61,7 @@ class Journal:
     ) -> None:
         self.folder, self.written, self.failed = folder, written, failed
         (folder / JOURNAL).mkdir(exist_ok=True)
-        self._number = _last_number(folder)
+        self._number = last_number(folder)
         self._file: int | None = None
         self._bytes = self._lines = 0
         self._waiting: list[Sample] = []
@@ -203,6 +203,7 @@ def drop_failed(folder: Path) -> int:
     return dropped
 
 
-def _last_number(folder: Path) -> int:
+def last_number(folder: Path) -> int:
+    """The highest number of a journal or shard."""
     names = [*(folder / JOURNAL).glob("*.jsonl"), *(folder / SAMPLES).glob("*.parquet")]
     return max((int(path.stem) for path in names if path.stem.isdigit()), default=0)

@@ -98,7 +98,7 @@ class Asking:
 
     def request(self, prompt: Prompt, mode: str, number: int, thinking: str | None = None) -> Request:
         """The request for one sample; a short one needs the text of the thinking sample of its number."""
-        seed = request_seed(self.seed, prompt.prompt_id, mode, number)
+        seed = self.seed_of(prompt.prompt_id, mode, number)
         if mode == "thinking" or (mode == "empty" and self._empty_by_chat):
             return Request(prompt.prompt_id, mode, number, seed, CHAT, self._chat(prompt, seed, mode == "thinking"))
         if mode == "empty":
@@ -110,6 +110,10 @@ class Asking:
             body["add_special_tokens"] = False
         extra = {key: value for key, value in self.extra.items() if key != "chat_template_kwargs"}
         return Request(prompt.prompt_id, mode, number, seed, COMPLETIONS, body | extra, trace)
+
+    def seed_of(self, prompt_id: str, mode: str, number: int) -> int:
+        """The seed of one sample's request."""
+        return request_seed(self.seed, prompt_id, mode, number)
 
     def _chat(self, prompt: Prompt, seed: int, thinking: bool) -> dict[str, Any]:
         body = {"messages": prompt.messages, "logprobs": True} | self._common(seed)
@@ -134,9 +138,12 @@ class Asking:
 
     def short_prompt(self, prompt: Prompt, thinking: str) -> tuple[str, str]:
         """The rendered prompt with a cut and closed trace, and that trace."""
-        trace = split_trace(thinking).trace.strip()
-        cut = self.template.cut(trace, self.short_budget).rstrip()
+        cut = self.short_trace(thinking)
         return self._before_trace(prompt) + with_trace(cut, ""), cut
+
+    def short_trace(self, thinking: str) -> str:
+        """What a short sample keeps of a thinking sample's trace."""
+        return self.template.cut(split_trace(thinking).trace.strip(), self.short_budget).rstrip()
 
     def _before_trace(self, prompt: Prompt) -> str:
         """The rendered prompt up to where a trace opens."""

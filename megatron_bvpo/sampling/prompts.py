@@ -71,8 +71,9 @@ class BadRows:
             if self.count > len(self.first):
                 out.append(f"  and {self.count - len(self.first)} more")
         if self.repeated:
-            rows = "row repeats" if self.repeated == 1 else "rows repeat"
-            out.append(f"{self.repeated} {rows} a prompt that was read before, and are left out")
+            one = self.repeated == 1
+            what = "row repeats a prompt that was read before, and is" if one else "rows repeat prompts, and are"
+            out.append(f"{self.repeated} {what} left out")
         return out
 
 

@@ -19,10 +19,11 @@ from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.samples import Judgement
 
 ROUNDS = "rounds"
+_STEPS = 10**6
 
 
 class PlannedRound(NamedTuple):
-    """A new round: its number, how many samples it asks for, and a line that says so."""
+    """A new round: its number, how many samples it asks for, and lines that say so."""
 
     number: int
     samples: int
@@ -38,6 +39,7 @@ class Rounds:
         modes: modes that the budget is for (a short sample follows its thinking sample).
         plan: `budgets.plan` with its settings bound: tallies → how many more samples each prompt gets.
         tally: makes `budgets.Tally` of asked, right, wrong and the gradient norm.
+        describe: lines on what the budgets would come to, given tallies.
 
     Raises:
         UserError: a round's file is damaged.
@@ -50,12 +52,14 @@ class Rounds:
         modes: tuple[str, ...],
         plan: Callable[[Mapping[str, Any]], dict[str, int]],
         tally: Callable[[int, int, int, float | None], Any],
+        describe: Callable[[Mapping[str, Any]], list[str]] = lambda tallies: [],
     ) -> None:
-        self.folder, self.book, self.modes, self.plan, self.tally = folder / ROUNDS, book, modes, plan, tally
+        self.folder, self.book, self.modes = folder / ROUNDS, book, modes
+        self.plan, self.tally, self.describe = plan, tally, describe
         self._asked = {mode: [0] * len(book) for mode in modes}
         self._right = {mode: [0] * len(book) for mode in modes}
         self._wrong = {mode: [0] * len(book) for mode in modes}
-        self._norms = {mode: ([0.0] * len(book), [0] * len(book)) for mode in modes}
+        self._norms = {mode: ([0] * len(book), [0] * len(book)) for mode in modes}
         self._rounds: list[dict[str, dict[str, list[int]]]] = []
         for path in sorted(self.folder.glob("*.json")):
             self._take(_read(path))
@@ -70,7 +74,7 @@ class Rounds:
         if mode in self._norms and gradient_norm is not None and prompt_id in self.book.place:
             sums, counts = self._norms[mode]
             index = self.book.place[prompt_id]
-            sums[index] += gradient_norm
+            sums[index] += round(gradient_norm * _STEPS)  # whole numbers: their sum knows no order
             counts[index] += 1
 
     def judged(self, judgement: Judgement) -> None:
@@ -98,15 +102,17 @@ class Rounds:
                 self._asked[mode][index],
                 self._right[mode][index],
                 self._wrong[mode][index],
-                sums[index] / counts[index] if counts[index] else None,
+                sums[index] / counts[index] / _STEPS if counts[index] else None,
             )
             for index, prompt_id in enumerate(self.book.ids)
         }
 
     def next_round(self) -> PlannedRound | None:
         """Plans and writes the next round; None where nothing is left to ask for."""
-        planned = {}
+        planned, lines = {}, []
         for mode in self.modes:
+            if len(self._rounds) == 1:  # the pilot is judged: what is ahead can be told
+                lines += [f"{mode}: {line}" for line in self.describe(self.tallies(mode))]
             more = {prompt_id: count for prompt_id, count in self.plan(self.tallies(mode)).items() if count > 0}
             if more:
                 asked = self._asked[mode]
@@ -123,8 +129,8 @@ class Rounds:
         samples = sum(count for mode in planned.values() for _, count in mode.values())
         prompts = len({prompt_id for mode in planned.values() for prompt_id in mode})
         most = max(count for mode in planned.values() for _, count in mode.values())
-        line = f"round {number}: {samples:,} samples for {prompts:,} prompts, at most {most} for one"
-        return PlannedRound(number, samples, line)
+        lines.append(f"round {number}: {samples:,} samples for {prompts:,} prompts, at most {most} for one")
+        return PlannedRound(number, samples, "\n".join(lines))
 
     def _take(self, planned: dict[str, dict[str, list[int]]]) -> None:
         self._rounds.append(planned)

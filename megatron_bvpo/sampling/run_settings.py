@@ -10,6 +10,8 @@ from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.samples import PROMPTS, SETTINGS, Prompt, write_shard
 
 VERSION = 1
+# Settings that only some modes have.
+_OF_MODES = ("empty", "short_budget", "chat_template")
 
 
 def prepare(folder: Path, settings: dict[str, Any], book: PromptBook) -> list[str]:
@@ -36,7 +38,7 @@ def prepare(folder: Path, settings: dict[str, Any], book: PromptBook) -> list[st
             remedy="give the settings of before, or another --out",
         )
     if grown:
-        _write(path, {**old, "samples": settings["samples"], "modes": settings["modes"]})
+        _write(path, settings)
     return grown
 
 
@@ -81,6 +83,8 @@ def _difference(key: str, old: dict, new: dict, grown: list[str]) -> str | None:
     if key == "modes" and not new.get("budget") and set(was or ()) < set(now):
         grown.append(f"modes: {', '.join(was)} before, {', '.join(now)} now; the samples that are there stay")
         return None
+    if was is None and key in _OF_MODES:
+        return None  # a mode that was not asked for before
     if key == "prompts":
         return f"other prompts ({_count(was)} before, {_count(now)} now)"
     return f"{key} {_told(was)} before, {_told(now)} now"

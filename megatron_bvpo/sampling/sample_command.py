@@ -97,8 +97,10 @@ def run_command(args: argparse.Namespace) -> int:
         if args.batch:
             from megatron_bvpo.sampling.batch_files import batch_command
 
-            return batch_command(args, asking, book)
+            return batch_command(args, asking, book, _batch_rounds(args, book))
         return _sample(args, asking, book, key)
+    except KeyboardInterrupt:  # while it reads or writes; while it asks, a signal ends it in order
+        return 130
     finally:
         lock.release()
 
@@ -149,6 +151,8 @@ def _tell(args: argparse.Namespace, told, progress) -> int:
         print(f"  failed {count:,} times: {reason}", file=sys.stderr)
     if told.failures:
         print("  --retry_failed asks for the failed ones again", file=sys.stderr)
+    if told.left:
+        print(f"  the budget left {told.left:,} samples unspent", file=sys.stderr)
     if told.stopped is None:
         return 0
     print(f"stopped by {told.stopped.name}; the same command goes on", file=sys.stderr)
@@ -188,7 +192,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_budget(args: argparse.Namespace) -> None:
-    if args.judge is None and args.batch is None:
+    if args.judge is None:
         raise UserError(f"{args.budget} needs verdicts", field="--budget", remedy="give --judge")
     if args.pilot > args.samples:
         raise UserError(
@@ -310,7 +314,12 @@ def _judging(args: argparse.Namespace, book, progress, stack) -> tuple[Any, Any]
 
     if args.judge is None:
         return None, None
-    judge = make_judge(args.judge, **{name: getattr(args, f"judge_{name}") for name in judge_command.OPTIONS})
+    try:
+        judge = make_judge(args.judge, **{name: getattr(args, f"judge_{name}") for name in judge_command.OPTIONS})
+    except UserError as error:
+        if error.field != "--with":
+            raise
+        raise UserError(error.message, field="--judge", remedy=error.remedy) from None
     stack.callback(judge.close)
     if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
         raise UserError("no prompt has an answer to compare with", field="--judge", remedy="give rows with `answer`")
@@ -319,6 +328,33 @@ def _judging(args: argparse.Namespace, book, progress, stack) -> tuple[Any, Any]
     rounds = make_rounds(args, book)
     verdict = {"verdict": rounds.judged} if rounds else {}
     return LiveJudging(judge, folder, book, progress, whole=args.judge_text == "whole", **verdict), rounds
+
+
+def _batch_rounds(args: argparse.Namespace, book) -> Any:
+    """The rounds of a budget with the verdicts that `bvpo judge` has given."""
+    from megatron_bvpo.sampling.journal import known_rows
+    from megatron_bvpo.sampling.judges import judge_name
+    from megatron_bvpo.sampling.samples import JUDGEMENTS, SAMPLES, Judgement
+
+    rounds = make_rounds(args, book)
+    if rounds is None:
+        return None
+    folder = args.out / JUDGEMENTS / (args.judge_name or judge_name(args.judge))
+    judged = set()
+    for row in known_rows(folder, ["prompt_id", "mode", "number", "right"], later_first=True):
+        said = Judgement(**row)
+        if said.key not in judged:
+            judged.add(said.key)
+            rounds.judged(said)
+    left = sum((r["prompt_id"], r["mode"], r["number"]) not in judged for r in known_rows(
+        args.out / SAMPLES, ["prompt_id", "mode", "number"]))  # fmt: skip
+    if left and args.batch == "write":
+        raise UserError(
+            f"{left:,} samples are not judged yet, and the next round depends on them",
+            file=str(folder),
+            remedy=f"bvpo judge {args.out} --with {args.judge}",
+        )
+    return rounds
 
 
 def make_rounds(args: argparse.Namespace, book) -> Any:
@@ -330,12 +366,8 @@ def make_rounds(args: argparse.Namespace, book) -> Any:
     from megatron_bvpo.sampling import budgets
     from megatron_bvpo.sampling.rounds import Rounds
 
-    plan = partial(
-        budgets.plan,
-        args.budget,
-        total=args.samples * len(book),
-        pilot=args.pilot,
-        max_samples=args.max_samples,
-    )
+    limits = {"total": args.samples * len(book), "pilot": args.pilot, "max_samples": args.max_samples}
+    plan = partial(budgets.plan, args.budget, **limits)
+    describe = partial(budgets.describe, chosen=args.budget, **limits)
     modes = tuple(mode for mode in args.modes if mode != "short")
-    return Rounds(args.out, book, modes, plan, budgets.Tally)
+    return Rounds(args.out, book, modes, plan, budgets.Tally, describe)

@@ -23,11 +23,19 @@ _REFUSALS_AT_FIRST = 20
 
 
 class Told(NamedTuple):
-    """How a run ended: the signal that stopped it, if any, and the failed requests' reasons with counts."""
+    """How a run ended.
+
+    Attributes:
+        stopped: the signal that stopped it.
+        failures: why requests failed, counted.
+        marks: `mode: mark`, counted.
+        left: samples that a budget did not spend.
+    """
 
     stopped: signal.Signals | None
     failures: Counter[str]
     marks: Counter[str]
+    left: int = 0
 
 
 class SamplingRun:
@@ -127,7 +135,8 @@ class SamplingRun:
             await self.journal.close()
             if self.judging:
                 await self.judging.close()
-        return Told(self._stopped, self.failures, self.marks)
+        left = 0 if self._stopped or self.rounds is None else self.progress.total - self.progress.done
+        return Told(self._stopped, self.failures, self.marks, left)
 
     def _stop(self, number: int) -> None:
         self._stopped = signal.Signals(number)

@@ -76,7 +76,7 @@ class ServerPool:
         say: Callable[[str], None] = print,
         probe_every: float = 10,
     ) -> None:
-        self.servers = [Server.at(address) for address in dict.fromkeys(addresses)]
+        self.servers = list({server.base: server for server in map(Server.at, addresses)}.values())
         self.model, self.timeout, self.tries, self.patience = model, timeout, tries, patience
         self.say, self.probe_every = say, probe_every
         self.successes = 0
@@ -98,6 +98,7 @@ class ServerPool:
         )
         await asyncio.gather(*(self._look(server) for server in self.servers))
         if all(server.wrong for server in self.servers):
+            await self.__aexit__()
             raise UserError(
                 "; ".join(f"{server.base}: {server.why}" for server in self.servers),
                 field="--server",
