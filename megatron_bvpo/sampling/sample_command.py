@@ -108,6 +108,8 @@ def run_command(args: argparse.Namespace) -> int:
 
             return batch_command(args, asking, book, _batch_rounds(args, book))
         return _sample(args, asking, book, key)
+    except KeyboardInterrupt:  # while it reads or writes; while it asks, a signal ends it in order
+        return 130
     finally:
         lock.release()
 

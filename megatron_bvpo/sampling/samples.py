@@ -117,7 +117,8 @@ class Judgement(NamedTuple):
         score: higher is better; None where the judge failed or has none.
         right: whether the final answer is right; None where this judge does not say (a reward), or failed.
         parsed: the final answer that was read out of the text; None where none was found.
-        error: why there is no verdict: raised, timed out, no text.
+        error: why there is no verdict: raised, timed out, no text; beside a wrong verdict, why nothing was parsed (a
+            response without a final answer).
         seconds: what it took.
     """
 

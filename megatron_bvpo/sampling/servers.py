@@ -76,7 +76,7 @@ class ServerPool:
         say: Callable[[str], None] = print,
         probe_every: float = 10,
     ) -> None:
-        self.servers = [Server.at(address) for address in dict.fromkeys(addresses)]
+        self.servers = list({server.base: server for server in map(Server.at, addresses)}.values())
         self.model, self.timeout, self.tries, self.patience = model, timeout, tries, patience
         self.say, self.probe_every = say, probe_every
         self.successes = 0

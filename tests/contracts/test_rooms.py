@@ -151,6 +151,8 @@ def test_a_planted_circle_is_noticed():
         ("launching.route", HOSTS | {"torch", "transformers", "packaging"}),
         ("launching.refusals", HOSTS | {"torch"}),
         ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
+        ("sampling.sample_command", HOSTS | {"torch", "transformers", "aiohttp", "pyarrow", "asyncio"}),
+        ("sampling.sampling_run", HOSTS | {"torch", "transformers"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )
