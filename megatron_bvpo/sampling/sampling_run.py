@@ -13,6 +13,7 @@ from megatron_bvpo.sampling.journal import Journal, compact_left, known_rows
 from megatron_bvpo.sampling.live_judging import LiveJudging
 from megatron_bvpo.sampling.modes import Asking, Request
 from megatron_bvpo.sampling.progress import Progress
+from megatron_bvpo.sampling.prompt_check import PromptCheck
 from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.rounds import Rounds
 from megatron_bvpo.sampling.samples import SAMPLES, Sample
@@ -72,7 +73,8 @@ class SamplingRun:
         self.marks: Counter[str] = Counter()
         self.account = Account(book)
         self._held: list[Sample] = []
-        self._logprobs = True
+        self._prompts = PromptCheck(asking)
+        self._logprobs = self._ids = True
         self._stopped: signal.Signals | None = None
         self._failure: UserError | None = None
         self._take_stock()
@@ -207,6 +209,8 @@ class SamplingRun:
             reply = await self._ask(request)
             sample = self.asking.sample(request, reply.choice, reply.usage)
             sample = sample._replace(server=reply.server, seconds=round(reply.seconds, 3))
+            if line := self._prompts.look(prompt, request, sample):
+                self.progress.say(line)
             self._settle_held()
         except Refused as refusal:
             sample = failed._replace(error=str(refusal))
@@ -223,18 +227,26 @@ class SamplingRun:
             raise Refused(str(error)) from None
 
     async def _ask(self, request: Request) -> Reply:
-        body = request.body
+        """One request's reply; what a server does not know is left out, and said once."""
         while True:
+            asked = request.by_text() if request.tokens and not self._ids else request
+            body = asked.body
             if not self._logprobs:
                 body = {key: value for key, value in body.items() if key != "logprobs"}
             try:
                 return await self.pool.ask(request.path, body)
             except Refused as refusal:
-                if "logprobs" not in body or "logprob" not in str(refusal).lower():
-                    raise
-                if self._logprobs:
+                said = str(refusal).lower()
+                if "logprobs" in body and "logprob" in said:
+                    if self._logprobs:
+                        self.progress.say(f"the server tells no log-probs, so samples have none ({refusal})")
                     self._logprobs = False
-                    self.progress.say(f"the server tells no log-probs, so samples have none ({refusal})")
+                elif isinstance(body.get("prompt"), list) and "prompt" in said and "str" in said:
+                    if self._ids:
+                        self.progress.say(f"the server takes no token ids; prompts are sent as text ({refusal})")
+                    self._ids = False
+                else:
+                    raise
 
     def _hold(self, sample: Sample) -> None:
         """Refusals before any success are not recorded: a wrong setting would spoil the folder."""

@@ -36,6 +36,9 @@ DEFAULTS = {
     "thinks_on": False,  # an answer without thinking thinks
     "finish": "stop",
     "quick": False,  # one answer for all, at once
+    "ids": True,  # whether completions may be token ids
+    "tokenizer": None,  # folder of the chat template by which it counts a chat's tokens
+    "around": 0,  # tokens that it puts around a prompt
     "silent": False,  # takes requests and says nothing
 }
 
@@ -107,9 +110,18 @@ class Behaviour:
             return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
         if body.get("logprobs") is not None and self.options["logprobs"] == "refused":
             return web.json_response({"error": {"message": "logprobs are not supported"}}, status=400)
+        if isinstance(body.get("prompt"), list) and not self.options["ids"]:
+            detail = [{"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string"}]
+            return web.json_response({"detail": detail}, status=422)
         if (fault := self.fault(body, key)) is not None:
             return await self.fail(request, fault)
         return web.json_response(self.good(body, chat))
+
+    def count(self, messages: list, thinking: bool) -> int:
+        from megatron_bvpo.sampling.chat_templates import ChatTemplate
+
+        template = ChatTemplate(self.options["tokenizer"])
+        return len(template.encode(template.render(messages, thinking=thinking)))
 
     def fault(self, body: dict, key: str) -> str | None:
         for text, fault in self.options["always"].items():
@@ -149,6 +161,12 @@ class Behaviour:
         raw = f"<think>\n{trace}\n</think>\n\n{answer}" if thinking else answer
         tokens = raw.split(" ")
         usage = {"prompt_tokens": len(text_of(body).split(" ")), "completion_tokens": len(tokens)}
+        if not chat:
+            usage["prompt_tokens"] = len(body["prompt"]) + self.options["around"]
+            if isinstance(body["prompt"], str):
+                del usage["prompt_tokens"]
+        elif self.options["tokenizer"]:
+            usage["prompt_tokens"] = self.count(body["messages"], switch)
         choice = {"index": 0, "finish_reason": self.options["finish"]}
         logprob = -0.5
         if style == "opened" and not raw.startswith("<think>"):
@@ -172,7 +190,7 @@ class Behaviour:
         return {"choices": [choice], "usage": usage}
 
 
-_USAGE = {"prompt_tokens": 20, "completion_tokens": 40}
+_USAGE = {"completion_tokens": 40}
 _LOGPROBS = [{"token": "word ", "logprob": -0.25, "bytes": [119], "top_logprobs": []}] * 40
 QUICK = {
     True: json.dumps(

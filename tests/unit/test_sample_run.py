@@ -146,6 +146,40 @@ def test_a_server_without_logprobs_is_used_without(prompts, tmp_path, capsys):
     assert capsys.readouterr().err.count("tells no log-probs") == 1
 
 
+# --- what a server makes of a prompt ---
+
+
+def test_a_server_that_takes_no_token_ids_gets_texts(prompts, tmp_path, capsys):
+    """`swift deploy` is one."""
+    flags = ("--tokenizer", write_chat_model(tmp_path / "m", "r1"))
+    with Served(ids=False) as server:
+        assert sample(prompts, tmp_path / "out", server, concurrency=1, flags=flags) == 0
+        asked = [request["prompt"] for request in server.requests if "prompt" in request]
+    assert [type(prompt) for prompt in asked[:3]] == [list, str, str] and len(asked) == 25
+    assert asked[1] == "<｜begin▁of▁sentence｜><｜User｜>What is 0?<｜Assistant｜><think>\n\n</think>\n\n"
+    assert capsys.readouterr().err.count("takes no token ids") == 1
+
+
+def test_something_around_a_rendered_prompt_ends_the_run(prompts, tmp_path, capsys):
+    """`swift deploy` with its chat template around completions: another prompt than training's."""
+    flags = ("--tokenizer", write_chat_model(tmp_path / "m", "thinking"))
+    with Served(around=9) as server:
+        assert sample(prompts, tmp_path / "out", server, flags=flags) == 2
+    said = capsys.readouterr().err
+    assert "tokens in a rendered prompt of" in said and "--use_chat_template false" in said
+    assert not [key for key in rows(tmp_path / "out") if key.mode == "empty"]
+
+
+@pytest.mark.parametrize("served", ["hybrid", "thinking"])
+def test_a_server_that_ignores_the_switch_is_told(served, prompts, tmp_path, capsys):
+    ours, theirs = (write_chat_model(tmp_path / family, family) for family in ("hybrid", served))
+    with Served(tokenizer=str(theirs)) as server:
+        assert sample(prompts, tmp_path / "out", server, flags=("--tokenizer", ours)) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "it has another template" in line]
+    assert len(told) == (2 if served == "thinking" else 0)  # once a mode
+    assert all("or ignores enable_thinking" in line for line in told)
+
+
 def test_no_torch_is_loaded(prompts, tmp_path):
     """Neither by help nor by a whole run: it starts on a login node in no time."""
     with Served() as server:
@@ -221,7 +255,7 @@ def test_a_stop_between_shard_and_journal_counts_once(prompts, tmp_path):
 def test_full_journals_become_shards_while_sampling(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "_LINES", 7)
     with Served() as server:
-        sample(prompts, tmp_path / "out", server, concurrency=2)
+        sample(prompts, tmp_path / "out", server, concurrency=1)
     shards = sorted((tmp_path / "out" / "samples").glob("*.parquet"))
     assert [pq.read_metadata(path).num_rows for path in shards] == [7] * 6 + [6]
     assert len(rows(tmp_path / "out")) == 48
