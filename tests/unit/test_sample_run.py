@@ -1,0 +1,340 @@
+"""`bvpo sample` end to end: every sample once, whatever stops it and however often."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_bvpo.cli import bvpo
+from megatron_bvpo.sampling import journal, run_settings
+from megatron_bvpo.sampling.samples import (
+    NO_TRACE_END,
+    THINKS,
+    TRUNCATED,
+    Sample,
+    read_journal,
+    read_judgements,
+    read_prompts,
+    read_samples,
+    write_shard,
+)
+from tests.unit.chat_models import write_chat_model
+from tests.unit.openai_server import Served, ServerProcess, answer_of
+
+HYBRID = ("--thinking_switch", "enable_thinking")
+
+
+def write_prompts(path: Path, count: int, **more) -> Path:
+    rows = [{"prompt": f"What is {i}?", "answer": f"{i % 3}", "family": "sum", **more} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write_prompts(tmp_path / "prompts.jsonl", 6)
+
+
+def sample(prompts, out, *servers, flags=HYBRID, samples=4, concurrency=8):
+    addresses = [server if isinstance(server, str) else server.address for server in servers]
+    command = ["sample", str(prompts), "--out", str(out), "--model", "m", "--max_tokens", "100"]
+    command += ["--server", *addresses, "--samples", str(samples), "--concurrency", str(concurrency)]
+    return bvpo([*command, *map(str, flags)])
+
+
+def rows(folder) -> dict:
+    """What is the same in every run."""
+    found = list(read_samples(folder))
+    assert len({s.key for s in found}) == len(found)
+    return {s.key: s._replace(server=None, seconds=None) for s in found}
+
+
+def keys(server) -> Counter:
+    return Counter(request["seed"] for request in server.requests)
+
+
+# --- one run ---
+
+
+def test_every_sample_once(prompts, tmp_path, capsys):
+    with Served() as one, Served(style="reasoning") as two:
+        assert sample(prompts, tmp_path / "out", one, two) == 0
+        requests = one.requests + two.requests
+    found = rows(tmp_path / "out")
+    asked = list(read_prompts(tmp_path / "out"))
+    assert found.keys() == {(p.prompt_id, m, n) for p in asked for m in ("thinking", "empty") for n in range(4)}
+    assert [(p.answer, p.source, p.columns) for p in asked][1] == ("1", f"{prompts}:2", {"family": "sum"})
+    by_seed = {request["seed"]: request for request in requests}
+    assert len(by_seed) == len(requests) == len(found)
+    for (prompt_id, mode, _), answer in found.items():
+        thinking = mode == "thinking"
+        body = by_seed[answer.seed]
+        assert body["messages"] == next(p.messages for p in asked if p.prompt_id == prompt_id)
+        assert body["chat_template_kwargs"] == {"enable_thinking": thinking}
+        trace, text = answer_of(body, thinking)
+        assert answer.text == (f"<think>\n{trace}\n</think>\n\n{text}" if thinking else text)
+        assert answer.tokens and answer.prompt_tokens and answer.marks == ()
+        assert answer.logprob_sum == pytest.approx(-0.5 * answer.tokens)
+    assert {s.server for s in read_samples(tmp_path / "out")} == {one.address, two.address}
+    assert not list((tmp_path / "out" / "journal").iterdir())
+    said = capsys.readouterr().err
+    assert "6 prompts, modes thinking, empty: 48 samples, 0 are there" in said and "48 of 48 samples" in said
+
+
+@pytest.mark.parametrize("style", ["raw", "opened", "closing", "reasoning", "reasoning_content", "r1"])
+def test_texts_are_the_same_whatever_the_server_does_with_tags(style, prompts, tmp_path):
+    with Served(style=style) as server:
+        sample(prompts, tmp_path / "out", server, samples=1)
+    with Served() as server:
+        sample(prompts, tmp_path / "raw", server, samples=1)
+    assert {k: s.text for k, s in rows(tmp_path / "out").items()} == {
+        k: s.text for k, s in rows(tmp_path / "raw").items()
+    }
+
+
+@pytest.mark.parametrize("family", ["hybrid", "thinking", "r1"])
+def test_three_modes(family, prompts, tmp_path):
+    model = write_chat_model(tmp_path / "m", family)
+    flags = ("--tokenizer", model, "--modes", "short", "thinking", "empty", "--short_budget", "5")
+    with Served(style="closing") as server:
+        assert sample(prompts, tmp_path / "out", server, samples=2, flags=flags) == 0
+        paths = Counter(request["path"].removeprefix("/v1/") for request in server.requests)
+    assert paths == ({"chat/completions": 24, "completions": 12} if family == "hybrid" else
+                     {"chat/completions": 12, "completions": 24})  # fmt: skip
+    found = rows(tmp_path / "out")
+    assert Counter(key.mode for key in found) == {"thinking": 12, "empty": 12, "short": 12}
+    for key, short in found.items():
+        if key.mode == "short":
+            start, _, answer = short.text.partition("\n</think>\n\n")
+            assert found[key._replace(mode="thinking")].text.startswith(start) and start.startswith("<think>\nI")
+            assert answer.startswith("The answer is")
+    # A shard that is gone is asked for again; short samples then find their thinking samples on disk.
+    shard = next((tmp_path / "out" / "samples").glob("*.parquet"))
+    kept = [s for s in read_samples(tmp_path / "out") if s.mode != "short"]
+    write_shard(shard, kept, Sample)
+    with Served(style="raw") as server:
+        sample(prompts, tmp_path / "out", server, samples=2, flags=flags)
+        assert len(server.requests) == 12
+    assert rows(tmp_path / "out") == found
+
+
+def test_marks(prompts, tmp_path, capsys):
+    with Served(finish="length", thinks_on=True) as server:
+        sample(prompts, tmp_path / "out", server, samples=1)
+    found = rows(tmp_path / "out")
+    assert {s.finish_reason for s in found.values()} == {"length"}
+    assert {s.marks for k, s in found.items() if k.mode == "empty"} == {(TRUNCATED, THINKS)}
+    assert "empty: thinks: 6" in capsys.readouterr().err
+    assert NO_TRACE_END not in {m for s in found.values() for m in s.marks}
+
+
+def test_a_server_without_logprobs_is_used_without(prompts, tmp_path, capsys):
+    with Served(logprobs="refused") as server:
+        assert sample(prompts, tmp_path / "out", server, concurrency=1) == 0
+        assert sum("logprobs" in request for request in server.requests) == 1
+    assert {s.logprob_sum for s in rows(tmp_path / "out").values()} == {None}
+    assert capsys.readouterr().err.count("tells no log-probs") == 1
+
+
+def test_no_torch_is_loaded(prompts, tmp_path):
+    """Neither by help nor by a whole run: it starts on a login node in no time."""
+    with Served() as server:
+        code = (
+            "import sys\nfrom megatron_bvpo.cli import bvpo\n"
+            "try: bvpo(['sample', '--help'])\nexcept SystemExit: pass\nprint('first', *sys.modules)\n"
+            f"bvpo(['sample', {str(prompts)!r}, '--out', {str(tmp_path / 'out')!r}, '--model', 'm', '--server', "
+            f"{server.address!r}, '--max_tokens', '9', '--thinking_switch', 'x'])\nprint('then', *sys.modules)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, then = (line.split() for line in done.stdout.splitlines() if line.startswith(("first", "then")))
+    assert not {"torch", "transformers", "swift", "datasets", "aiohttp", "pyarrow", "jinja2", "tokenizers"} & {*first}
+    assert not {"torch", "transformers", "swift", "datasets", "megatron"} & {*then} and "aiohttp" in then
+
+
+# --- failed requests ---
+
+
+def test_a_failed_request_is_recorded_told_and_asked_again_on_wish(prompts, tmp_path, capsys):
+    with Served(always={"What is 3?": "400"}) as server:
+        assert sample(prompts, tmp_path / "out", server) == 0
+    failed = [s for s in rows(tmp_path / "out").values() if s.error]
+    assert len(failed) == 8 and {s.error for s in failed} == {"400: a fault: 400"}
+    assert {(s.text, s.finish_reason) for s in failed} == {(None, "error")}
+    assert "failed 8 times: 400: a fault" in capsys.readouterr().err
+    with Served() as server:
+        sample(prompts, tmp_path / "out", server)
+        assert not server.requests
+        sample(prompts, tmp_path / "out", server, flags=(*HYBRID, "--retry_failed"))
+        assert len(server.requests) == 8
+    assert not [s for s in rows(tmp_path / "out").values() if s.error] and len(rows(tmp_path / "out")) == 48
+
+
+def test_what_refuses_everything_spoils_nothing(prompts, tmp_path, capsys):
+    with Served(always={"": "400"}) as server:
+        assert sample(prompts, tmp_path / "out", server) == 2
+        assert len(server.requests) < 30
+    assert "the first 20 requests failed, and none has succeeded: 400: a fault" in capsys.readouterr().err
+    assert not rows(tmp_path / "out")
+
+
+# --- going on ---
+
+
+def test_more_samples_and_modes_are_added(prompts, tmp_path):
+    out = tmp_path / "out"
+    with Served() as server:
+        sample(prompts, out, server, samples=1, flags=(*HYBRID, "--modes", "thinking"))
+        before = rows(out)
+        sample(prompts, out, server, samples=3)
+        assert set(keys(server).values()) == {1} and len(server.requests) == 36
+    after = rows(out)
+    assert {key: after[key] for key in before} == before and len(after) == 36
+    assert run_settings.read(out)["samples"] == 3
+
+
+def test_a_stop_between_shard_and_journal_counts_once(prompts, tmp_path):
+    out = tmp_path / "out"
+    with Served() as server:
+        sample(prompts, out, server)
+        found = rows(out)
+        shard = next((out / "samples").glob("*.parquet"))
+        lines = "".join(s.to_json() + "\n" for s in read_samples(out))
+        (out / "journal" / f"{shard.stem}.jsonl").write_text(lines)
+        (out / "samples" / ".000009.parquet.1").write_text("half a shard")
+        assert len(rows(out)) == 48
+        sample(prompts, out, server)
+        assert len(server.requests) == 48
+    assert rows(out) == found and not list((out / "journal").iterdir())
+    assert [path.name for path in (out / "samples").iterdir()] == [shard.name]
+
+
+def test_full_journals_become_shards_while_sampling(prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_LINES", 7)
+    with Served() as server:
+        sample(prompts, tmp_path / "out", server, concurrency=2)
+    shards = sorted((tmp_path / "out" / "samples").glob("*.parquet"))
+    assert [pq.read_metadata(path).num_rows for path in shards] == [7] * 6 + [6]
+    assert len(rows(tmp_path / "out")) == 48
+
+
+def test_a_full_disk_loses_nothing_that_was_told(prompts, tmp_path, monkeypatch, capsys):
+    """The write that fails leaves half a line; nothing is written behind it."""
+    real, room = os.write, [6000]
+
+    def write(file, data):
+        if len(data) > 2 and b"prompt_id" in data:
+            if room[0] <= 0:
+                raise OSError(28, "No space left on device")
+            data = data[: room[0]]
+            room[0] -= len(data)
+        return real(file, data)
+
+    with Served() as server:
+        monkeypatch.setattr(os, "write", write)
+        assert sample(prompts, tmp_path / "out", server, concurrency=2) == 2
+        monkeypatch.undo()
+        assert "No space left on device; make room" in capsys.readouterr().err
+        have = rows(tmp_path / "out")
+        assert 5 < len(have) < 48
+        asked = keys(server)
+        assert sample(prompts, tmp_path / "out", server, concurrency=2) == 0
+        again = keys(server) - asked
+        assert not {s.seed for s in have.values()} & again.keys() or len(rows(tmp_path / "out")) == 48
+    assert len(rows(tmp_path / "out")) == 48
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(number, tmp_path):
+    out, prompts = tmp_path / "out", write_prompts(tmp_path / "prompts.jsonl", 200)
+    with Served(delay=0.01) as server:
+        process = spawn(prompts, out, server)
+        wait_for(lambda: any(read_lines(out)))
+        os.kill(process.pid, number)
+        process.join(30)
+        assert process.exitcode == 128 + number
+        have = rows(out)
+        assert 0 < len(have) < 1600 and not list((out / "journal").iterdir())
+        assert len(server.requests) - len(have) <= 8
+
+
+def read_lines(out):
+    return [line for path in (out / "journal").glob("*.jsonl") for line in read_journal(path)]
+
+
+def wait_for(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["aiohttp", "pyarrow.parquet", "megatron_bvpo.sampling.sampling_run", "megatron_bvpo.sampling.judge_command"]
+)
+
+
+def spawn(prompts, out, *servers, more=()):
+    """`bvpo sample` in a process of its own, started without the second that imports take."""
+    command = ["sample", str(prompts), "--out", str(out), "--model", "m", "--max_tokens", "100", "--samples", "4"]
+    command += ["--concurrency", "8", "--server", *(s.address for s in servers), *HYBRID, *more]
+    process = CONTEXT.Process(target=run_quietly, args=(command,), daemon=True)
+    process.start()
+    return process
+
+
+def run_quietly(command):
+    sys.stderr = open(os.devnull, "w")
+    sys.exit(bvpo(command))
+
+
+def test_killed_at_random_moments_and_with_a_server_that_dies(tmp_path, request):
+    """Done-when 2: complete, nothing that arrived is asked again, the samples of an undisturbed run."""
+    kills = 60 if request.config.getoption("--whole-matrix") else 20
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 8 * kills)
+    judge = ("--judge", "exact")
+    with Served() as server:
+        sample(prompts, tmp_path / "calm", server)
+    chance = random.Random(time.time_ns())
+    out, logs = tmp_path / "out", [tmp_path / "one.log", tmp_path / "two.log"]
+    one, two = (ServerProcess(log, delay=0.05, faults={"500": 0.02, "drop": 0.02}) for log in logs)
+    killed = 0
+    with one, two:
+        while True:
+            have = {s.seed for s in read_samples(out)} if out.is_dir() else set()
+            lengths = [len(log.read_text().splitlines()) for log in logs]
+            process = spawn(prompts, out, one, two, more=judge)
+            # Some kills fall into the start, the others anywhere between two answers.
+            process.join(None if killed == kills else chance.choice([0.1, 0.3]) + chance.random() * 0.3)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+                killed += 1
+            asked = [
+                line.split()[1]
+                for log, n in zip(logs, lengths, strict=True)
+                for line in log.read_text().splitlines()[n:]
+            ]
+            assert not have & {int(seed) for seed in asked}
+            if killed == kills // 3:
+                two.kill()
+            if killed == kills // 2 and two.process is None:
+                two.start()
+            if process.exitcode == 0:
+                break
+            assert process.exitcode == -signal.SIGKILL
+    assert killed == kills
+    assert rows(out) == rows(tmp_path / "calm")
+    assert {j.key for j in read_judgements(out, "exact")} == rows(out).keys()
+    # Beyond what was in flight at a kill (8 requests) and the servers' faults, everything was asked for once.
+    asked = Counter(line.split()[0] for log in logs for line in log.read_text().splitlines())
+    assert sum(asked.values()) - len(asked) <= 8 * (kills + 1) + 0.06 * len(asked)
