@@ -206,9 +206,9 @@ def _of_prompts(outcome: Outcome) -> Iterator[str]:
 
 
 def _of_folders(outcome: Outcome) -> Iterator[str]:
-    told = other_settings(outcome.facts.folders)
+    told = other_settings(outcome.facts.folders, outcome.facts.judge)
     if told:
         yield (
-            "the folders were sampled with other settings, so a pair of a prompt that stands in both may compare "
-            f"models and not answers: {'; '.join(told[:_NAMED])}."
+            "the folders were sampled or judged with other settings, so a pair of a prompt that stands in both may "
+            f"compare models and not answers: {'; '.join(told[:_NAMED])}."
         )

@@ -21,6 +21,7 @@ from megatron_bvpo.data.rows import own_answer_problem, response_problem
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.pairing import FAILED, Candidate
 from megatron_bvpo.sampling.samples import (
+    JUDGEMENTS,
     MODES,
     NO_TRACE_END,
     SETTINGS,
@@ -39,6 +40,8 @@ CUT = "truncated"
 STILL_THINKS = "thinks although thinking was off"
 BROKEN = "a character that is none"
 
+# Settings of which no answer depends: how many there are, and of which prompts.
+_OF_ONE_FOLDER = {"version", "modes", "samples", "seed", "budget", "prompts"}
 _HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 SampleName = tuple[int, str, str, int]  # folder, prompt_id, mode, number
@@ -229,23 +232,25 @@ def _why_unusable(sample, text: str, keep_truncated: bool) -> str | None:
     return problem.problem if problem else None
 
 
-def other_settings(folders: Sequence[Folder]) -> list[str]:
-    """In words, the settings in which the folders' samples differ: joined, their pairs compare other things."""
-    found = []
-    for folder in folders:
-        try:
-            settings = json.loads((folder.path / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            settings = {}
-        found.append(settings if isinstance(settings, dict) else {})
-    names = sorted({name for settings in found for name in settings})
+def other_settings(folders: Sequence[Folder], judge: str) -> list[str]:
+    """In words, in what the folders' samples or judgements differ: joined, their pairs compare other things."""
     told = []
-    for name in names:
-        values = [json.dumps(settings.get(name), ensure_ascii=False) for settings in found]
-        if len(set(values)) > 1:
-            pairs = zip(folders, values, strict=True)
-            told.append(f"{name}: " + ", ".join(f"{folder.name} {value[:80]}" for folder, value in pairs))
+    for file in (Path(SETTINGS), Path(JUDGEMENTS, judge, SETTINGS)):
+        found = [_settings(folder.path / file) for folder in folders]
+        for name in sorted({name for settings in found for name in settings} - _OF_ONE_FOLDER):
+            values = [json.dumps(settings.get(name), ensure_ascii=False) for settings in found]
+            if len(set(values)) > 1:
+                pairs = zip(folders, values, strict=True)
+                told.append(f"{name}: " + ", ".join(f"{folder.name} {value[:80]}" for folder, value in pairs))
     return told
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Texts:

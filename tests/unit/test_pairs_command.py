@@ -184,15 +184,16 @@ def test_one_prompt_in_two_folders_joins_its_samples(make, tmp_path):
         [ask("yours", text), ask("x", "Two?")],
         [wrong[0], *(s for s, _ in other)],
         [wrong[1], *(j for _, j in other)],
-        settings={"model": "other", "temperature": 0.8},
+        settings={"model": "other", "temperature": 0.8, "seed": 7},
     )
+    (tmp_path / "b" / "judgements" / "math" / "settings.json").write_text('{"text": "whole"}')
     code, rows, said, err = make("a", "b")
     assert code == 0, err
     assert [(r["prompt_id"], r["folders"]["thinking"]) for r in rows["pairs.jsonl"]] == [
         ("mine", ["a", "b"]),
         ("x", ["b", "b"]),
     ]
-    assert 'may compare models and not answers: model: a "tiny", b "other".' in said
+    assert 'may compare models and not answers: model: a "tiny", b "other"; text: a null, b "whole".' in said
 
 
 def test_a_mix_by_the_names_of_folders(make, tmp_path):
