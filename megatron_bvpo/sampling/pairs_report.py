@@ -119,7 +119,8 @@ def _of_lengths(outcome: Outcome, mode: str) -> Iterator[str]:
         if score is not None and len(found) >= _FEW_PAIRS and abs(score - 0.5) > 0.05:
             told.append(f"{score:.2f} in {what}")
     if told:
-        remedy = "" if outcome.plan.rules.match_length else "; --match_length chooses pairs that do not"
+        matched = outcome.plan.rules.match_length
+        remedy = " (these samples allow no better)" if matched else "; --match_length chooses pairs that do not"
         why = "the loss can fall by length alone"
         yield f"{mode}: preferring the shorter scores {' and '.join(told)}: {why}{remedy}."
 

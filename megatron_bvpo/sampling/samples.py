@@ -199,7 +199,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(4096):
+            for batch in file.iter_batches(512):  # long traces take a hundred kilobytes each
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(

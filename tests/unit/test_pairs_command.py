@@ -336,6 +336,11 @@ BAD = {
         ["a/s", "b/s"],
         "a/s: two folders are called 's'; give each a name of its own: NAME=a/s",
     ),
+    "a report in a file": (
+        lambda p: (small(p / "s"), (p / "r").write_text("x")),
+        ["s", "--report", "r"],
+        "r: --report: is no folder",
+    ),
     "a table": (lambda p: small(p / "s"), ["s", "--heldout", ".5", "--heldout_out", "h.parquet"], "h.parquet: "),
     "too many to hold out": (lambda p: small(p / "s"), ["s", "--heldout", "7"], "--heldout: 7 prompts are to be held"),
     "nothing held out": (lambda p: small(p / "s"), ["s", "--heldout_out", "h.jsonl"], "--heldout_out: nothing is held"),
