@@ -59,6 +59,10 @@ def run_command(args: argparse.Namespace) -> int:
     folder = Path(args.report) if args.report else out.parent
     outcome = make_pairs(plan)
     lines = report_lines(outcome)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot be made: {error.strerror}", file=str(folder), field="--report") from None
     text, picture = folder / f"{out.stem}.{REPORT}.md", folder / f"{out.stem}.{REPORT}.png"
     try:
         from megatron_bvpo.sampling.pairs_picture import draw
@@ -156,10 +160,6 @@ def _outputs(args: argparse.Namespace) -> dict[str, Path]:
         raise UserError("both parts would go to one file", file=args.out, field="--heldout_out")
     for flag, path in zip(("--out", "--heldout_out"), outputs.values(), strict=False):
         require_new_file(path, flag, args.overwrite)
-    if args.report and not Path(args.report).is_dir():
-        try:
-            Path(args.report).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"cannot be made: {error.strerror}"
-            raise UserError(problem, file=args.report, field="--report", remedy="choose another folder") from None
+    if args.report and Path(args.report).exists() and not Path(args.report).is_dir():
+        raise UserError("is no folder", file=args.report, field="--report", remedy="name a folder for the report")
     return outputs

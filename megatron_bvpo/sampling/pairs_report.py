@@ -119,7 +119,8 @@ def _of_lengths(outcome: Outcome, mode: str) -> Iterator[str]:
         if score is not None and len(found) >= _FEW_PAIRS and abs(score - 0.5) > 0.05:
             told.append(f"{score:.2f} in {what}")
     if told:
-        remedy = "" if outcome.plan.rules.match_length else "; --match_length chooses pairs that do not"
+        matched = outcome.plan.rules.match_length
+        remedy = " (these samples allow no better)" if matched else "; --match_length chooses pairs that do not"
         why = "the loss can fall by length alone"
         yield f"{mode}: preferring the shorter scores {' and '.join(told)}: {why}{remedy}."
 
@@ -206,9 +207,9 @@ def _of_prompts(outcome: Outcome) -> Iterator[str]:
 
 
 def _of_folders(outcome: Outcome) -> Iterator[str]:
-    told = other_settings(outcome.facts.folders)
+    told = other_settings(outcome.facts.folders, outcome.facts.judge)
     if told:
         yield (
-            "the folders were sampled with other settings, so a pair of a prompt that stands in both may compare "
-            f"models and not answers: {'; '.join(told[:_NAMED])}."
+            "the folders were sampled or judged with other settings, so a pair of a prompt that stands in both may "
+            f"compare models and not answers: {'; '.join(told[:_NAMED])}."
         )

@@ -8,6 +8,7 @@ the texts of these, which go to a file beside the output (`Texts`).
 import hashlib
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,22 +21,27 @@ from megatron_bvpo.data.rows import own_answer_problem, response_problem
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.pairing import FAILED, Candidate
 from megatron_bvpo.sampling.samples import (
+    JUDGEMENTS,
     MODES,
     NO_TRACE_END,
     SETTINGS,
     THINKS,
     TRUNCATED,
+    Judgement,
     Prompt,
+    Sample,
     judges,
-    read_judgements,
     read_prompts,
-    read_samples,
+    stored_judgements,
+    stored_samples,
 )
 
 CUT = "truncated"
 STILL_THINKS = "thinks although thinking was off"
 BROKEN = "a character that is none"
 
+# Settings of which no answer depends: how many there are, and of which prompts.
+_OF_ONE_FOLDER = {"version", "modes", "samples", "seed", "budget", "prompts"}
 _HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 
 SampleName = tuple[int, str, str, int]  # folder, prompt_id, mode, number
@@ -89,6 +95,14 @@ class Facts:
     excluded: dict[str, str] = field(default_factory=dict)
     samples: Counter[str] = field(default_factory=Counter)
     strays: int = 0
+
+    def find(self, folder: int, sample: Sample | Judgement) -> Candidate | None:
+        """The candidate of a sample. A prompt has few: a list of them is smaller than an index of all."""
+        prompt = self.prompts.get(self.asked.get((folder, sample.prompt_id), ""))
+        for candidate in prompt.candidates.get(sample.mode, ()) if prompt else ():
+            if candidate.name == (folder, sample.prompt_id, sample.number):
+                return candidate
+        return None
 
     def pools(self) -> Iterator[tuple[PromptFacts, str, list[Candidate]]]:
         for prompt in self.prompts.values():
@@ -157,18 +171,16 @@ def gather(folders: Sequence[Folder], judge: str, *, keep_truncated: bool = Fals
     for number, folder in enumerate(folders):
         for prompt in read_prompts(folder.path):
             _add_prompt(facts, number, prompt, exclude)
-        by_name: dict[tuple[str, str, int], Candidate] = {}
-        for sample in read_samples(folder.path):
+        for sample in stored_samples(folder.path):
             key = facts.asked.get((number, sample.prompt_id))
             if key is None or sample.mode not in MODES:
                 facts.strays += 1
             elif key in facts.prompts:
-                facts.samples[sample.mode] += 1
-                candidate = _candidate(number, sample, keep_truncated)
-                by_name[sample.prompt_id, sample.mode, sample.number] = candidate
-                facts.prompts[key].candidates[sample.mode].append(candidate)
-        for judgement in read_judgements(folder.path, judge):
-            candidate = by_name.get((judgement.prompt_id, judgement.mode, judgement.number))
+                if facts.find(number, sample) is None:
+                    facts.samples[sample.mode] += 1
+                    facts.prompts[key].candidates[sample.mode].append(_candidate(number, sample, keep_truncated))
+        for judgement in stored_judgements(folder.path, judge):
+            candidate = facts.find(number, judgement)
             if candidate is not None:
                 candidate.right, candidate.score = judgement.right, judgement.score
                 candidate.parsed = judgement.parsed is not None
@@ -197,7 +209,7 @@ def _candidate(folder: int, sample, keep_truncated: bool) -> Candidate:
     # Of a short sample only the answer's tokens are counted, so its length in tokens is not known.
     tokens = None if sample.mode == "short" else sample.tokens
     return Candidate(
-        folder, sample.prompt_id, sample.number, digest(text), len(text), tokens, logprob, why, traced
+        folder, sys.intern(sample.prompt_id), sample.number, digest(text), len(text), tokens, logprob, why, traced
     )  # fmt: skip
 
 
@@ -220,23 +232,25 @@ def _why_unusable(sample, text: str, keep_truncated: bool) -> str | None:
     return problem.problem if problem else None
 
 
-def other_settings(folders: Sequence[Folder]) -> list[str]:
-    """In words, the settings in which the folders' samples differ: joined, their pairs compare other things."""
-    found = []
-    for folder in folders:
-        try:
-            settings = json.loads((folder.path / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            settings = {}
-        found.append(settings if isinstance(settings, dict) else {})
-    names = sorted({name for settings in found for name in settings})
+def other_settings(folders: Sequence[Folder], judge: str) -> list[str]:
+    """In words, in what the folders' samples or judgements differ: joined, their pairs compare other things."""
     told = []
-    for name in names:
-        values = [json.dumps(settings.get(name), ensure_ascii=False) for settings in found]
-        if len(set(values)) > 1:
-            pairs = zip(folders, values, strict=True)
-            told.append(f"{name}: " + ", ".join(f"{folder.name} {value[:80]}" for folder, value in pairs))
+    for file in (Path(SETTINGS), Path(JUDGEMENTS, judge, SETTINGS)):
+        found = [_settings(folder.path / file) for folder in folders]
+        for name in sorted({name for settings in found for name in settings} - _OF_ONE_FOLDER):
+            values = [json.dumps(settings.get(name), ensure_ascii=False) for settings in found]
+            if len(set(values)) > 1:
+                pairs = zip(folders, values, strict=True)
+                told.append(f"{name}: " + ", ".join(f"{folder.name} {value[:80]}" for folder, value in pairs))
     return told
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Texts:
@@ -253,9 +267,9 @@ class Texts:
         self._places: dict[SampleName, tuple[int, int]] = {}
         at = 0
         for number, folder in enumerate(folders):
-            for sample in read_samples(folder.path):
+            for sample in stored_samples(folder.path):
                 name = (number, sample.prompt_id, sample.mode, sample.number)
-                if name in wanted and sample.text is not None:
+                if name in wanted and name not in self._places and sample.text is not None:
                     raw = trained_text(sample.mode, sample.text).encode("utf-8")
                     self._file.write(raw)
                     self._places[name] = at, len(raw)

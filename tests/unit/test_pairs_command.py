@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.rows import RowRules, check_row
+from megatron_bvpo.sampling import pairs_picture
 from megatron_bvpo.sampling.samples import NO_TRACE_END, THINKS, TRUNCATED, Judgement, Sample
 from tests.unit.sample_folders import answered, ask, synthetic, write_folder
 
@@ -20,8 +21,11 @@ from tests.unit.sample_folders import answered, ask, synthetic, write_folder
 def make(tmp_path, monkeypatch, capsys):
     """Runs the command in the test's folder: (exit code, rows by file, what it said, its error)."""
     monkeypatch.chdir(tmp_path)
+    draw = pairs_picture.draw
 
-    def run(*argv, out="pairs.jsonl"):
+    def run(*argv, out="pairs.jsonl", picture=False):
+        # A picture takes longer than all the rest.
+        monkeypatch.setattr(pairs_picture, "draw", draw if picture else lambda *_: None)
         code = bvpo(["pairs", *map(str, argv), "--out", out])
         said = capsys.readouterr()
         rows = {p.name: [json.loads(line) for line in p.open()] for p in tmp_path.glob("*.jsonl")}
@@ -40,7 +44,7 @@ def small(folder, **more):
 
 def test_rows(make, tmp_path):
     small(tmp_path / "s")
-    code, rows, said, err = make("s")
+    code, rows, said, err = make("s", picture=True)
     assert code == 0 and not err
     both, alone = rows["pairs.jsonl"]
     assert [m["role"] for m in both["messages"]] == ["user", "assistant"]
@@ -180,15 +184,16 @@ def test_one_prompt_in_two_folders_joins_its_samples(make, tmp_path):
         [ask("yours", text), ask("x", "Two?")],
         [wrong[0], *(s for s, _ in other)],
         [wrong[1], *(j for _, j in other)],
-        settings={"model": "other", "temperature": 0.8},
+        settings={"model": "other", "temperature": 0.8, "seed": 7},
     )
+    (tmp_path / "b" / "judgements" / "math" / "settings.json").write_text('{"text": "whole"}')
     code, rows, said, err = make("a", "b")
     assert code == 0, err
     assert [(r["prompt_id"], r["folders"]["thinking"]) for r in rows["pairs.jsonl"]] == [
         ("mine", ["a", "b"]),
         ("x", ["b", "b"]),
     ]
-    assert 'may compare models and not answers: model: a "tiny", b "other".' in said
+    assert 'may compare models and not answers: model: a "tiny", b "other"; text: a null, b "whole".' in said
 
 
 def test_a_mix_by_the_names_of_folders(make, tmp_path):
@@ -331,6 +336,11 @@ BAD = {
         ["a/s", "b/s"],
         "a/s: two folders are called 's'; give each a name of its own: NAME=a/s",
     ),
+    "a report in a file": (
+        lambda p: (small(p / "s"), (p / "r").write_text("x")),
+        ["s", "--report", "r"],
+        "r: --report: is no folder",
+    ),
     "a table": (lambda p: small(p / "s"), ["s", "--heldout", ".5", "--heldout_out", "h.parquet"], "h.parquet: "),
     "too many to hold out": (lambda p: small(p / "s"), ["s", "--heldout", "7"], "--heldout: 7 prompts are to be held"),
     "nothing held out": (lambda p: small(p / "s"), ["s", "--heldout_out", "h.jsonl"], "--heldout_out: nothing is held"),
@@ -383,7 +393,7 @@ def test_without_matplotlib_the_words_still_come(make, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     small(tmp_path / "s")
-    code, rows, said, _ = make("s")
+    code, rows, said, _ = make("s", picture=True)
     assert code == 0 and rows["pairs.jsonl"] and "No picture: matplotlib is missing" in said
     assert not (tmp_path / "pairs.report.png").exists()
 
