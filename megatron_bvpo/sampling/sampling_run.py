@@ -72,7 +72,8 @@ class SamplingRun:
         self.failures: Counter[str] = Counter()
         self.marks: Counter[str] = Counter()
         self.account = Account(book)
-        self._held: list[Sample] = []
+        self._held: dict[str, list[Sample]] = {}
+        self._answered: set[str] = set()  # modes
         self._prompts = PromptCheck(asking)
         self._logprobs = self._ids = True
         self._stopped: signal.Signals | None = None
@@ -84,7 +85,9 @@ class SamplingRun:
         columns = ["prompt_id", "mode", "number", "error", "gradient_norm"]
         for row in known_rows(self.folder / SAMPLES, columns):
             if self.account.add(row["prompt_id"], row["mode"], row["number"]):
-                self.account.good += row["error"] is None
+                if row["error"] is None:
+                    self.account.good += 1
+                    self._answered.add(row["mode"])
                 if self.rounds:
                     self.rounds.arrived(row["prompt_id"], row["mode"], row["gradient_norm"])
         self.progress.done = self.account.count
@@ -126,9 +129,7 @@ class SamplingRun:
         try:
             await self._main
         except asyncio.CancelledError:
-            if self._failure:
-                raise self._failure from None
-            if self._stopped is None:
+            if self._stopped is None and self._failure is None:
                 raise
         finally:
             # A second signal ends the process as it always would.
@@ -137,6 +138,8 @@ class SamplingRun:
             await self.journal.close()
             if self.judging:
                 await self.judging.close()
+        if self._failure:
+            raise self._failure
         left = 0 if self._stopped or self.rounds is None else self.progress.total - self.progress.done
         return Told(self._stopped, self.failures, self.marks, left)
 
@@ -211,10 +214,11 @@ class SamplingRun:
             sample = sample._replace(server=reply.server, seconds=round(reply.seconds, 3))
             if line := self._prompts.look(prompt, request, sample):
                 self.progress.say(line)
-            self._settle_held()
+            self._answered.add(work.mode)
+            self._record_held(work.mode)
         except Refused as refusal:
             sample = failed._replace(error=str(refusal))
-            if not self.pool.successes:
+            if work.mode not in self._answered:
                 self._hold(sample)
                 return sample
         self.journal.add(sample)
@@ -249,21 +253,27 @@ class SamplingRun:
                     raise
 
     def _hold(self, sample: Sample) -> None:
-        """Refusals before any success are not recorded: a wrong setting would spoil the folder."""
-        self._held.append(sample)
-        if len(self._held) >= _REFUSALS_AT_FIRST:
-            raise self._all_refused()
+        """Refusals before a mode's first success are not recorded: a wrong setting would spoil the folder."""
+        held = self._held.setdefault(sample.mode, [])
+        held.append(sample)
+        if len(held) >= _REFUSALS_AT_FIRST:
+            raise self._all_refused(sample.mode)
 
-    def _settle_held(self) -> None:
-        if self._held and not self.pool.successes and not self.account.good:
-            raise self._all_refused()
-        held, self._held = self._held, []
-        for sample in held:
+    def _record_held(self, mode: str) -> None:
+        for sample in self._held.pop(mode, ()):
             self.journal.add(sample)
 
-    def _all_refused(self) -> UserError:
+    def _settle_held(self) -> None:
+        """At the end: a few refusals among answers in other modes, or in other runs, are the prompts' own."""
+        for mode in list(self._held):
+            if not self._answered:
+                raise self._all_refused(mode)
+            self._record_held(mode)
+
+    def _all_refused(self, mode: str) -> UserError:
+        held = self._held[mode]
         return UserError(
-            f"the first {len(self._held)} requests failed, and none has succeeded: {self._held[-1].error}",
+            f"the first {len(held)} {mode} requests failed, and none has succeeded: {held[-1].error}",
             field="--server",
             remedy="mend the settings or the server; nothing was recorded of these requests",
         )

@@ -125,7 +125,7 @@ class Behaviour:
 
     def fault(self, body: dict, key: str) -> str | None:
         for text, fault in self.options["always"].items():
-            if text in text_of(body):
+            if text in json.dumps(body):
                 return fault
         if self.seen[key] > 1:
             return None

@@ -215,10 +215,19 @@ def test_a_failed_request_is_recorded_told_and_asked_again_on_wish(prompts, tmp_
 
 def test_what_refuses_everything_spoils_nothing(prompts, tmp_path, capsys):
     with Served(always={"": "400"}) as server:
-        assert sample(prompts, tmp_path / "out", server) == 2
-        assert len(server.requests) < 30
-    assert "the first 20 requests failed, and none has succeeded: 400: a fault" in capsys.readouterr().err
+        assert sample(prompts, tmp_path / "out", server, samples=40) == 2
+        assert len(server.requests) < 60  # of 480
+    assert "requests failed, and none has succeeded: 400: a fault" in capsys.readouterr().err
     assert not rows(tmp_path / "out")
+
+
+def test_a_mode_that_is_always_refused_ends_the_run(prompts, tmp_path, capsys):
+    """Thinking goes well: its samples are kept, and no refusal of the other mode is recorded."""
+    with Served(always={'"enable_thinking": false': "400"}) as server:
+        assert sample(prompts, tmp_path / "out", server, samples=8) == 2
+    assert "the first 20 empty requests failed" in capsys.readouterr().err
+    found = rows(tmp_path / "out")
+    assert found and {(key.mode, s.error) for key, s in found.items()} == {("thinking", None)}
 
 
 # --- going on ---
