@@ -85,7 +85,7 @@ def letter(text: str, texts: Sequence[str] = ()) -> str | None:
 
 def _clean(text: str) -> str:
     text = _TEX.sub(r"\1", text).replace("*", "").replace("$", "").replace("\\(", "(").replace("\\)", ")")
-    return text.strip()
+    return " ".join(text.split())  # the patterns would take squares of a long run of spaces
 
 
 def _marked(text: str) -> str | None:

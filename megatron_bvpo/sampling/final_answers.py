@@ -6,13 +6,13 @@ import unicodedata
 _SPACES = re.compile(r"\s+")
 _MINUS = str.maketrans({c: "-" for c in "\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d"})
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "′": "'", "″": '"'})
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 # "The answer is X", "Final answer: X"; in Japanese and Chinese texts 答え and 答案.
 _PHRASE = re.compile(
     r"(?:\b(?:final\s+)?answer\b\**\s*(?:is\b\s*:?|are\b\s*:?|:|=)|(?:答え|答案|解答)\s*(?:は|是|为|:|:))\**\s*(?P<rest>[^\n]+)",
     re.IGNORECASE,
 )
-_GSM8K = re.compile(r".*####\s*(\S.*?)\s*\Z", re.DOTALL)
+_OPENING_TAG, _CLOSING_TAG = re.compile("<answer>", re.IGNORECASE), re.compile("</answer>", re.IGNORECASE)
+_LAYERS = 8  # of what may wrap an answer
 _BRACE = re.compile(r"\\[{}\\]|(?:\\boxed\s*)?\{|\}")
 _WRAPPED = re.compile(
     r"\$\$(?P<a>.*)\$\$|\$(?P<b>[^$]*)\$|\\\((?P<c>.*)\\\)|\\\[(?P<d>.*)\\\]"
@@ -34,21 +34,27 @@ def boxed(text: str) -> str | None:
     return text[slice(*found)].strip() if found else None
 
 
+def _tagged(text: str) -> str | None:
+    """What stands in the last <answer> that is closed. By no one pattern: a text of opening tags would take it hours."""
+    ends = [match.start() for match in _CLOSING_TAG.finditer(text)]
+    starts = [match.end() for match in _OPENING_TAG.finditer(text) if ends and match.end() <= ends[-1]]
+    return text[starts[-1] : ends[-1]].strip() if starts else None
+
+
 def stated(text: str) -> str | None:
     r"""The answer that the text marks as final: \boxed{…}, `<answer>…</answer>`, "the answer is …", "#### …"; the
     last of the first of these forms that is there. None where it marks none."""
     inside = boxed(text)
     if inside is not None:
         return inside
-    if tagged := _TAGGED.findall(text):
-        return tagged[-1].strip()
+    tagged = _tagged(text)
+    if tagged is not None:
+        return tagged
     if phrases := [match["rest"].strip() for match in _PHRASE.finditer(text)]:
         # **The answer is 42.** leaves one end of the bold type behind.
         phrase = phrases[-1].replace("**", "") if phrases[-1].count("**") % 2 else phrases[-1]
         return phrase[:-1].rstrip() if phrase[-1:] in (".", "。") else phrase
-    if marked := _GSM8K.fullmatch(text):
-        return marked[1]
-    return None
+    return text.rpartition("####")[2].strip() or None if "####" in text else None
 
 
 def final(text: str) -> str | None:
@@ -67,8 +73,7 @@ def readings(answer: str) -> tuple[str, ...]:
 
 def gold(answer: str) -> str:
     """The right answer of a row, of a GSM8K solution the part behind its ####."""
-    match = _GSM8K.fullmatch(answer)
-    return match[1] if match else answer.strip()
+    return answer.rpartition("####")[2].strip() or answer.strip()
 
 
 def normalised(text: str, ignore_case: bool = False) -> str:
@@ -80,7 +85,7 @@ def normalised(text: str, ignore_case: bool = False) -> str:
     """
     text = unicodedata.normalize("NFKC", text.translate(_MINUS).translate(_QUOTES))
     text = _SPACES.sub(" ", text).strip()
-    while True:
+    for _ in range(_LAYERS):
         bare = text[:-1].rstrip() if text[-1:] in (".", "。") and text[-2:-1] != "." else text
         if match := _WRAPPED.fullmatch(bare):
             bare = match[match.lastgroup].strip()

@@ -1,7 +1,7 @@
 """reasoning-gym's scorers as a judge: `--with megatron_bvpo.sampling.gym_judge:score`.
 
 A row needs its task's name: `metadata.source_dataset`, as reasoning-gym's entries have it, or a column
-`source_dataset`.
+`source_dataset` or `family`.
 """
 
 from functools import cache
@@ -17,9 +17,9 @@ def score(text: str, answer: str | None, columns: dict[str, Any], question: str)
         ValueError: the row does not tell its task.
     """
     metadata = columns.get("metadata") or {}
-    task = metadata.get("source_dataset") or columns.get("source_dataset")
+    task = metadata.get("source_dataset") or columns.get("source_dataset") or columns.get("family")
     if not task:
-        raise ValueError("the row has neither metadata.source_dataset nor source_dataset: which task is it?")
+        raise ValueError("the row has no metadata.source_dataset, source_dataset or family: which task is it?")
     stated = final_answers.stated(text)
     final = text.strip() if stated is None else stated
     entry = {**columns, "question": question, "answer": answer, "metadata": metadata}

@@ -13,6 +13,7 @@ from megatron_bvpo.sampling.judgement_folder import JudgementFolder
 from megatron_bvpo.sampling.judges import judge_name, make_judge
 from megatron_bvpo.sampling.samples import Prompt, SampleKey
 
+INTERRUPTED = 130
 PROGRESS_S = (0.2, 30.0)  # between two lines of progress: on a terminal, in a log
 
 
@@ -81,6 +82,9 @@ def run_command(args: argparse.Namespace) -> int:
         settings = {**judge.settings, "text": args.text}
         with JudgementFolder(args.folder, name, settings, replace=args.again == "all") as folder:
             _judge(judge, prompts, folder, args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
     finally:
         judge.close()
     summary = Summary(folder_of.read_judgements(args.folder, name)) if folder.judged() else Summary()

@@ -118,6 +118,10 @@ class JudgeServer:
                         self.answered = True
                         return value
                     said = _complaint(await reply.text())
+            except aiohttp.ServerTimeoutError as error:  # while connecting: no other has a limit of its own
+                if attempt == ATTEMPTS - 1:
+                    raise self._gone(error) from error
+                continue
             except TimeoutError:
                 raise AskFailed(f"no answer within {self.time_limit:g} s") from None
             except aiohttp.ClientConnectorError as error:

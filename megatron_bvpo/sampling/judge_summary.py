@@ -1,6 +1,7 @@
 """What a judge said, as a table by mode and the first of its failures."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ class Summary:
         counts = self.modes.setdefault(said.mode, ModeCounts())
         if failed(said):
             counts.failed += 1
-            self.errors[said.error or "no reason told"] += 1
+            # What is quoted differs from sample to sample, the reason does not.
+            self.errors[re.sub(r"'[^']*'", "'…'", said.error or "no reason told")] += 1
             if len(self.failures) < FAILURES_SHOWN:
                 self.failures.append(said)
         elif said.right is None:

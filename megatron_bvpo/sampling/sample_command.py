@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import judge_command
+from megatron_bvpo.sampling import job_file, judge_command
 
 _MODES = ("thinking", "empty", "short")
 _BUDGETS = ("uniform", "balanced", "gvm", "pairs")
@@ -30,6 +30,15 @@ def add_command(commands) -> None:
     _add_what(parser)
     _add_how(parser)
     parser.set_defaults(run=run_command)
+
+
+def with_job_file(argv: list[str]) -> list[str]:
+    """`sample FILE.yaml …` as `sample PROMPTS --flags …` (job_file.py); anything else comes back as it is."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_what(parser)
+    _add_how(parser)
+    known = [word.lstrip("-") for action in parser._actions for word in action.option_strings]
+    return argv[:1] + job_file.unroll(argv[1:], known)
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ STAND_INS = PACKAGE / "rehearsal" / "stand_ins"
 # Room → rooms it may import. `errors` and the package itself are everybody's; the command line may use them all.
 MAY_USE = {
     "launching": {"data"},
-    "planning": {"data", "launching"},
+    "planning": {"data", "launching", "sampling"},
     "cluster": {"data", "launching", "planning"},
     "data": set(),
     "kernels": set(),
@@ -28,7 +28,7 @@ MAY_USE = {
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
     "reporting": set(),
-    "sampling": {"data"},
+    "sampling": {"data", "launching"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}

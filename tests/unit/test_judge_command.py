@@ -187,15 +187,15 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         f"from megatron_bvpo import cli; sys.exit(cli.bvpo(['judge', {str(folder)!r}, '--with', '{ODD}:slow']))"
     )
     chance = random.Random(5)
-    for _ in range(3):
+    for stop in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
         process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
         until = time.monotonic() + 30
         shards = len(list(folder.glob("judgements/slow/*.parquet")))
         while len(list(folder.glob("judgements/slow/*.parquet"))) < shards + 2 and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(chance.random() / 10)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(stop)
+        assert process.wait() == (130 if stop == signal.SIGINT else -signal.SIGKILL)
         assert len(list(folder.glob("judgements/slow/*.parquet"))) >= shards + 2
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     said = []
