@@ -46,7 +46,10 @@ class PromptCheck:
         if looks >= _LOOKS:
             return None
         self._looks[request.mode] = looks + 1
-        ours = len(template.encode(self.asking.chat_prompt(prompt, request.mode == "thinking")))
+        try:
+            ours = len(template.encode(self.asking.chat_prompt(prompt, request.mode == "thinking")))
+        except UserError:
+            return None  # the server rendered what our template refuses
         if sample.prompt_tokens == ours:
             return None
         self._looks[request.mode] = _LOOKS  # said once

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.sampling.account import Account
@@ -65,6 +65,7 @@ def test_several_files_a_limit_and_a_table(tmp_path):
     assert read_prompt_files(files)[0].digest == whole.digest
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["thinking", "empty"]), st.integers(0, 70)), max_size=60))
 def test_the_account_is_a_set(asked):
     book = PromptBook()
