@@ -82,7 +82,7 @@ def histogram(rates: Sequence[float]) -> list[int]:
     """Prompts in each of `BINS`."""
     counts = [0] * len(BINS)
     for rate in rates:
-        counts[0 if rate == 0 else 5 if rate == 1 else min(1 + math.ceil(rate * 4) - 1, 4)] += 1
+        counts[0 if rate == 0 else 5 if rate == 1 else min(math.ceil(rate * 4), 4)] += 1
     return counts
 
 
