@@ -1,8 +1,7 @@
 """Does the server see the prompt that we mean? Its own count of prompt tokens tells.
 
-`swift deploy` puts its chat template around the prompt of a completion (unless it runs with `--use_chat_template
-false`): an empty sample would be one of another prompt than training's, and nothing would tell. A server whose model
-has no switch ignores `chat_template_kwargs`, and thinks.
+`swift deploy` puts its chat template around the prompt of a completion: an empty sample would be one of another prompt
+than training's, and nothing would tell. A server whose model has no switch ignores `chat_template_kwargs`, and thinks.
 """
 
 from megatron_bvpo.errors import UserError
@@ -39,8 +38,8 @@ class PromptCheck:
                     f"{sample.server} counts {sample.prompt_tokens} tokens in a rendered prompt of {ours}: it puts "
                     "something around it, or has another tokenizer",
                     field="--server",
-                    remedy="start swift deploy with --use_chat_template false, and give --tokenizer the served model's "
-                    "folder",
+                    remedy="give --tokenizer the served model's folder, and serve it with vLLM or SGLang for these "
+                    "modes: swift deploy puts its chat template around completions",
                 )
             return None
         looks = self._looks.get(request.mode, 0)

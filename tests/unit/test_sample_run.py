@@ -166,7 +166,7 @@ def test_something_around_a_rendered_prompt_ends_the_run(prompts, tmp_path, caps
     with Served(around=9) as server:
         assert sample(prompts, tmp_path / "out", server, flags=flags) == 2
     said = capsys.readouterr().err
-    assert "tokens in a rendered prompt of" in said and "--use_chat_template false" in said
+    assert "tokens in a rendered prompt of" in said and "swift deploy puts its chat template around" in said
     assert not [key for key in rows(tmp_path / "out") if key.mode == "empty"]
 
 
