@@ -184,7 +184,7 @@ def _of_empty_answers(outcome: Outcome) -> Iterator[str]:
     if "empty" in outcome.modes and without > 0:
         yield (
             f"{without} rows have no empty pair of their own: --bvpo_empty strip takes their answers without the "
-            "trace, --bvpo_empty require leaves those rows out."
+            "trace, own trains their trace pair alone, require leaves them out."
         )
 
 
