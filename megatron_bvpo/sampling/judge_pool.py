@@ -163,7 +163,7 @@ class JudgePool:
             return False
         try:
             process = psutil.Process(worker.process.pid)
-            waits = process.status() != psutil.STATUS_RUNNING
+            waits = process.status() not in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
             times = process.cpu_times()
         except psutil.Error:
             return False
