@@ -94,6 +94,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not args.batch:  # told before minutes are spent on reading
         key = api_key(args.api_key_file)
         check_addresses(args.server)
+        _raise_file_limit(args.concurrency)
     book, bad = read_prompt_files(args.prompts, args.limit)
     for line in bad.lines():
         print(line, file=sys.stderr)
@@ -245,6 +246,22 @@ def api_key(path: str | None) -> str | None:
     if not key or not key.isprintable() or not key.isascii() or " " in key:
         raise UserError("holds no key on one line", file=path, field="--api_key_file")
     return key
+
+
+def _raise_file_limit(concurrency: int) -> None:
+    """Each request in flight is an open socket; the usual soft limit is 1024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = concurrency + 256
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UserError(
+            f"{concurrency} requests need more open files than the {hard} that are allowed",
+            field="--concurrency",
+            remedy=f"give {max(1, hard - 256)} or less, or raise ulimit -Hn",
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_addresses(addresses: list[str]) -> None:

@@ -321,18 +321,31 @@ def test_a_signal_ends_it_cleanly(number, tmp_path):
         process = spawn(prompts, out, server)
         wait_for(lambda: any(read_lines(out)))
         os.kill(process.pid, number)
-        process.join(30)
+        process.join(120)
         assert process.exitcode == 128 + number
         have = rows(out)
         assert 0 < len(have) < 1600 and not list((out / "journal").iterdir())
         assert len(server.requests) - len(have) <= 8
 
 
+def test_a_signal_does_not_wait_for_the_judge(tmp_path):
+    out, prompts = tmp_path / "out", write_prompts(tmp_path / "prompts.jsonl", 3)
+    with Served() as server:
+        judge = ("--judge", "tests.unit.sample_judges:slow", "--judge_time_limit", "90", "--judge_workers", "1")
+        process = spawn(prompts, out, server, more=judge)
+        wait_for(lambda: len(read_lines(out)) == 24)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(55)
+        assert process.exitcode == 128 + signal.SIGTERM
+    assert len(rows(out)) == 24 and not list((out / "journal").iterdir())
+
+
 def read_lines(out):
     return [line for path in (out / "journal").glob("*.jsonl") for line in read_journal(path)]
 
 
-def wait_for(true, seconds=60):
+def wait_for(true, seconds=240):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -349,7 +362,7 @@ def spawn(prompts, out, *servers, more=()):
     """`bvpo sample` in a process of its own, started without the second that imports take."""
     command = ["sample", str(prompts), "--out", str(out), "--model", "m", "--max_tokens", "100", "--samples", "4"]
     command += ["--concurrency", "8", "--server", *(s.address for s in servers), *HYBRID, *more]
-    process = CONTEXT.Process(target=run_quietly, args=(command,), daemon=True)
+    process = CONTEXT.Process(target=run_quietly, args=(command,))
     process.start()
     return process
 
