@@ -35,6 +35,8 @@ DEFAULTS = {
     "key": None,
     "thinks_on": False,  # an answer without thinking thinks
     "finish": "stop",
+    "say": {},  # a text in the prompt → the answer to it
+    "cut": "",  # a text in the prompt whose answers reach the limit
     "quick": False,  # one answer for all, at once
     "silent": False,  # takes requests and says nothing
 }
@@ -145,11 +147,13 @@ class Behaviour:
         switch = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinking = (chat and switch) or self.options["thinks_on"]
         trace, answer = answer_of(body, thinking)
+        answer = next((said for text, said in self.options["say"].items() if text in text_of(body)), answer)
         style = self.options["style"]
         raw = f"<think>\n{trace}\n</think>\n\n{answer}" if thinking else answer
         tokens = raw.split(" ")
         usage = {"prompt_tokens": len(text_of(body).split(" ")), "completion_tokens": len(tokens)}
-        choice = {"index": 0, "finish_reason": self.options["finish"]}
+        cut = self.options["cut"] and self.options["cut"] in text_of(body)
+        choice = {"index": 0, "finish_reason": "length" if cut else self.options["finish"]}
         logprob = -0.5
         if style == "opened" and not raw.startswith("<think>"):
             raw = "<think>\n" + raw
