@@ -220,7 +220,7 @@ def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Question
     judge = make_judge(spec, **options)
     if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
         raise Unavailable(f"no row of {dataset.path} has an `answer` to compare with")
-    metric = "acc" if dataset.judge != "llm" else f"acc by {judge.settings.get('model') or args.judge_model}"
+    metric = f"accuracy by {judge.settings['model']}" if dataset.judge == "llm" else "accuracy"
     for line in bad.lines():
         print(line)
     return Questions(dataset.name, dataset.name, book, judge, metric)
