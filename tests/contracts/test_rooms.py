@@ -29,11 +29,13 @@ MAY_USE = {
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
     "reporting": set(),
     "sampling": {"data", "launching"},
+    # Reads and writes weights, so torch; on a login node, so no host.
+    "export": {"data", "launching"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling"}
+WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "export"}
 
 
 def imports(source: str) -> set[str]:
@@ -151,6 +153,8 @@ def test_a_planted_circle_is_noticed():
         ("launching.route", HOSTS | {"torch", "transformers", "packaging"}),
         ("launching.refusals", HOSTS | {"torch"}),
         ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
+        ("export.export_command", HOSTS | {"torch", "transformers"}),
+        ("export.merging", HOSTS | {"transformers", "peft"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )
