@@ -22,8 +22,8 @@ def add_command(commands) -> None:
         "export",
         help="write what an engine loads: an adapter for --lora-modules, or a whole model",
         description="CHECKPOINT is a run's checkpoint-N or last-checkpoint. LoRA becomes an adapter; one server holds "
-        "many of them. Full tuning becomes a model, with the base's layers that training dropped (MTP). Exit code 3: the "
-        "export is written, and --check found other log-probs than training's.",
+        "many of them. Full tuning becomes a model, with the base's layers that training dropped (MTP). Exit code 3: "
+        "the export is written, and --check found other log-probs than training's.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")

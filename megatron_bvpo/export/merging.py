@@ -13,7 +13,7 @@ import torch
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.export.adapter import Adapter, Update, updates
-from megatron_bvpo.export.tensor_files import TYPES, Entry, ModelFiles, read_rows
+from megatron_bvpo.export.tensor_files import INDEX, TYPES, Entry, ModelFiles, read_rows
 
 # Rows are updated in float64, this many bytes of them at a time.
 CHUNK = 64 << 20
@@ -35,6 +35,8 @@ def merge(model: ModelFiles, adapter: Adapter, out: Path) -> list[str]:
         for name, entry in model.entries.items():
             if entry.file == file and (name in found or name in adapter.whole):
                 _write_over(copied, entry, name, found.get(name, []), adapter)
+    if (model.folder / INDEX).is_file():
+        shutil.copyfile(model.folder / INDEX, out / INDEX)
     n = sum(name in found or name in adapter.whole for name in model.entries)
     return [f"{n} of {len(model.entries)} tensors were merged, the others are the base's"]
 

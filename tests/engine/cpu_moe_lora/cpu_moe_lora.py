@@ -1,8 +1,8 @@
 """A plugin for vLLM's engine on a CPU: plain PyTorch where it has a Triton kernel alone, LoRA on fused experts.
 
-vLLM 0.32 takes TritonExperts for every unquantised mixture that is served with --enable-lora, on a CPU as well, where its first
-request ends the engine. Reading adapters, slots, and which token has which adapter stay the engine's own: this replaces the
-two products of an expert and nothing else.
+vLLM 0.32 takes TritonExperts for every unquantised mixture that is served with --enable-lora, on a CPU as well, where
+its first request ends the engine. Reading adapters, slots, and which token has which adapter stay the engine's
+own: this replaces the two products of an expert and nothing else.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 
 
 def apply(self, output, hidden_states, w1, w2, topk_weights, topk_ids, *rest, **more):
-    """TritonExperts.apply: w1 [E, 2I, H] with gate's rows before up's, w2 [E, H, I]; tokens of slot −1 have no adapter."""
+    """TritonExperts.apply: w1 [E, 2I, H] with gate's rows before up's, w2 [E, H, I]; slot −1 has no adapter."""
     lora = self._lora_context
     slots = torch.full((len(hidden_states),), -1)
     if lora is not None and lora.punica_wrapper.indices_len[0] is not None:
