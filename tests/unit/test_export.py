@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -99,8 +100,8 @@ print(peak() - before)
 
 
 def test_a_merge_holds_a_chunk_of_one_tensor(tmp_path):
-    """Four adapted tensors of 96 MiB in two files: their float64 sums alone would be 384 MiB each."""
-    paths = {f"model.layers.{i}.self_attn.q_proj": (12288, 4096) for i in range(4)}
+    """Four adapted tensors of 48 MiB in two files: the float64 sum of one alone would be 192 MiB."""
+    paths = {f"model.layers.{i}.self_attn.q_proj": (8192, 3072) for i in range(4)}
     tensors = {f"{path}.weight": torch.ones(shape, dtype=torch.bfloat16) for path, shape in paths.items()}
     base = exports.write_model(tmp_path / "base", tensors)
     folder = exports.write_checkpoint(tmp_path / "c", base, exports.adapter_tensors(paths)) / "vllm"
@@ -108,7 +109,7 @@ def test_a_merge_holds_a_chunk_of_one_tensor(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(base), str(folder), str(tmp_path / "out")]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     print(f"{grown} MiB more at the most")
-    assert grown < 200
+    assert grown < 150
     merged = exports.read_model(tmp_path / "out")
     assert all((tensor != 1).any() for tensor in merged.values())
 
@@ -250,7 +251,7 @@ def cut(file):
 BAD = {
     # name: (what is changed, more arguments, what is said)
     "no checkpoint": (lambda b, c: shutil.rmtree(c), [], "CHECKPOINT: there is no folder"),
-    "a run": (lambda b, c: (c / "last-checkpoint").mkdir(), [], "is a run's folder; give a checkpoint in it, such as"),
+    "a run": (lambda b, c: (c / "last-checkpoint").mkdir(), [], "is a run's folder; give one of its checkpoints"),
     "megatron's files": (
         lambda b, c: (shutil.rmtree(c / "vllm"), (c / "iter_0000007").mkdir()),
         [],
@@ -317,7 +318,7 @@ BAD = {
     "a quantised base": (
         lambda b, c: set_config(b / "config.json", quantization_config={"quant_method": "fp8"}),
         ["--merge"],
-        "quantization_config: the base is quantised .* in bfloat16 with --model",
+        "quantization_config: the base is quantised, .* in bfloat16 with --model",
     ),
     "float8 weights": (
         lambda b, c: base_with(b, **{f"{Q}.weight": torch.zeros(48, 24).to(torch.float8_e4m3fn)}),
@@ -340,7 +341,7 @@ def test_what_would_be_wrong_is_refused(files, tmp_path, capfd, case):
     arguments = ["--out", str(tmp_path / "out"), *(str(base) if a == "BASE" else a for a in more)]
     assert export(checkpoint, *arguments) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert pytest.importorskip("re").search(said, line), line
+    assert re.search(said, line), line
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
