@@ -63,6 +63,11 @@ def run_command(args: argparse.Namespace) -> int:
         os.rename(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    named = source.trained_from
+    if args.model and named and Path(named).name != model.folder.name:
+        lines.append(
+            f"note: the run was started from {named}. Of {model.folder}, names and shapes were compared, no more"
+        )
     for line in (*lines, f"written: {out}"):
         print(line)
     if not args.check:

@@ -1,4 +1,4 @@
-"""`bvpo export --check`: exported adapters and models by transformers, beside what was trained by transformers and peft."""
+"""`bvpo export --check`: what was exported, by transformers, beside what was trained, by transformers and peft."""
 
 from __future__ import annotations
 
