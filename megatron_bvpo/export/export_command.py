@@ -61,6 +61,9 @@ def run_command(args: argparse.Namespace) -> int:
     try:
         lines = _write(source, model, partial, merge=args.merge)
         os.rename(partial, out)
+    except OSError as e:
+        where = e.filename or out
+        raise UserError(f"cannot be read or written: {e.strerror or e}", file=str(where), field="--out") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     named = source.trained_from

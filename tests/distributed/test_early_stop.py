@@ -19,12 +19,12 @@ def runs(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("early-stop")
     flags = (
         f"{oracle_runs.RUN} {oracle_runs.dense(workshop)} --dataset {workshop.train} --val_dataset {workshop.held_out} "
-        f"{oracle_runs.LORA} --bvpo_alpha 0.3 --global_batch_size 4 --train_iters 6 --save_steps 1 --eval_steps 1 "
+        f"{oracle_runs.LORA} --lr 2e-3 --bvpo_alpha 0.3 --global_batch_size 4 --train_iters 6 --save_steps 1 --eval_steps 1 "
         "--merge_lora false --metric_for_best_model loss --greater_is_better true"
     )
 
     def cell(name: str, more: str) -> Cell:
-        cell = oracle_runs.cell(name, f"{flags} {more}", hook_args={"save": True, "lora_scale": 0.02})
+        cell = oracle_runs.cell(name, f"{flags} {more}", hook_args={"save": True, "gradients": False})
         cell.hook = "tests.distributed.recorders:record_first_step"
         return cell
 
