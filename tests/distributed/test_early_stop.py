@@ -19,8 +19,8 @@ def runs(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("early-stop")
     flags = (
         f"{oracle_runs.RUN} {oracle_runs.dense(workshop)} --dataset {workshop.train} --val_dataset {workshop.held_out} "
-        f"{oracle_runs.LORA} --lr 2e-3 --bvpo_alpha 0.3 --global_batch_size 4 --train_iters 6 --save_steps 1 --eval_steps 1 "
-        "--merge_lora false --metric_for_best_model loss --greater_is_better true"
+        f"{oracle_runs.LORA} --lr 2e-3 --bvpo_alpha 0.3 --global_batch_size 4 --train_iters 6 --save_steps 1 "
+        "--eval_steps 1 --merge_lora false --metric_for_best_model loss --greater_is_better true"
     )
 
     def cell(name: str, more: str) -> Cell:
