@@ -74,7 +74,7 @@ def test_an_export_has_the_log_probs_of_what_was_trained(trained, workshop, tmp_
         r"check: \d+ tokens of 5 rows: .* at most (\S+), .* moved them by (\S+)\n", capsys.readouterr().out
     )
     largest, moved = map(float, said.groups())
-    assert largest < 1e-5 and moved > 0.05
+    assert largest < 1e-4 < 0.05 < moved  # float32 itself is off by 2e-5 with these large random factors
 
 
 def test_another_scale_is_found(trained, workshop, tmp_path):
