@@ -29,7 +29,6 @@ from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
-from megatron_bvpo.host.early_stop import EarlyStopCallback, Patience
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
@@ -56,7 +55,9 @@ from megatron_bvpo.objective.streams import (
     stream_metrics,
 )
 from megatron_bvpo.training import canaries
+from megatron_bvpo.training.early_stop import EarlyStopCallback
 from megatron_bvpo.training.passes import Pass, PassMixin
+from megatron_bvpo.training.patience import Patience
 from megatron_bvpo.training.probing import ProbeMixin
 from megatron_bvpo.training.referencing import ReferenceCacheMixin
 from megatron_bvpo.training.row_counts import RowCounts

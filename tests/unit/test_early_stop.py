@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_bvpo.launching.combinations import METRICS, _early_stop, _raise_first
+from megatron_bvpo.training.patience import Patience
 
 RUN = dict(
     early_stop_interval=2,
@@ -31,8 +32,6 @@ RUN = dict(
     ],
 )
 def test_the_last_save(greater, values, ends):
-    from megatron_bvpo.host.early_stop import Patience
-
     patience, again = (Patience(2, greater) for _ in range(2))
     seen = []
     for save, value in enumerate(values, start=1):
