@@ -36,6 +36,7 @@ AT_LEAST = {
             "lora_rank",
             "recompute_num_layers",
             "bvpo_probe_interval",
+            "early_stop_interval",
             "train_iters",
             "num_train_epochs",
             "lr_decay_iters",

@@ -110,6 +110,9 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_refs_only: bool = False
     bvpo_eval_on_start: bool = False
 
+    # ms-swift's other backend has it, and its Megatron backend the metric's two flags.
+    early_stop_interval: int | None = None
+
     # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
     cross_entropy_loss_fusion: bool = False
     # ms-swift's 18,000,000 s would let a hang burn the whole allocation. Holds from the first step on; until then ranks
