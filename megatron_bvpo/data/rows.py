@@ -311,9 +311,9 @@ def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str
     missing = [name for name, answer in answers.items() if answer is None]
     # "": a table has no other way to leave a cell out, and it may lack the other column.
     if all(answer in (None, "") for answer in answers.values()):
-        if rules.empty == "require":
-            remedy = "--bvpo_empty require needs both empty answers; add them, or use strip"
-            return None, [RowProblem("empty_response", "missing", remedy, "row")]
+        if rules.empty != "strip":
+            remedy = f"--bvpo_empty {rules.empty} needs both empty answers; add them, or use strip"
+            return None, [RowProblem("empty_response", "missing", remedy, "row" if rules.empty == "require" else drops)]
         return "stripped", _stripped_problems(pair, rules.tags, drops)
     if missing:
         remedy = "give both empty answers or neither"

@@ -19,23 +19,24 @@ class RowRules:
 
     Args:
         empty: `--bvpo_empty`: without own empty answers, 'strip' takes the traces off the pair's responses,
-            'require' refuses the row.
+            'require' refuses the row, 'own' keeps its trace pair alone.
         streams: the streams that are run, of 'trace' and 'empty'.
         tags: the model's think tags.
         version: of the rules as the code has them. Verdicts are kept on disk by the text of this object.
     """
 
-    empty: Literal["strip", "require"] = "strip"
+    empty: Literal["strip", "require", "own"] = "strip"
     streams: tuple[str, ...] = STREAMS
     tags: ThinkTags = DEFAULT_TAGS
     version: int = field(default=3, init=False)
 
     def __post_init__(self) -> None:
-        if self.empty not in ("strip", "require"):
+        if self.empty not in ("strip", "require", "own"):
             raise UserError(
-                f"expected strip or require, found {self.empty!r}",
+                f"expected strip, require or own, found {self.empty!r}",
                 field="--bvpo_empty",
-                remedy="strip uses the pair's answers without their traces; require drops such rows.",
+                remedy="strip uses the pair's answers without their traces; require drops such rows; own trains "
+                "their trace pair alone.",
             )
         assert self.streams and set(self.streams) <= set(STREAMS), f"unknown streams {self.streams}"
 

@@ -32,7 +32,7 @@ def add_command(commands) -> None:
         "  --out FILE          write the rows that are kept in one form, as JSON lines\n"
         "  --overwrite         over a file that is there\n"
         "  --columns JSON      the file's column names to ms-swift's, as for a run\n"
-        "  --bvpo_empty WHAT   strip (default) or require, as for a run\n"
+        "  --bvpo_empty WHAT   strip (default), require or own, as for a run\n"
         "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs",
     )
     parser.add_argument("given", metavar="RUN|FILE", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

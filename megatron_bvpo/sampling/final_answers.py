@@ -35,7 +35,7 @@ def boxed(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    """What stands in the last <answer> that is closed. By no one pattern: a text of opening tags would take it hours."""
+    """What stands in the last <answer> that is closed. No one pattern: a text of opening tags would take it hours."""
     ends = [match.start() for match in _CLOSING_TAG.finditer(text)]
     starts = [match.end() for match in _OPENING_TAG.finditer(text) if ends and match.end() <= ends[-1]]
     return text[starts[-1] : ends[-1]].strip() if starts else None

@@ -2,8 +2,11 @@
 
 A sympy that never returns does not hear an exception, so a process that is over its limit is killed and another takes
 its place. Each process holds one item at a time: the others' clocks start when they are handed over, and what stands in
-the queue behind a hanging item goes to the other processes. The kernel kills a process whose parent is gone and cannot
-do it (`judge_worker`).
+the queue behind a hanging item goes to the other processes.
+
+On a machine with more to do than cores, a process that computes is given its limit in processor time, so that verdicts
+do not depend on what else runs there; one that waits (asleep, for a network) has it by the clock. The kernel ends a
+process whose parent is gone (`judge_worker`).
 """
 
 import os
@@ -21,6 +24,7 @@ from megatron_bvpo.errors import UserError
 
 START_LIMIT_S = 300.0
 STARTS_IN_A_ROW = 3
+LONGEST_WAIT = 100  # limits by the clock, for a process that does not get its processor time
 
 
 class Outcome(NamedTuple):
@@ -37,6 +41,8 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     began: float = field(default_factory=time.monotonic)
+    until: float = field(default_factory=lambda: time.monotonic() + START_LIMIT_S)
+    processor_s: float = 0.0  # that it had used before its item
     job: tuple[Any, Any] | None = None  # key, payload
 
     def end(self) -> None:
@@ -122,11 +128,12 @@ class JudgePool:
         )
         theirs.close()
         worker = _Worker(process, ours)
-        ours.send((self.function, self.arguments, self.time_limit, self.memory_gib))
+        ours.send((self.function, self.arguments, self.time_limit, self.memory_gib, os.getpid()))
         return worker
 
     def _hand_over(self, worker: _Worker, job: tuple[Any, Any]) -> None:
         worker.job, worker.began = job, time.monotonic()
+        worker.until = worker.began + self.time_limit
         try:
             worker.pipe.send(job[1])
         except OSError:
@@ -135,28 +142,41 @@ class JudgePool:
     def _wait(self) -> Iterator[tuple[Any, Outcome]]:
         """Until something is heard or a limit is over."""
         now = time.monotonic()
-        limits = [self._limit(worker) - now for worker in self._workers if worker.job or not worker.ready]
+        limits = [worker.until - now for worker in self._workers if worker.job or not worker.ready]
         heard = wait([worker.pipe for worker in self._workers], max(0.0, min(limits, default=1.0)))
         done: dict[Any, Outcome] = {}
         for worker in list(self._workers):
             if worker.pipe in heard:
                 self._read(worker, done)
-            elif time.monotonic() >= self._limit(worker) and (worker.job or not worker.ready):
+            elif time.monotonic() >= worker.until and (worker.job or not worker.ready) and not self._starved(worker):
                 self._over(worker, done, self._late())
         yield from done.items()
 
     def _late(self) -> str:
         return f"no verdict within {self.time_limit:g} s"
 
-    def _limit(self, worker: _Worker) -> float:
-        return worker.began + (self.time_limit if worker.ready else START_LIMIT_S)
+    def _starved(self, worker: _Worker) -> bool:
+        """Whether it computes and has not had its limit in processor time; it is given what is missing."""
+        import psutil
+
+        if worker.job is None or time.monotonic() > worker.began + LONGEST_WAIT * self.time_limit:
+            return False
+        try:
+            process = psutil.Process(worker.process.pid)
+            waits = process.status() not in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+            times = process.cpu_times()
+        except psutil.Error:
+            return False
+        missing = self.time_limit - (times.user + times.system - worker.processor_s)
+        worker.until = time.monotonic() + max(0.05, missing)
+        return missing > 0 and not waits
 
     def _read(self, worker: _Worker, done: dict[Any, Outcome]) -> None:
         try:
-            value, error = worker.pipe.recv()
+            value, error, worker.processor_s = worker.pipe.recv()
         except (EOFError, OSError):
             code = worker.process.wait()
-            late = code == -signal.SIGALRM  # its own alarm, while this process stood still
+            late = code == -signal.SIGPROF  # its own alarm, while this process stood still
             self._over(worker, done, self._late() if late else f"the judge's process died ({_how(code)})")
             return
         if worker.job is not None:

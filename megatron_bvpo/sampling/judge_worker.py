@@ -1,13 +1,18 @@
 """One process of a judge's pool: loads a function, then answers one item after the other (`judge_pool`)."""
 
 import importlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# The parent kills at the limit. Where it is gone, the kernel does, so many seconds later.
+# The parent kills at the limit. Where it is gone, a process that waits sees it; one that computes is ended by the
+# kernel after so many seconds more of processor time.
 ORPHAN_GRACE_S = 2.0
+LOOK_S = 1.0
 
 
 def main(descriptor: int) -> None:
@@ -15,20 +20,27 @@ def main(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's affair
     pipe = Connection(descriptor)
     try:
-        function, arguments, time_limit, memory_gib = pipe.recv()
+        function, arguments, time_limit, memory_gib, parent = pipe.recv()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         _limit_memory(memory_gib)
         call, error = _load(function, arguments)
-        pipe.send((None, error))
+        pipe.send((None, error, time.process_time()))
         while error is None:
             payload = pipe.recv()
             # No handler: a process that is over it ends, whatever it is doing.
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, time_limit + ORPHAN_GRACE_S)
-            answer = _call(call, payload)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(answer)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, time_limit + ORPHAN_GRACE_S)
+            value, error_of_item = _call(call, payload)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            pipe.send((value, error_of_item, time.process_time()))
     except (EOFError, OSError):
         pass
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_S)
+    os._exit(1)
 
 
 def _limit_memory(gib: float) -> None:

@@ -82,7 +82,7 @@ def histogram(rates: Sequence[float]) -> list[int]:
     """Prompts in each of `BINS`."""
     counts = [0] * len(BINS)
     for rate in rates:
-        counts[0 if rate == 0 else 5 if rate == 1 else min(1 + math.ceil(rate * 4) - 1, 4)] += 1
+        counts[0 if rate == 0 else 5 if rate == 1 else min(math.ceil(rate * 4), 4)] += 1
     return counts
 
 
@@ -184,7 +184,7 @@ def _of_empty_answers(outcome: Outcome) -> Iterator[str]:
     if "empty" in outcome.modes and without > 0:
         yield (
             f"{without} rows have no empty pair of their own: --bvpo_empty strip takes their answers without the "
-            "trace, --bvpo_empty require leaves those rows out."
+            "trace, own trains their trace pair alone, require leaves them out."
         )
 
 

@@ -202,12 +202,9 @@ def _rows(plan: PairsPlan, facts: Facts, pairs: dict, outcome: Outcome) -> Itera
     for number, folder in enumerate(plan.folders):
         for prompt in read_prompts(folder.path):
             found = facts.prompts.get(facts.asked.get((number, prompt.prompt_id), ""))
-            if found is None or (found.folder, found.prompt_id, found.source) != (
-                number,
-                prompt.prompt_id,
-                prompt.source,
-            ):
-                continue
+            here = (number, prompt.prompt_id, prompt.source)
+            if found is None or (found.folder, found.prompt_id, found.source) != here:
+                continue  # an equal prompt came before
             for part, chosen in pairs.items():
                 mine = {mode: chosen[found.key, mode] for mode in outcome.modes if chosen.get((found.key, mode))}
                 for row in outcome.parts[part].rows(prompt, found, mine):

@@ -15,6 +15,7 @@ from tests.engine.vllm_server import serving
 
 pytestmark = pytest.mark.slow
 PROMPTS, SAMPLES, MODES = 200, 8, ("thinking", "empty", "short")
+MORE_PROMPTS = 800  # of two modes: a few hundred pairs, without which there is nothing to learn but their texts
 
 
 def bvpo(*arguments: str, cwd: Path) -> str:
@@ -32,34 +33,38 @@ def bvpo(*arguments: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory) -> Path:
-    """A folder with judged samples in `samples`, and rows in pairs.jsonl and pairs_heldout.jsonl."""
+    """Folders with judged samples in `samples` (three modes) and `more` (two), and rows made of both in pairs.jsonl."""
     from megatron_bvpo.rehearsal.reasoner import reasoner_folder, write_prompts
 
     home = tmp_path_factory.mktemp("vllm")
-    write_prompts(home / "prompts.jsonl", PROMPTS, seed=5, split="heldout")
+    write_prompts(home / "samples.jsonl", PROMPTS, seed=5, split="heldout")
+    write_prompts(home / "more.jsonl", MORE_PROMPTS, seed=6, split="heldout")
+    how = f"--samples {SAMPLES} --temperature 1 --top_p 1 --max_tokens 160 --tokenizer {reasoner_folder()}"
     with serving(reasoner_folder(), "reasoner", home / "vllm.log") as address:
-        ask = f"sample prompts.jsonl --out samples --server {address} --model reasoner --samples {SAMPLES}"
-        how = f"--temperature 1 --top_p 1 --max_tokens 160 --short_budget 12 --tokenizer {reasoner_folder()}"
-        bvpo(*ask.split(), "--modes", *MODES, *how.split(), cwd=home)
-    bvpo(*"judge samples --with megatron_bvpo.rehearsal.reasoner.judge:score --name gym".split(), cwd=home)
-    bvpo(*"pairs samples --out pairs.jsonl --max_pairs_per_prompt 4 --heldout 0.25".split(), cwd=home)
+        for name, modes in (("samples", MODES), ("more", MODES[:2])):
+            short = ("--short_budget", "12") if "short" in modes else ()
+            asked = f"sample {name}.jsonl --out {name} --server {address} --model reasoner {how} --concurrency 64"
+            bvpo(*asked.split(), *short, "--modes", *modes, cwd=home)
+    for name in ("samples", "more"):
+        bvpo("judge", name, "--with", "megatron_bvpo.rehearsal.reasoner.judge:score", "--name", "gym", cwd=home)
+    bvpo(*"pairs samples more --out pairs.jsonl --heldout 0.25".split(), cwd=home)
     return home
 
 
 def test_every_answer_is_there_once(sampled):
-    from megatron_bvpo.sampling.samples import read_samples
+    from megatron_bvpo.sampling.samples import THINKS, read_samples
 
     found = Counter((s.prompt_id, s.mode) for s in read_samples(sampled / "samples"))
     assert len(found) == PROMPTS * len(MODES) and set(found.values()) == {SAMPLES}
     for sample in read_samples(sampled / "samples"):
         assert sample.finish_reason in ("stop", "length") and sample.logprob_sum is not None
-        assert sample.text.startswith("<think>") == (sample.mode != "empty"), sample
+        traced = sample.mode != "empty" or THINKS in sample.marks
+        assert sample.text.startswith("<think>") == traced, sample
 
 
 @pytest.mark.parametrize("mode", ["thinking", "empty"])
 def test_accept_rates_are_the_recipe_s(sampled, mode):
     from megatron_bvpo.rehearsal.reasoner import accuracy
-
     from megatron_bvpo.sampling.samples import read_judgements
 
     right = [j.right for j in read_judgements(sampled / "samples", "gym") if j.mode == mode and j.right is not None]
@@ -78,8 +83,8 @@ def trained(sampled):
         f"--model {reasoner_folder()} --model_type qwen3 --template qwen3 "
         f"--dataset {sampled / 'pairs.jsonl'} --val_dataset {sampled / 'pairs_heldout.jsonl'} "
         "--tuner_type lora --lora_rank 32 --lora_dropout 0 --lr 5e-4 --lr_decay_style constant "
-        "--micro_batch_size 8 --global_batch_size 16 --train_iters 60 --eval_steps 60 --logging_steps 1 "
-        "--max_length 512 --bvpo_eval_on_start true --bvpo_empty require"
+        "--micro_batch_size 16 --global_batch_size 16 --train_iters 60 --eval_steps 20 --logging_steps 1 "
+        "--max_length 512 --bvpo_eval_on_start true --bvpo_empty own"
     )
     hook = {"lora_scale": 0.0, "gradients": False, "save": False}
     (result,) = run_cells(1, [Cell("reasoner", [*flags.split(), *CPU_FLAGS], hook_args=hook)], sampled).values()

@@ -21,11 +21,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, name: str, log: Path, *flags: str) -> Iterator[str]:
-    """The base address of a vLLM that serves `model` as `name` until the block ends."""
+def serving(model: Path, name: str, log: Path, *flags: str, plugins: Path | None = None) -> Iterator[str]:
+    """The base address of a vLLM that serves `model` as `name` until the block ends; `plugins` goes on its path."""
     python = Path(os.environ["BVPO_VLLM_PYTHON"])
     port = free_port()
+    # A step has room for all sequences whole: vLLM 0.32 ends on a CPU where it puts off a part of a prompt whose
+    # request has a seed ("CPU Generator does not use offset").
     settings = "--enforce-eager --dtype float32 --max-model-len 512 --max-num-seqs 64".split()
+    settings += ["--max-num-batched-tokens", str(64 * 512)]
     command = [str(python.parent / "vllm"), "serve", str(model), "--served-model-name", name, "--host", "127.0.0.1"]
     env = {
         **{key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "BVPO_REHEARSAL"))},
@@ -33,6 +36,7 @@ def serving(model: Path, name: str, log: Path, *flags: str) -> Iterator[str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        **({} if plugins is None else {"PYTHONPATH": str(plugins)}),
     }
     with log.open("wb") as out:
         server = subprocess.Popen(

@@ -17,6 +17,8 @@ def misbehaving(text, answer):
     print("printed by a judge")
     if text == "hang":
         time.sleep(1000)
+    if text == "hold":
+        return 7 ** (7**30) > 0  # one operation of the interpreter, hours long
     if text == "die":
         os._exit(3)
     if text == "raise":
@@ -63,6 +65,14 @@ class Scorer:
     @staticmethod
     def score(text):
         return 0.5
+
+
+def compute(text):
+    """`text` seconds of processor time."""
+    until = time.process_time() + float(text)
+    while time.process_time() < until:
+        pass
+    return True
 
 
 def slow(text):

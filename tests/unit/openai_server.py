@@ -35,6 +35,8 @@ DEFAULTS = {
     "key": None,
     "thinks_on": False,  # an answer without thinking thinks
     "finish": "stop",
+    "say": {},  # a text in the prompt → the answer to it
+    "cut": "",  # a text in the prompt whose answers reach the limit
     "quick": False,  # one answer for all, at once
     "ids": True,  # whether completions may be token ids
     "tokenizer": None,  # folder of the chat template by which it counts a chat's tokens
@@ -157,6 +159,7 @@ class Behaviour:
         switch = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinking = (chat and switch) or self.options["thinks_on"]
         trace, answer = answer_of(body, thinking)
+        answer = next((said for text, said in self.options["say"].items() if text in text_of(body)), answer)
         style = self.options["style"]
         raw = f"<think>\n{trace}\n</think>\n\n{answer}" if thinking else answer
         tokens = raw.split(" ")
@@ -167,7 +170,8 @@ class Behaviour:
                 del usage["prompt_tokens"]
         elif self.options["tokenizer"]:
             usage["prompt_tokens"] = self.count(body["messages"], switch)
-        choice = {"index": 0, "finish_reason": self.options["finish"]}
+        cut = self.options["cut"] and self.options["cut"] in text_of(body)
+        choice = {"index": 0, "finish_reason": "length" if cut else self.options["finish"]}
         logprob = -0.5
         if style == "opened" and not raw.startswith("<think>"):
             raw = "<think>\n" + raw

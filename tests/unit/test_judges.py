@@ -159,11 +159,32 @@ def test_a_judge_that_never_returns_costs_its_limit_and_no_more(workers):
     said = verdicts(judge, [an_item(text, number=number) for number, text in enumerate(texts)])
     took = time.monotonic() - began
     assert said[5].error == "no verdict within 1.5 s" and said[5].right is None and said[5].parsed is None
-    assert limit <= said[5].seconds < limit + 0.5
+    assert limit <= said[5].seconds < limit + 10
     assert [one.right for one in said[:5] + said[6:]] == [True] * 65 + [False]
-    # A new process is started for those that wait behind it; no other item has paid.
-    assert took < limit + 4
-    assert max(one.seconds for one in said[:5] + said[6:]) < 1
+    # A new process is started for those that wait behind it, of which none has paid (61 limits are 91 s); the room is
+    # for machines with more to do than this.
+    assert took < limit + 30
+
+
+def test_a_busy_machine_is_no_reason_for_no_verdict():
+    """Three others on the one processor that it may use: a second of computing takes four."""
+    judge = make_judge(f"{ODD}:compute", workers=1, time_limit=1.5)
+    (worker,) = judge._pool._workers
+    core = {min(os.sched_getaffinity(0))}
+    os.sched_setaffinity(worker.process.pid, core)
+    spin = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(3)]
+    try:
+        time.sleep(0.3)
+        (one,) = judge.judge([an_item("1")])
+        assert one.right and one.seconds > 1.5  # it took longer than its limit by the clock
+        (one,) = judge.judge([an_item("1000", number=1)])
+        assert one.error == "no verdict within 1.5 s"
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+        judge.close()
 
 
 def test_sympy_that_does_not_hear_an_alarm_is_ended():
@@ -171,7 +192,6 @@ def test_sympy_that_does_not_hear_an_alarm_is_ended():
     rows = [("42", r"\boxed{42}"), ("1", r"\boxed{9^{9^{9^{9}}}}"), ("42", r"\boxed{42}")]
     said = verdicts(judge, [an_item(text, answer, number) for number, (answer, text) in enumerate(rows)])
     assert [one.right for one in said] == [True, None, True] or [one.right for one in said] == [True, False, True]
-    assert said[1].seconds < 3
 
 
 def test_what_goes_wrong_in_one_item_is_its_own():
@@ -211,13 +231,15 @@ def test_a_pool_works_in_a_thread_and_after_a_listener_that_left():
     assert sorted(one.key.number for one in said) == list(range(50)) and all(one.right for one in said)
 
 
-def test_no_process_outlives_a_killed_parent():
+@pytest.mark.parametrize("how", ["hang", "hold"])
+def test_no_process_outlives_a_killed_parent(how):
+    """Neither one that sleeps nor one that computes and lets no thread of its own run."""
     code = f"""
 from tests.unit.test_judges import an_item, make_judge
 judge = make_judge("{ODD}:misbehaving", workers=1, time_limit=0.5)
 print(judge.judge([an_item("pid")])[0].parsed, flush=True)
 judge._pool.time_limit = 1000  # as if this process stood still at the limit
-judge.judge([an_item("hang")])
+judge.judge([an_item("{how}")])
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
@@ -225,7 +247,7 @@ judge.judge([an_item("hang")])
         time.sleep(0.3)
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-        until = time.monotonic() + 6
+        until = time.monotonic() + 120
         while _runs(worker) and time.monotonic() < until:
             time.sleep(0.1)
         assert not _runs(worker)

@@ -13,6 +13,7 @@ from megatron_bvpo.cli import bvpo
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.rows import RowRules, check_row
 from megatron_bvpo.sampling import pairs_picture
+from megatron_bvpo.sampling.pairs_report import histogram
 from megatron_bvpo.sampling.samples import NO_TRACE_END, THINKS, TRUNCATED, Judgement, Sample
 from tests.unit.sample_folders import answered, ask, synthetic, write_folder
 
@@ -269,6 +270,10 @@ def test_what_gives_the_sides_away_is_told(make, tmp_path):
     assert "thinking: preferring the shorter scores 0.00 in characters and 0.00 in tokens" in said
     found = re.search(r"thinking: words alone find the chosen side in (\S+) ± (\S+) of (\d+) pairs", said)
     assert float(found[1]) > 0.95 and 50 < int(found[3]) < 110 and "'checked'" in said
+
+
+def test_accept_rates_fall_into_their_bins():
+    assert histogram([0, 0.1, 0.25, 0.3, 0.5, 0.75, 0.76, 0.999, 1, 1]) == [1, 2, 2, 1, 2, 2]
 
 
 def test_nothing_is_feared_of_words_that_say_nothing(make, tmp_path):

@@ -236,8 +236,17 @@ def test_require_refuses_rows_without_own_answers():
     assert check_row(row(), RowRules(empty="require", streams=("trace",))).kept
 
 
+def test_own_keeps_the_trace_pair_of_rows_without_own_answers():
+    rules = RowRules(empty="own")
+    verdict = check_row(row(), rules)
+    assert (verdict.trace_ok, verdict.empty_ok) == (True, False)
+    assert "--bvpo_empty own" in str(verdict.problems[0])
+    assert check_row(row(**OWN), rules) == RowVerdict(True, True, "own")
+    assert not check_row(row(), RowRules(empty="own", streams=("empty",))).kept, "nothing is left to train"
+
+
 def test_unknown_rule_is_refused():
-    with pytest.raises(UserError, match="--bvpo_empty: expected strip or require, found 'skip'"):
+    with pytest.raises(UserError, match="--bvpo_empty: expected strip, require or own, found 'skip'"):
         RowRules(empty="skip")
 
 
