@@ -20,9 +20,9 @@ Predicted before it was run (Spearman's rank correlation):
 
 What came (results/gradient-norm-proxy.md): in thinking more than predicted, .989 over all weights and .986 for prompts'
 means, and longer answers are the surer ones (−.52). With an empty trace the prediction was wrong: .77 over all weights,
-.40 in one matrix, and .56 for prompts' means. There answers are two tokens long and about equally unsure, so what
-ranks them is what stands behind the logits, of which log-probs know nothing. Σ(1 − p) is no cure (.81). So a budget's G is
-worth having for thinking, and hardly more than a constant for the empty mode.
+.40 in one matrix, and .56 for prompts' means. There answers are two tokens long and about equally unsure;
+presumably what ranks them is what stands behind the logits, of which log-probs know nothing. Σ(1 − p) is no cure (.81).
+So a budget's G is a good guide for thinking and a weak one for the empty mode.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     args = parser.parse_args()
     reasoner = load_reasoner(args.model)
     questions = [problem.question for problem in different_problems(args.prompts, 7, "heldout")]
+    digest = hashlib.sha256((args.model / "model.safetensors").read_bytes()).hexdigest()[:12]
     began = time.monotonic()
     lines = [
         "# √Σ(1 − p)² against the norm of the gradient",
@@ -63,7 +64,7 @@ def main() -> None:
         f"`python benchmarks/gradient_norm_proxy.py`: {args.prompts} held-out problems, {args.answers} answers each in "
         "both modes, temperature 1, the small reasoner in float32 on a CPU. Spearman's rank correlation, with the "
         "interval that holds 95 % of 2000 resamples of prompts.",
-        f"Weights: model.safetensors {hashlib.sha256((args.model / 'model.safetensors').read_bytes()).hexdigest()[:12]}.",
+        f"Weights: model.safetensors {digest}.",
         "",
     ]
     for mode in MODES:
