@@ -3,7 +3,10 @@
 #
 #   launch/test.sh              what CI runs
 #   launch/test.sh ARGUMENTS…   pytest with these arguments
-#   launch/test.sh --all        everything: whole matrices, a real Slurm, network namespaces, a real image (hours).
+#   launch/test.sh --vllm       a real engine: installs vLLM for CPUs into an environment of its own, samples, judges,
+#                               pairs and trains (tests/engine)
+#   launch/test.sh --all        everything: whole matrices, a real Slurm, network namespaces, a real engine, a real
+#                               image (hours).
 #                               Says what it left out and why. What has passed for these very files is not run again,
 #                               so a go that was stopped goes on where it was (.test-progress/ keeps the names).
 set -euo pipefail
@@ -33,6 +36,11 @@ print(sys.argv[1][:12], hashlib.sha256("\n".join([sys.version, *packages]).encod
 PY
 }
 
+# engine ARGUMENTS…: tests/engine with a vLLM
+engine() {
+  BVPO_VLLM_PYTHON="$(tests/engine/environment.sh | tail -n 1)" tests --vllm "$@" tests/engine
+}
+
 everything() {
   local progress before why image=tests/cluster/image.sh
   progress=".test-progress/$(state_of_tree)"
@@ -44,6 +52,7 @@ everything() {
   tests "${notes[@]}" --whole-matrix -n 2 --dist loadfile tests/unit tests/contracts tests/kernels
   tests "${notes[@]}" --whole-matrix tests/distributed
   tests "${notes[@]}" --cluster tests/cluster
+  if why="$(tests/engine/environment.sh --needs)"; then engine "${notes[@]}"; else echo "tests/engine: $why" >>"$progress/left_out"; fi
   if ! why="$("$image" --needs)"; then
     echo "$image: $why" >>"$progress/left_out"
   elif ! grep -qxF "$image" "$progress/passed"; then
@@ -60,6 +69,8 @@ everything() {
 
 if [ "$*" = --all ]; then
   everything
+elif [ "$*" = --vllm ]; then
+  engine
 elif [ $# -gt 0 ]; then
   tests "$@"
 else

@@ -97,10 +97,12 @@ def bvpo(argv: list[str] | None = None) -> int:
     import megatron_bvpo
     from megatron_bvpo.cluster import node_preflight, supervise, support_report
     from megatron_bvpo.errors import EXIT_CODE, UserError
+    from megatron_bvpo.evaluation import compare_command, eval_command
+    from megatron_bvpo.export import export_command
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
-    from megatron_bvpo.sampling import judge_command, sample_command
+    from megatron_bvpo.sampling import judge_command, pairs_command, sample_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -108,9 +110,13 @@ def bvpo(argv: list[str] | None = None) -> int:
     support_report.add_options(doctor.add_command(commands))
     run_report.add_command(commands)
     rows_command.add_command(commands)
-    judge_command.add_command(commands)
-    plan.add_command(commands)
     sample_command.add_command(commands)
+    judge_command.add_command(commands)
+    pairs_command.add_command(commands)
+    eval_command.add_command(commands)
+    compare_command.add_command(commands)
+    export_command.add_command(commands)
+    plan.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)
     refs = commands.add_parser(
@@ -122,6 +128,12 @@ def bvpo(argv: list[str] | None = None) -> int:
     )
     refs.set_defaults(run=write_references)
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["sample"]:
+        try:
+            argv = sample_command.with_job_file(argv)
+        except UserError as error:
+            error_output.write(error)
+            return EXIT_CODE
     # What follows `refs` belongs to ms-swift's parser.
     args, rest = (parser.parse_args(["refs"]), argv[1:]) if argv[:1] == ["refs"] else (parser.parse_args(argv), [])
     args.rest = rest

@@ -33,6 +33,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="run tests/cluster too: a real Slurm, and hosts in network namespaces (root; several minutes)",
     )
+    parser.addoption(
+        "--vllm",
+        action="store_true",
+        help="run tests/engine too, with the vLLM of BVPO_VLLM_PYTHON (launch/test.sh --vllm makes one)",
+    )
 
 
 def pytest_configure(config):

@@ -55,7 +55,7 @@ def canonical_row(
         row["messages"] = canonical_messages(row.get("messages"), system, tags)
         row = _with_one_rejected_side(row, system, tags)
         return _with_row_reasoning(row, tags)
-    if row and not any(row.get(key) for key in REJECTED_KEYS):
+    if row and not any(row.get(key) for key in (*REJECTED_KEYS, "empty_rejected_response")):
         return None
     row = _with_one_rejected_side(_from_query(row, auto_mapping, tags), row.get("system"), tags)
     return _with_row_reasoning(row, tags)
@@ -80,6 +80,8 @@ def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dic
         if row.get("output") is not None:
             row["response"] = row.pop("output")
     query, response, system = row.pop("query", None), row.pop("response", None), row.pop("system", None)
+    if response == "" and row.get("empty_rejected_response") and not any(row.get(key) for key in REJECTED_KEYS):
+        response = None  # a table cannot leave the cell of an empty pair that comes alone out
     history = parsed(row.pop("history", None) or [])
     if isinstance(response, list) and response:
         response = response[0]

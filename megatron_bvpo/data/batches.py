@@ -20,7 +20,7 @@ from typing import Any
 from megatron_bvpo.data.handover import SOURCE_KEY, VERDICT_KEY
 from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
-from megatron_bvpo.data.rows import RowRules, RowVerdict, check_row, normalise_row
+from megatron_bvpo.data.rows import ALONE_KEY, RowRules, RowVerdict, check_row, normalise_row
 
 LAYOUT_KEY = "bvpo_layout"
 ITEMS_KEY = "bvpo_items"
@@ -174,7 +174,7 @@ class BvpoTemplateMixin:
         return encoded
 
     def _whole_pairs(self, inputs) -> dict[str, Pair]:
-        """The row's pairs by stream; the trace pair also where only its prompts are needed."""
+        """The row's pairs by stream; the trace pair, where there is one, also where only its prompts are needed."""
         if inputs.rejected is None:
             raise ValueError("the row has no rejected response")
         answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
@@ -184,7 +184,9 @@ class BvpoTemplateMixin:
         if "empty" in self.bvpo.rules.streams and None not in answers:
             for side, answer in zip(SIDES, answers, strict=True):
                 empty[side] = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
-        if "trace" in self.bvpo.rules.streams or _prompt_fields(inputs.chosen) != _prompt_fields(inputs.rejected):
+        alone = inputs.chosen.extra_kwargs.get(ALONE_KEY)
+        one_prompt = alone or _prompt_fields(inputs.chosen) == _prompt_fields(inputs.rejected)
+        if ("trace" in self.bvpo.rules.streams and not alone) or not one_prompt:
             whole["trace"] = {
                 side: self._encode_truncated(_count_responses_only(getattr(inputs, side), 1)) for side in SIDES
             }

@@ -16,7 +16,7 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.columns import unknown_form
 from megatron_bvpo.data.conversations import kind_of
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import check_row
+from megatron_bvpo.data.rows import check_row, has_empty_pair_alone
 from megatron_bvpo.data.shared_cache import VARIABLE, cache_folder, require_room, room_for
 from megatron_bvpo.data.verdicts import RowRules, RowTally, RowVerdict
 from megatron_bvpo.errors import UserError
@@ -80,6 +80,9 @@ def _in_one_form(row: dict[str, Any]) -> dict[str, Any]:
         if new[name] is not None and not isinstance(new[name], list):
             new[name] = [new[name]]
     response, messages = new["rejected_response"], new["messages"]
+    if has_empty_pair_alone(new):
+        new["rejected_response"] = new["rejected_messages"] = None
+        return new
     if isinstance(response, str):
         new["rejected_messages"] = None
         return new
@@ -146,7 +149,9 @@ class FileReport:
 # --- reading a file ---
 
 
-def judged_rows(path: str, reading: Reading, report: FileReport) -> Iterator[dict[str, Any]]:
+def judged_rows(
+    path: str, reading: Reading, report: FileReport, carried: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The rows of a file that are kept, in the one form; counts all of them in `report`.
 
     Raises:
@@ -168,7 +173,8 @@ def judged_rows(path: str, reading: Reading, report: FileReport) -> Iterator[dic
         report.add(source, verdict)
         unknown += bool(verdict.problems) and verdict.problems[0].field == "columns"
         if new and stop is None:
-            yield {**new, SOURCE_KEY: source, VERDICT_KEY: verdict.to_json()}
+            also = {name: row[name] for name in carried if row.get(name) is not None}
+            yield {**new, **also, SOURCE_KEY: source, VERDICT_KEY: verdict.to_json()}
     if stop is not None:
         raise _with_count(stop, bad_rows - 1)
     if not report.tally.rows:

@@ -1,4 +1,4 @@
-"""Rows as public preference data have them: `chosen` and `rejected`, or NeMo-RL's ranked completions.
+"""Rows as public preference data have them: `chosen` and `rejected`, NeMo-RL's ranked completions, rated generations.
 
 `chosen` and `rejected` are whole conversations, or responses beside a prompt (`prompt`, `question`, `messages` that
 end with the user, …). A row that could mean two things is left as it is.
@@ -28,7 +28,9 @@ def from_pair_form(row: dict[str, Any], prompt_keys: Sequence[str]) -> dict[str,
     by_lower = {key.lower(): key for key in row}
     if "completions" in by_lower and "context" in by_lower:
         row = _from_ranked(row, by_lower)
-        by_lower = {key.lower(): key for key in row}
+    elif by_lower.keys() >= {"generations", "ratings"} and "chosen" not in by_lower:
+        row = _from_rated(row, by_lower)  # argilla's rows have these two beside their sides, too
+    by_lower = {key.lower(): key for key in row}
     for names in _SIDES:
         if all(row.get(by_lower.get(name)) is not None for name in names):
             keys = [by_lower[name] for name in names]
@@ -49,6 +51,18 @@ def _from_ranked(row: dict[str, Any], by_lower: dict[str, str]) -> dict[str, Any
     # Of more than two, which is the rejected one is not ours to say: check_row refuses several responses.
     rejected = said[1] if len(said) == 2 else [_text_of(completion) for completion in said[1:]]
     return {**rest, "prompt": row[by_lower["context"]], "chosen": said[0], "rejected": rejected}
+
+
+def _from_rated(row: dict[str, Any], by_lower: dict[str, str]) -> dict[str, Any]:
+    """distilabel: two `generations` and their `ratings`; the higher one is the better. A tie prefers nothing."""
+    said, ratings = (parsed(row[by_lower[name]]) for name in ("generations", "ratings"))
+    if not all(isinstance(column, list) and len(column) == 2 for column in (said, ratings)):
+        return row
+    if not all(isinstance(rating, (int, float)) for rating in ratings) or ratings[0] == ratings[1]:
+        return row
+    rest = {key: value for key, value in row.items() if key.lower() not in ("generations", "ratings")}
+    better = 0 if ratings[0] > ratings[1] else 1
+    return {**rest, "chosen": said[better], "rejected": said[1 - better]}
 
 
 def _text_of(completion: Any) -> Any:

@@ -5,7 +5,8 @@ A row is an ms-swift DPO row: `messages`, whose last message is the chosen respo
 that were generated with thinking off: `empty_response` and `empty_rejected_response`.
 
 A row gives a trace pair and an empty pair. As text it can lose the empty pair and keep the trace pair. It cannot
-lose the trace pair alone: then the row is dropped. (As tokens it can, pair_checks.py.) A stream that the run does
+lose the trace pair alone: then the row is dropped. (As tokens it can, pair_checks.py.) It may come without one:
+`messages` that end in the user turn, beside both empty answers, are an empty pair alone. A stream that the run does
 not use (α fixed at 1 or 0) asks nothing of the rows. `check_row` never raises; it reports.
 """
 
@@ -39,6 +40,9 @@ MEDIA_FIELDS = ("images", "videos", "audios", "rejected_images", "rejected_video
 # What a prompt is written from beside the messages. Either side's stands for both where the other names none.
 PROMPT_FIELDS = ("tools", "chat_template_kwargs")
 
+# Marks, in its normal form, a row that came with an empty pair alone; ms-swift hands it on to the template.
+ALONE_KEY = "empty_pair_alone"
+
 _CUT_OFF = "generation was cut off; raise the generation limit, or leave the row out"
 
 
@@ -54,6 +58,8 @@ class _Pair:
 
 def check_row(row: Any, rules: RowRules) -> RowVerdict:
     """Judges one row in ms-swift's standard form. Missing fields and None are the same. Never raises."""
+    if has_empty_pair_alone(row):
+        return _check_alone(row, rules)
     pair = _check_shape(row)
     if pair.problems:
         return RowVerdict(False, False, None, tuple(pair.problems))
@@ -74,9 +80,39 @@ def _check_pairs(row: dict[str, Any], pair: _Pair, rules: RowRules) -> RowVerdic
     return RowVerdict(trace_ok, source is not None, source, tuple(empty_problems))
 
 
+def has_empty_pair_alone(row: Any) -> bool:
+    """Whether the row is a prompt with empty answers and no other responses, whatever these hold."""
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list) or not row["messages"]:
+        return False
+    last = row["messages"][-1]
+    ends_in_user = isinstance(last, dict) and last.get("role") == "user"
+    # "": a table has no other way to leave a cell out.
+    responses = [row.get(name) for name in ("rejected_response", "rejected_messages")]
+    answers = [row.get(name) for name in ("empty_response", "empty_rejected_response")]
+    return ends_in_user and all(r in (None, "") for r in responses) and any(a not in (None, "") for a in answers)
+
+
+def _check_alone(row: dict[str, Any], rules: RowRules) -> RowVerdict:
+    problems = _media_problems(row)
+    if not problems:
+        # Whether it is a prompt is whether it could be answered.
+        answered = [*row["messages"], {"role": "assistant", "content": ""}]
+        problems = conversation_problems(answered, "messages")
+    if not problems and "empty" not in rules.streams:
+        remedy = "--bvpo_alpha 1 trains the trace stream alone; add a trace pair, or choose another α"
+        problems = [RowProblem("empty_response", "an empty pair alone, and no empty stream is run", remedy)]
+    source = None
+    if not problems:
+        source, problems = _check_empty(row, _Pair(), rules)
+        problems = [replace(problem, drops="row") for problem in problems]
+    texts = [row.get("empty_response"), row.get("empty_rejected_response")]
+    many = any(many_tags(text, rules.tags) for text in texts if isinstance(text, str))
+    return RowVerdict(False, not problems, None if problems else source, tuple(problems), many)
+
+
 def is_pair(row: Any) -> bool:
     """Whether the row has a prompt, a chosen and a rejected response, whatever these hold."""
-    return not _check_shape(row).problems
+    return has_empty_pair_alone(row) or not _check_shape(row).problems
 
 
 def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> dict[str, Any]:
@@ -84,10 +120,17 @@ def normalise_row(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> 
 
     The opening think tag stands in both responses, the rejected side is given in one way only, tools that one side
     alone names are both sides', and `empty_response` and `empty_rejected_response` are both texts, or both None where
-    there is no empty pair. Other columns stay. Doing it twice with one verdict changes nothing.
+    there is no empty pair. An empty pair that comes alone stands as the row's responses, too, marked `ALONE_KEY`. Other
+    columns stay. Doing it twice with one verdict changes nothing.
     """
     assert verdict.kept, "a dropped row has no normal form"
     new = dict(row)
+    if has_empty_pair_alone(row):
+        # As a pair of answers: ms-swift's template wants a response on either side, and the trace pair is not encoded.
+        answers = [own_answer(row[name], rules.tags) for name in ("empty_response", "empty_rejected_response")]
+        new["messages"] = [*row["messages"], {"role": "assistant", "content": answers[0]}]
+        new["rejected_response"], new[ALONE_KEY] = answers[1], True
+        row = new
     new.pop("margin", None)  # of reward models; ms-swift drops the row over one that is no number
     new["messages"] = _prefixed(row["messages"], rules.tags)
     response = row.get("rejected_response")
@@ -130,10 +173,7 @@ def _check_shape(row: Any) -> _Pair:
     if not isinstance(row, dict):
         problem = RowProblem("row", "expected an object", LEAVE_OUT, found=kind_of(row), structural=True)
         return _Pair(problems=[problem])
-    pair = _Pair()
-    for name in MEDIA_FIELDS:
-        if _is_filled(row.get(name)):
-            pair.problems.append(RowProblem(name, "not empty", "only text rows can be trained; leave it out"))
+    pair = _Pair(problems=_media_problems(row))
     messages = row.get("messages")
     problems = conversation_problems(messages, "messages")
     if problems:
@@ -142,6 +182,11 @@ def _check_shape(row: Any) -> _Pair:
     pair.chosen = messages[-1]["content"]
     _check_rejected(row, messages[: last_user(messages) + 1], pair)
     return pair
+
+
+def _media_problems(row: dict[str, Any]) -> list[RowProblem]:
+    remedy = "only text rows can be trained; leave it out"
+    return [RowProblem(name, "not empty", remedy) for name in MEDIA_FIELDS if _is_filled(row.get(name))]
 
 
 def _check_rejected(row: dict[str, Any], prompt: list[dict[str, Any]], pair: _Pair) -> None:
@@ -215,7 +260,7 @@ def _is_filled(value: Any) -> bool:
 
 def _trace_problems(pair: _Pair, tags: ThinkTags) -> list[RowProblem]:
     sides = (("messages", pair.chosen), (pair.rejected_field, pair.rejected))
-    problems = [problem for name, text in sides if (problem := _response_problem(name, text, tags))]
+    problems = [problem for name, text in sides if (problem := response_problem(name, text, tags))]
     if problems:
         return problems
     texts = [with_think_prefix(text, tags).strip() for _, text in sides]
@@ -229,7 +274,8 @@ def _trace_problems(pair: _Pair, tags: ThinkTags) -> list[RowProblem]:
     return []
 
 
-def _response_problem(name: str, text: str, tags: ThinkTags) -> RowProblem | None:
+def response_problem(name: str, text: str, tags: ThinkTags) -> RowProblem | None:
+    """Why a whole response, trace and answer, cannot be one side of a trace pair; None where it can."""
     parts = split_trace(text, tags)
     if not parts.trace.strip() and not parts.answer.strip():
         return RowProblem(name, "blank response", LEAVE_OUT)
@@ -265,9 +311,9 @@ def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str
     missing = [name for name, answer in answers.items() if answer is None]
     # "": a table has no other way to leave a cell out, and it may lack the other column.
     if all(answer in (None, "") for answer in answers.values()):
-        if rules.empty == "require":
-            remedy = "--bvpo_empty require needs both empty answers; add them, or use strip"
-            return None, [RowProblem("empty_response", "missing", remedy, "row")]
+        if rules.empty != "strip":
+            remedy = f"--bvpo_empty {rules.empty} needs both empty answers; add them, or use strip"
+            return None, [RowProblem("empty_response", "missing", remedy, "row" if rules.empty == "require" else drops)]
         return "stripped", _stripped_problems(pair, rules.tags, drops)
     if missing:
         remedy = "give both empty answers or neither"
@@ -276,26 +322,27 @@ def _check_empty(row: dict[str, Any], pair: _Pair, rules: RowRules) -> tuple[str
 
 
 def _own_problems(answers: dict[str, Any], tags: ThinkTags, drops: str) -> list[RowProblem]:
-    problems, texts = [], []
-    for name, answer in answers.items():
-        if not isinstance(answer, str):
-            found = kind_of(answer)
-            problems.append(RowProblem(name, "expected text", LEAVE_OUT, drops, found, structural=True))
-            continue
-        text = own_answer(answer, tags)
-        texts.append(text)
-        if text is None:
-            remedy = "generate it with thinking off"
-            problems.append(RowProblem(name, f"holds a trace, or speaks of {tags.close}", remedy, drops))
-        elif not text:
-            remedy = "leave both empty answers out of the row to use the stripped ones"
-            problems.append(RowProblem(name, "blank", remedy, drops))
-        elif text.startswith(tags.open):
-            problems.append(RowProblem(name, f"no {tags.close} after the second {tags.open}", _CUT_OFF, drops))
-    if not problems and texts[0] == texts[1]:
+    found = [own_answer_problem(name, answer, tags) for name, answer in answers.items()]
+    problems = [replace(problem, drops=drops) for problem in found if problem]
+    if not problems and len({own_answer(answer, tags) for answer in answers.values()}) == 1:
         remedy = "an empty pair needs two different answers"
         problems.append(RowProblem("empty_rejected_response", "the same text as empty_response", remedy, drops))
     return problems
+
+
+def own_answer_problem(name: str, answer: Any, tags: ThinkTags) -> RowProblem | None:
+    """Why an answer that was generated with thinking off cannot be one side of an empty pair; None where it can."""
+    if not isinstance(answer, str):
+        return RowProblem(name, "expected text", LEAVE_OUT, found=kind_of(answer), structural=True)
+    text = own_answer(answer, tags)
+    if text is None:
+        remedy = "generate it with thinking off"
+        return RowProblem(name, f"holds a trace, or speaks of {tags.close}", remedy)
+    if not text:
+        return RowProblem(name, "blank", "leave both empty answers out of the row to use the stripped ones")
+    if text.startswith(tags.open):
+        return RowProblem(name, f"no {tags.close} after the second {tags.open}", _CUT_OFF)
+    return None
 
 
 def _stripped_problems(pair: _Pair, tags: ThinkTags, drops: str) -> list[RowProblem]:

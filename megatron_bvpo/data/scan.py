@@ -113,7 +113,7 @@ def local_file(spec: str) -> tuple[str | None, str]:
     if not os.path.exists(path):
         looks_local = path.startswith(("/", "./", "../", "~")) or ending in READ_HERE + READ_LATER
         if looks_local:
-            raise UserError("no such file", file=path, remedy=_nearby(path))
+            raise UserError("no such file", file=path, remedy=nearby(path))
         return None, "not a local file"
     if _has_own_preprocessor(path):
         return None, "registered in ms-swift with a preprocessor of its own"
@@ -168,7 +168,7 @@ def _has_own_preprocessor(path: str) -> bool:
     return any(known is not None and os.path.abspath(known) == os.path.abspath(path) for known in paths)
 
 
-def _nearby(path: str) -> str:
+def nearby(path: str) -> str:
     """What to do about a missing file: the like-named file next to it, if there is one."""
     if path.startswith("~"):
         return "Write the path without ~; ms-swift does not expand it."

@@ -19,23 +19,24 @@ class RowRules:
 
     Args:
         empty: `--bvpo_empty`: without own empty answers, 'strip' takes the traces off the pair's responses,
-            'require' refuses the row.
+            'require' refuses the row, 'own' keeps its trace pair alone.
         streams: the streams that are run, of 'trace' and 'empty'.
         tags: the model's think tags.
         version: of the rules as the code has them. Verdicts are kept on disk by the text of this object.
     """
 
-    empty: Literal["strip", "require"] = "strip"
+    empty: Literal["strip", "require", "own"] = "strip"
     streams: tuple[str, ...] = STREAMS
     tags: ThinkTags = DEFAULT_TAGS
-    version: int = field(default=2, init=False)
+    version: int = field(default=3, init=False)
 
     def __post_init__(self) -> None:
-        if self.empty not in ("strip", "require"):
+        if self.empty not in ("strip", "require", "own"):
             raise UserError(
-                f"expected strip or require, found {self.empty!r}",
+                f"expected strip, require or own, found {self.empty!r}",
                 field="--bvpo_empty",
-                remedy="strip uses the pair's answers without their traces; require drops such rows.",
+                remedy="strip uses the pair's answers without their traces; require drops such rows; own trains "
+                "their trace pair alone.",
             )
         assert self.streams and set(self.streams) <= set(STREAMS), f"unknown streams {self.streams}"
 
@@ -120,6 +121,7 @@ class RowTally:
     trace_pairs: int = 0
     own: int = 0
     stripped: int = 0
+    alone: int = 0
     many_tags: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     empty_lost: Counter[str] = field(default_factory=Counter)
@@ -138,6 +140,7 @@ class RowTally:
         self.trace_pairs += verdict.trace_ok
         self.own += verdict.empty_source == "own"
         self.stripped += verdict.empty_source == "stripped"
+        self.alone += verdict.empty_ok and not verdict.trace_ok
         self.many_tags += verdict.many_tags
         if not verdict.kept:
             self.dropped[verdict.decisive.reason] += 1
@@ -146,7 +149,7 @@ class RowTally:
 
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""
-        for name in ("rows", "trace_pairs", "own", "stripped", "many_tags"):
+        for name in ("rows", "trace_pairs", "own", "stripped", "alone", "many_tags"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dropped.update(other.dropped)
         self.empty_lost.update(other.empty_lost)
@@ -159,6 +162,8 @@ class RowTally:
             f"{_count(self.trace_pairs, 'trace pair')}, {_count(self.empty_pairs, 'empty pair')} "
             f"({self.own} with their own answers, {self.stripped} with stripped answers)."
         )
+        if self.alone and self.trace_pairs:
+            lines.append(f"{_count(self.alone, 'row')} with an empty pair alone.")
         if self.many_tags:
             lines.append(f"{_count(self.many_tags, 'row')} with an opening or closing tag twice or more in a response.")
         for title, counts in (("dropped", self.dropped), ("kept without the empty pair", self.empty_lost)):

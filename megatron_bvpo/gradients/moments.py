@@ -3,12 +3,17 @@
 MATH.md §3. With the finalised mean gradients g_sh of stream s ∈ {t, e} over half h ∈ {A, B},
 ḡ_s = Σ_h n_sh·g_sh / n_s, δ_s = g_sA − g_sB and c_s = n_sA·n_sB / n_s²:
 
-    D̂ = ‖ḡ_t − ḡ_e‖²    V̂_t = c_t·‖δ_t‖²    V̂_e = c_e·‖δ_e‖²    Ĉ = c_t·⟨δ_t, δ_e⟩
+    D̂ = ‖ḡ_t − ḡ_e‖²    V̂_t = c_t·‖δ_t‖²    V̂_e = c_e·‖δ_e‖²    Ĉ = c_te·⟨δ_t, δ_e⟩
     X̂ = V̂_t − Ĉ          Ŵ = V̂_t + V̂_e − 2Ĉ
 
 D̂, X̂ and Ŵ are unbiased for D = E‖g_t − g_e‖², X = V_t − C and W = V_t + V_e − 2C of the batch-mean gradient.
-The halves are the same pairs for both streams. A row may have lost its empty pair: then c_e is not c_t, and the
-covariance of two halves' means, κ/n_tA + κ/n_tB for a covariance κ of a pair's two gradients, still asks for c_t.
+The halves are the same rows for both streams, but a row may have lost one of its pairs, or have come with an empty
+pair alone. Of n_te,h rows in half h with both pairs, each with the covariance κ of its two gradients, the halves'
+differences have the covariance κ·Σ_h n_te,h / (n_th·n_eh) and the batch's means κ·n_te / (n_t·n_e) (MATH.md §5):
+
+    c_te = [n_te / (n_t·n_e)] / Σ_h [n_te,h / (n_th·n_eh)]    (n_te = 0: Ĉ = 0)
+
+which is c_t where every empty pair has its trace pair.
 
 Why halves and not the data-parallel ranks' own gradients: an expert's gradient on a rank already mixes the
 samples of its whole expert group, sequence-parallel and tied gradients are partial before finalisation, and
@@ -33,10 +38,11 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class HalfCounts:
-    """Pairs in each half of the global batch, for both streams."""
+    """Pairs in each half of the global batch, for both streams, and rows that have both pairs."""
 
     trace: tuple[float, float]
     empty: tuple[float, float]
+    both: tuple[float, float]
 
     @property
     def usable(self) -> bool:
@@ -47,6 +53,17 @@ class HalfCounts:
         """n_sA/n_s and n_sB/n_s."""
         a, b = getattr(self, stream)
         return a / (a + b), b / (a + b)
+
+    @property
+    def variance_factors(self) -> tuple[float, float]:
+        """c_t and c_e."""
+        return tuple(a * b / (a + b) ** 2 for a, b in (self.trace, self.empty))
+
+    @property
+    def covariance_factor(self) -> float:
+        """c_te."""
+        shared = sum(n / (t * e) for n, t, e in zip(self.both, self.trace, self.empty, strict=True))
+        return sum(self.both) / (sum(self.trace) * sum(self.empty)) / shared if shared else 0.0
 
 
 def measure(
@@ -84,12 +101,10 @@ def measure(
 def moments_of(sums: Sequence[float], counts: HalfCounts) -> Moments:
     """Moments from the whole model's four sums (`_sums`)."""
     d, tt, te, ee = sums
-    n_a, n_b = counts.trace
-    c = n_a * n_b / (n_a + n_b) ** 2
-    m_a, m_b = counts.empty
-    c_e = m_a * m_b / (m_a + m_b) ** 2
-    # Where halves hold other shares of the empty pairs, c_e is not c, and W no square: it is not let below 0.
-    return Moments(D=d, X=c * (tt - te), W=max(c * tt + c_e * ee - 2 * c * te, 0.0), V_t=c * tt)
+    c_t, c_e = counts.variance_factors
+    noise, covariance = c_t * tt, counts.covariance_factor * te
+    # Where halves hold other shares of the streams' pairs the factors differ, and W is no square: not let below 0.
+    return Moments(D=d, X=noise - covariance, W=max(noise + c_e * ee - 2 * covariance, 0.0), V_t=noise)
 
 
 def _sums(g: dict[tuple[str, str], Tensor], counts: HalfCounts) -> Tensor:

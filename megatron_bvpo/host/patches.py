@@ -36,6 +36,7 @@ def apply_patches() -> None:
     _read_lora_settings()
     _trust_offloaded_optimizers()
     _give_groups_the_run_s_timeout()
+    _show_parts_of_dense_mlps()
 
 
 def _keep_empty_columns() -> None:
@@ -98,6 +99,32 @@ def _read_lora_settings() -> None:
 
     __init__.bvpo = True
     LoraParallelLinear.__init__ = __init__
+
+
+def _show_parts_of_dense_mlps() -> None:
+    """megatron-core 0.19 describes a dense MLP by a `functools.partial`; mcore-bridge reads its parts as an attribute.
+
+    Without this a dense Qwen3.5 cannot be built there. A partial takes attributes, and a copy of it keeps them with
+    its keywords, so that a part that is replaced is replaced in both.
+    """
+    from functools import partial
+
+    from mcore_bridge.model.gpts import qwen3_next
+
+    original = _target(qwen3_next, "get_gpt_layer_with_transformer_engine_spec")
+    if getattr(original, "bvpo", False):
+        return
+
+    @wraps(original)
+    def spec(*args, **kwargs):
+        found = original(*args, **kwargs)
+        mlp = found.submodules.mlp
+        if isinstance(mlp, partial) and not hasattr(mlp, "submodules"):
+            mlp.submodules = mlp.keywords["submodules"]
+        return found
+
+    spec.bvpo = True
+    qwen3_next.get_gpt_layer_with_transformer_engine_spec = spec
 
 
 def _trust_offloaded_optimizers() -> None:

@@ -145,6 +145,7 @@ class CheckpointMixin:
             "best_metric": state.best_metric,
             "best_global_step": state.best_global_step,
             "best_model_checkpoint": state.best_model_checkpoint,
+            "patience": self.patience.state_dict(),
             "layout": self._layout_name(),
             "model": self._model_identity(),
             "tuner": self._tuner_identity(),
@@ -289,6 +290,8 @@ class CheckpointMixin:
         state.best_metric = saved["best_metric"]
         state.best_global_step = saved["best_global_step"]
         state.best_model_checkpoint = saved["best_model_checkpoint"]
+        if "patience" in saved:  # not in checkpoints of 2026-10 and before
+            self.patience.load_state_dict(saved["patience"])
         if self.estimator is not None and saved["estimator"] is not None:
             try:
                 self.estimator.load_state_dict(saved["estimator"])

@@ -19,7 +19,7 @@ def check_combinations(args: Any, *, derived: bool = False) -> None:
         derived: ms-swift has filled in what was not given, so that nobody can tell any more what was.
     """
     given = () if derived else (_rates, _precision)
-    for rules in (_length, _stream, *given, _columns, _saving, _elsewhere, _tuner):
+    for rules in (_length, _stream, *given, _columns, _saving, _early_stop, _elsewhere, _tuner):
         _raise_first(rules(args))
     check_recomputation(args)
     check_optimizer(args)
@@ -181,6 +181,37 @@ def _saving(args: Any) -> list[Rule]:
             "create_checkpoint_symlink",
             "is true, and ms-swift's links fail without an evaluation, and where a run ends for the second time",
             "leave the flag out: last-checkpoint always names the last whole checkpoint",
+        ),
+    ]
+
+
+# What an evaluation measures (objective/streams.py).
+_PER_STREAM = ("logps/chosen", "logps/rejected", "nll_loss") + tuple(
+    f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")
+)
+METRICS = ("loss", "loss/trace", "loss/empty", *_PER_STREAM, *(f"empty/{name}" for name in _PER_STREAM))
+
+
+def _early_stop(args: Any) -> list[Rule]:
+    """A metric that is never measured where the run is saved would end it, or never do."""
+    if getattr(args, "early_stop_interval", None) is None:
+        return []
+    flag, metric = "early_stop_interval", args.metric_for_best_model
+    saves, evaluations = args.save_steps, args.eval_steps or args.save_steps
+    held_out = args.val_dataset or args.cached_val_dataset or args.split_dataset_ratio
+    return [
+        (not held_out or args.eval_iters == 0, flag, "there is nothing held out to measure", "give a --val_dataset"),
+        (
+            saves and evaluations and saves % evaluations,
+            flag,
+            f"save_steps {saves} is no multiple of eval_steps {evaluations}, and saves with an evaluation count",
+            "give such steps",
+        ),
+        (
+            metric not in (None, *METRICS),
+            "metric_for_best_model",
+            f"is {metric!r}, which no evaluation measures",
+            f"names are {', '.join(METRICS)}",
         ),
     ]
 

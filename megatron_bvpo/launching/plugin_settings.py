@@ -68,7 +68,7 @@ SETTINGS = {
     "BVPO_KAPPA": Setting("bvpo_kappa", float, "a number in (0, 1]"),
     "BVPO_PROBE_INTERVAL": Setting("bvpo_probe_interval", int, "a whole number of optimizer steps"),
     "BVPO_MOMENT_DECAY": Setting("bvpo_moment_decay", float, "a number in [0, 1)"),
-    "BVPO_EMPTY": Setting("bvpo_empty", str, "strip or require"),
+    "BVPO_EMPTY": Setting("bvpo_empty", str, "strip, require or own"),
     "BVPO_EMPTY_BLOCK": Setting("bvpo_empty_block", str, "the text of an empty trace"),
     "BVPO_SIMPO_GAMMA": Setting("bvpo_simpo_gamma", float, "a number"),
     "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, triton, te or torch"),

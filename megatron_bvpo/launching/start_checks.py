@@ -62,7 +62,7 @@ def scan_data(argv: list[str]) -> list[str] | None:
         return None
     if flags.option_values(argv, "external_plugins"):
         return None
-    columns = _columns((flags.option_values(argv, "columns") or ["{}"])[-1])
+    columns = read_columns((flags.option_values(argv, "columns") or ["{}"])[-1])
     try:
         alpha = (flags.option_values(argv, "bvpo_alpha") or ["auto"])[-1].lower()
         empty = (flags.option_values(argv, "bvpo_empty") or ["strip"])[-1]
@@ -76,7 +76,7 @@ def scan_data(argv: list[str]) -> list[str] | None:
     return scan_files(specs, reading, fresh=not flags.is_true(argv, "load_from_cache_file")).lines()
 
 
-def _columns(text: str) -> dict[str, str]:
+def read_columns(text: str) -> dict[str, str]:
     """The value of `--columns`: a JSON object of texts, in the command or in a file."""
     try:
         if os.path.exists(text):

@@ -36,6 +36,7 @@ AT_LEAST = {
             "lora_rank",
             "recompute_num_layers",
             "bvpo_probe_interval",
+            "early_stop_interval",
             "train_iters",
             "num_train_epochs",
             "lr_decay_iters",
@@ -107,7 +108,7 @@ CHOICES = {
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"),
     "recompute_modules": ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
     "bvpo_criterion": ("mse", "sgd"),
-    "bvpo_empty": ("strip", "require"),
+    "bvpo_empty": ("strip", "require", "own"),
     "bvpo_logp_impl": ("auto", "triton", "te", "torch"),
     "report_to": ("tensorboard", "wandb", "swanlab", "none"),
 }

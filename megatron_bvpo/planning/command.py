@@ -21,9 +21,11 @@ from megatron_bvpo.planning.model_shapes import UnplannedModelError, model_shape
 from megatron_bvpo.planning.reading import read_settings, read_values
 from megatron_bvpo.planning.report import Plan, as_json, as_text
 from megatron_bvpo.planning.row_lengths import row_lengths
+from megatron_bvpo.planning.sampling_costs import job_from, report, sampling_costs
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import fewer_recomputed, suggestions
 from megatron_bvpo.planning.waiting import predict
+from megatron_bvpo.sampling.job_file import is_job_file, read_job
 
 NOT_PLANNED = 3  # exit code: a run of this model may work, and the plan cannot say
 
@@ -34,9 +36,10 @@ def add_command(commands) -> None:
         "plan",
         help="memory, layout and time of a run, before any GPU is asked for",
         description="Read a run's YAML file and the model's config.json; print what every pipeline stage needs. "
-        "Exit code 0: it fits; 1: it does not; 2: it cannot work at all; 3: the plan does not know the model.",
+        "Exit code 0: it fits; 1: it does not; 2: it cannot work at all; 3: the plan does not know the model. "
+        "Of a sampling job (configs/sampling_*.yaml) it estimates tokens and hours.",
     )
-    parser.add_argument("config", help="a YAML file for `swift rlhf`, such as those in configs/")
+    parser.add_argument("config", help="a YAML file for `swift rlhf` or launch/sample.sbatch, as in configs/")
     parser.add_argument("--nodes", type=_positive, default=1, help="machines (default 1)")
     parser.add_argument("--gpus", type=_positive, default=8, help="GPUs of each (default 8)")
     parser.add_argument(
@@ -55,6 +58,7 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--rows", metavar="FILE", help="a data file: how long replicas wait for each other's rows, and packs for them"
     )
+    parser.add_argument("--prompts", type=_positive, metavar="N", help="of a sampling job: how many (default: 10000)")
     parser.add_argument("--suggest", action="store_true", help="search the layouts, best first")
     parser.add_argument("--json", action="store_true", help="print numbers for scripts")
     parser.set_defaults(run=run)
@@ -69,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if is_job_file(args.config):
+        return _run_sampling(args)
     for line in unknown_keys(read_values(args.config)):
         print(f"megatron-bvpo: warning: {args.config}: {line}", file=sys.stderr)
     cluster = Cluster(args.nodes, args.gpus, args.gpu_memory)
@@ -93,6 +99,23 @@ def _run(args: argparse.Namespace) -> int:
             plan = _plan_of_first(args.config, table, cluster, shape, lengths, args.imbalance, plan[3])
     print(json.dumps(as_json(plan, table), indent=2) if args.json else as_text(plan, table))
     return 0 if plan.fits else 1
+
+
+def _run_sampling(args: argparse.Namespace) -> int:
+    values, engine = read_job(args.config)
+    cluster = Cluster(args.nodes, args.gpus, args.gpu_memory)
+    try:
+        shape = model_shape(str(args.model or values.get("model") or ""), beside=Path(args.config).parent)
+        job = job_from(values, engine, args.prompts, args.trace_length)
+        costs = sampling_costs(shape, job, cluster)
+    except UserError as e:
+        e.file = e.file or args.config
+        raise
+    if args.json:
+        print(json.dumps({"job": dataclasses.asdict(job), "costs": dataclasses.asdict(costs)}, indent=2))
+    else:
+        print(report(shape, job, costs, cluster))
+    return 0 if costs.room is not None else 1
 
 
 def make_plan(

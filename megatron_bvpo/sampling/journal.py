@@ -115,7 +115,7 @@ class Journal:
         os.close(self._file)
         self._file = None
         loop = asyncio.get_running_loop()
-        self._compacting = [future for future in self._compacting if not future.done()]
+        self._compacting = [future for future in self._compacting if not future.done() or future.exception()]
         self._compacting.append(loop.run_in_executor(None, compact, self._path))
 
     async def close(self) -> None:

@@ -41,6 +41,7 @@ class Request(NamedTuple):
         path: `CHAT` or `COMPLETIONS`.
         body: its JSON object.
         trace: the cut trace in front of a short answer.
+        text: a completion's prompt as text, and its tokens where they are known.
     """
 
     prompt_id: str
@@ -50,6 +51,12 @@ class Request(NamedTuple):
     path: str
     body: dict[str, Any]
     trace: str = ""
+    text: str = ""
+    tokens: list[int] = []
+
+    def by_text(self) -> "Request":
+        """The completion with its prompt as text."""
+        return self._replace(body=self.body | {"prompt": self.text, "add_special_tokens": False})
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,12 @@ class Asking:
             text, trace = self.empty_prompt(prompt), ""
         else:
             text, trace = self.short_prompt(prompt, thinking)
-        body = {"prompt": self.as_tokens(text), "logprobs": 1} | self._common(seed)
-        if isinstance(body["prompt"], str):
-            body["add_special_tokens"] = False
+        # Token ids where there is a tokenizer.json, so that no server adds a BOS.
+        tokens = [] if self.as_text or not self.template.has_tokens else _encode(self.template, text)
         extra = {key: value for key, value in self.extra.items() if key != "chat_template_kwargs"}
-        return Request(prompt.prompt_id, mode, number, seed, COMPLETIONS, body | extra, trace)
+        body = {"prompt": tokens, "logprobs": 1} | self._common(seed) | extra
+        request = Request(prompt.prompt_id, mode, number, seed, COMPLETIONS, body, trace, text, tokens)
+        return request if tokens else request.by_text()
 
     def seed_of(self, prompt_id: str, mode: str, number: int) -> int:
         """The seed of one sample's request."""
@@ -145,18 +153,16 @@ class Asking:
         """What a short sample keeps of a thinking sample's trace."""
         return self.template.cut(split_trace(thinking).trace.strip(), self.short_budget).rstrip()
 
+    def chat_prompt(self, prompt: Prompt, thinking: bool) -> str:
+        """What the model's template makes of a chat request."""
+        more = self.extra.get("chat_template_kwargs") or {}
+        return self.template.render(prompt.messages, prompt.columns.get("tools"), thinking=thinking, more=more)
+
     def _before_trace(self, prompt: Prompt) -> str:
         """The rendered prompt up to where a trace opens."""
-        more = self.extra.get("chat_template_kwargs") or {}
-        text = self.template.render(prompt.messages, prompt.columns.get("tools"), thinking=True, more=more)
+        text = self.chat_prompt(prompt, thinking=True)
         bare = text.rstrip()
         return bare.removesuffix(DEFAULT_TAGS.open) if bare.endswith(DEFAULT_TAGS.open) else text
-
-    def as_tokens(self, text: str) -> list[int] | str:
-        """Token ids where there is a tokenizer.json, so that no server adds a BOS; else the text."""
-        if self.as_text or not self.template.has_tokens:
-            return text
-        return _encode(self.template, text)
 
     def sample(self, request: Request, choice: dict[str, Any], usage: dict[str, Any] | None) -> Sample:
         """The sample that a reply's choice is."""

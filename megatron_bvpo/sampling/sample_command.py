@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import judge_command
+from megatron_bvpo.sampling import job_file, judge_command
 
 _MODES = ("thinking", "empty", "short")
 _BUDGETS = ("uniform", "balanced", "gvm", "pairs")
@@ -30,6 +30,15 @@ def add_command(commands) -> None:
     _add_what(parser)
     _add_how(parser)
     parser.set_defaults(run=run_command)
+
+
+def with_job_file(argv: list[str]) -> list[str]:
+    """`sample FILE.yaml …` as `sample PROMPTS --flags …` (job_file.py); anything else comes back as it is."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_what(parser)
+    _add_how(parser)
+    known = [word.lstrip("-") for action in parser._actions for word in action.option_strings]
+    return argv[:1] + job_file.unroll(argv[1:], known)
 
 
 def _add_what(parser: argparse.ArgumentParser) -> None:
@@ -76,15 +85,16 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     _check(args)
-    extra = _extra_body(args.extra_body)
+    extra = extra_body(args.extra_body)
     asking = make_asking(args, extra)
     from megatron_bvpo.sampling.journal import FolderLock, drop_failed
     from megatron_bvpo.sampling.prompts import read_prompt_files
     from megatron_bvpo.sampling.run_settings import prepare
 
     if not args.batch:  # told before minutes are spent on reading
-        key = _api_key(args.api_key_file)
-        _check_addresses(args.server)
+        key = api_key(args.api_key_file)
+        check_addresses(args.server)
+        _raise_file_limit(args.concurrency)
     book, bad = read_prompt_files(args.prompts, args.limit)
     for line in bad.lines():
         print(line, file=sys.stderr)
@@ -202,7 +212,12 @@ def _check_budget(args: argparse.Namespace) -> None:
         raise UserError(f"{args.max_samples} is less than --pilot {args.pilot}", field="--max_samples")
 
 
-def _extra_body(text: str | None) -> dict[str, Any]:
+def extra_body(text: str | None) -> dict[str, Any]:
+    """--extra_body.
+
+    Raises:
+        UserError: it is no JSON object, or has fields that the command sets.
+    """
     if text is None:
         return {}
     try:
@@ -216,7 +231,12 @@ def _extra_body(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _api_key(path: str | None) -> str | None:
+def api_key(path: str | None) -> str | None:
+    """The servers' key: of a file, or OPENAI_API_KEY.
+
+    Raises:
+        UserError: the file has none.
+    """
     if path is None:
         return os.environ.get("OPENAI_API_KEY") or None
     try:
@@ -228,7 +248,24 @@ def _api_key(path: str | None) -> str | None:
     return key
 
 
-def _check_addresses(addresses: list[str]) -> None:
+def _raise_file_limit(concurrency: int) -> None:
+    """Each request in flight is an open socket; the usual soft limit is 1024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = concurrency + 256
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise UserError(
+            f"{concurrency} requests need more open files than the {hard} that are allowed",
+            field="--concurrency",
+            remedy=f"give {max(1, hard - 256)} or less, or raise ulimit -Hn",
+        )
+    if soft != resource.RLIM_INFINITY and wanted > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_addresses(addresses: list[str]) -> None:
+    """Raises UserError where an address is none."""
     from megatron_bvpo.sampling.server_state import Server
 
     for address in addresses:

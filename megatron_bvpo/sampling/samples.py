@@ -200,7 +200,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(4096):
+            for batch in file.iter_batches(512):  # long traces take a hundred kilobytes each
                 yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
@@ -226,17 +226,18 @@ def read_prompts(folder: Path) -> Iterator[Prompt]:
 def read_samples(folder: Path) -> Iterator[Sample]:
     """Every sample of a folder once, compacted or not. A line that a kill cut short at a journal's end is no sample."""
     seen: set[SampleKey] = set()
+    for sample in stored_samples(folder):
+        if sample.key not in seen:
+            seen.add(sample.key)
+            yield sample
+
+
+def stored_samples(folder: Path) -> Iterator[Sample]:
+    """As `read_samples`, and in its memory none: a sample that both shard and journal hold comes twice."""
     for path in sorted((folder / SAMPLES).glob("*.parquet")):
-        for row in _read(path):
-            sample = Sample.from_row(row)
-            if sample.key not in seen:
-                seen.add(sample.key)
-                yield sample
+        yield from map(Sample.from_row, _read(path))
     for path in sorted((folder / JOURNAL).glob("*.jsonl")):
-        for sample in read_journal(path):
-            if sample.key not in seen:
-                seen.add(sample.key)
-                yield sample
+        yield from read_journal(path)
 
 
 def read_journal(path: Path) -> Iterator[Sample]:
@@ -266,15 +267,17 @@ def read_judgements(folder: Path, judge: str) -> Iterator[Judgement]:
     Raises:
         UserError: that judge has not judged this folder.
     """
+    yield from {judgement.key: judgement for judgement in stored_judgements(folder, judge)}.values()
+
+
+def stored_judgements(folder: Path, judge: str) -> Iterator[Judgement]:
+    """As `read_judgements`, and in its memory none: an earlier word about a sample comes before the later one."""
     shards = sorted((folder / JUDGEMENTS / judge).glob("*.parquet"))
     if not shards:
         have = ", ".join(judges(folder)) or "none"
         raise UserError(
             f"judge {judge!r} has not judged this folder (there: {have})", file=str(folder), remedy="bvpo judge does"
         )
-    last: dict[SampleKey, Judgement] = {}
     for path in shards:
         for row in _read(path):
-            judgement = Judgement(**row)
-            last[judgement.key] = judgement
-    yield from last.values()
+            yield Judgement(**row)

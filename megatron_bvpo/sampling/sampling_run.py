@@ -13,6 +13,7 @@ from megatron_bvpo.sampling.journal import Journal, compact_left, known_rows
 from megatron_bvpo.sampling.live_judging import LiveJudging
 from megatron_bvpo.sampling.modes import Asking, Request
 from megatron_bvpo.sampling.progress import Progress
+from megatron_bvpo.sampling.prompt_check import PromptCheck
 from megatron_bvpo.sampling.prompts import PromptBook
 from megatron_bvpo.sampling.rounds import Rounds
 from megatron_bvpo.sampling.samples import SAMPLES, Sample
@@ -71,8 +72,10 @@ class SamplingRun:
         self.failures: Counter[str] = Counter()
         self.marks: Counter[str] = Counter()
         self.account = Account(book)
-        self._held: list[Sample] = []
-        self._logprobs = True
+        self._held: dict[str, list[Sample]] = {}
+        self._answered: set[str] = set()  # modes
+        self._prompts = PromptCheck(asking)
+        self._logprobs = self._ids = True
         self._stopped: signal.Signals | None = None
         self._failure: UserError | None = None
         self._take_stock()
@@ -82,7 +85,9 @@ class SamplingRun:
         columns = ["prompt_id", "mode", "number", "error", "gradient_norm"]
         for row in known_rows(self.folder / SAMPLES, columns):
             if self.account.add(row["prompt_id"], row["mode"], row["number"]):
-                self.account.good += row["error"] is None
+                if row["error"] is None:
+                    self.account.good += 1
+                    self._answered.add(row["mode"])
                 if self.rounds:
                     self.rounds.arrived(row["prompt_id"], row["mode"], row["gradient_norm"])
         self.progress.done = self.account.count
@@ -124,9 +129,7 @@ class SamplingRun:
         try:
             await self._main
         except asyncio.CancelledError:
-            if self._failure:
-                raise self._failure from None
-            if self._stopped is None:
+            if self._stopped is None and self._failure is None:
                 raise
         finally:
             # A second signal ends the process as it always would.
@@ -135,6 +138,8 @@ class SamplingRun:
             await self.journal.close()
             if self.judging:
                 await self.judging.close()
+        if self._failure:
+            raise self._failure
         left = 0 if self._stopped or self.rounds is None else self.progress.total - self.progress.done
         return Told(self._stopped, self.failures, self.marks, left)
 
@@ -207,10 +212,13 @@ class SamplingRun:
             reply = await self._ask(request)
             sample = self.asking.sample(request, reply.choice, reply.usage)
             sample = sample._replace(server=reply.server, seconds=round(reply.seconds, 3))
-            self._settle_held()
+            if line := self._prompts.look(prompt, request, sample):
+                self.progress.say(line)
+            self._answered.add(work.mode)
+            self._record_held(work.mode)
         except Refused as refusal:
             sample = failed._replace(error=str(refusal))
-            if not self.pool.successes:
+            if work.mode not in self._answered:
                 self._hold(sample)
                 return sample
         self.journal.add(sample)
@@ -223,35 +231,49 @@ class SamplingRun:
             raise Refused(str(error)) from None
 
     async def _ask(self, request: Request) -> Reply:
-        body = request.body
+        """One request's reply; what a server does not know is left out, and said once."""
         while True:
+            asked = request.by_text() if request.tokens and not self._ids else request
+            body = asked.body
             if not self._logprobs:
                 body = {key: value for key, value in body.items() if key != "logprobs"}
             try:
                 return await self.pool.ask(request.path, body)
             except Refused as refusal:
-                if "logprobs" not in body or "logprob" not in str(refusal).lower():
-                    raise
-                if self._logprobs:
+                said = str(refusal).lower()
+                if "logprobs" in body and "logprob" in said:
+                    if self._logprobs:
+                        self.progress.say(f"the server tells no log-probs, so samples have none ({refusal})")
                     self._logprobs = False
-                    self.progress.say(f"the server tells no log-probs, so samples have none ({refusal})")
+                elif isinstance(body.get("prompt"), list) and "prompt" in said and "str" in said:
+                    if self._ids:
+                        self.progress.say(f"the server takes no token ids; prompts are sent as text ({refusal})")
+                    self._ids = False
+                else:
+                    raise
 
     def _hold(self, sample: Sample) -> None:
-        """Refusals before any success are not recorded: a wrong setting would spoil the folder."""
-        self._held.append(sample)
-        if len(self._held) >= _REFUSALS_AT_FIRST:
-            raise self._all_refused()
+        """Refusals before a mode's first success are not recorded: a wrong setting would spoil the folder."""
+        held = self._held.setdefault(sample.mode, [])
+        held.append(sample)
+        if len(held) >= _REFUSALS_AT_FIRST:
+            raise self._all_refused(sample.mode)
 
-    def _settle_held(self) -> None:
-        if self._held and not self.pool.successes and not self.account.good:
-            raise self._all_refused()
-        held, self._held = self._held, []
-        for sample in held:
+    def _record_held(self, mode: str) -> None:
+        for sample in self._held.pop(mode, ()):
             self.journal.add(sample)
 
-    def _all_refused(self) -> UserError:
+    def _settle_held(self) -> None:
+        """At the end: a few refusals among answers in other modes, or in other runs, are the prompts' own."""
+        for mode in list(self._held):
+            if not self._answered:
+                raise self._all_refused(mode)
+            self._record_held(mode)
+
+    def _all_refused(self, mode: str) -> UserError:
+        held = self._held[mode]
         return UserError(
-            f"the first {len(self._held)} requests failed, and none has succeeded: {self._held[-1].error}",
+            f"the first {len(held)} {mode} requests failed, and none has succeeded: {held[-1].error}",
             field="--server",
             remedy="mend the settings or the server; nothing was recorded of these requests",
         )

@@ -50,7 +50,7 @@ class BvpoConfig:
         criterion, kappa: `mse`, or `sgd` with kappa = learning rate × smoothness, in (0, 1].
         probe_interval: optimizer steps between two measurements of the moments.
         moment_decay: EMA decay of the scaled moments, per probe.
-        empty: what rows without own empty-trace answers get: `strip` or `require`.
+        empty: what rows without own empty-trace answers get: `strip`, `require` or `own`.
         empty_block: text of an empty trace, or None: the template's own.
         logp_impl: implementation of the log-probs.
         logp_memory: GiB that their tiles of logits may take on a GPU.
@@ -101,7 +101,7 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_kappa: float = 0.03
     bvpo_probe_interval: int = 10
     bvpo_moment_decay: float = 0.9
-    bvpo_empty: Literal["strip", "require"] = "strip"
+    bvpo_empty: Literal["strip", "require", "own"] = "strip"
     bvpo_empty_block: str | None = None
     bvpo_simpo_gamma: float = 1.0
     bvpo_logp_impl: Literal["auto", "triton", "te", "torch"] = "auto"
@@ -109,6 +109,9 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_ref_cache: str | None = None
     bvpo_refs_only: bool = False
     bvpo_eval_on_start: bool = False
+
+    # ms-swift's other backend has it, and its Megatron backend the metric's two flags.
+    early_stop_interval: int | None = None
 
     # Megatron's native fusion casts the logits' gradient to bf16, whatever the dtype of the run.
     cross_entropy_loss_fusion: bool = False

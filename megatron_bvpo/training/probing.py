@@ -83,15 +83,14 @@ class ProbeMixin:
         return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=virtual))
 
     def _count_halves(self, items: list[list], halves: list[list[str]]) -> HalfCounts:
-        counts = torch.zeros(len(STREAMS), len(HALVES), dtype=torch.float64, device=get_current_device())
+        counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
         for batch, sides in zip(items, halves, strict=True):
             for item, side in zip(batch, sides, strict=True):
                 for row in item if isinstance(item, list) else [item]:
-                    for s, key in enumerate(("chosen_input_ids", "empty_chosen_input_ids")):
-                        counts[s, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) if key in row else 0.0
+                    has = [key in row for key in ("chosen_input_ids", "empty_chosen_input_ids")]
+                    counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * counts.new_tensor([*has, all(has)])
         dist.all_reduce(counts, group=self.groups.dp)
-        trace, empty = counts.tolist()
-        return HalfCounts(tuple(trace), tuple(empty))
+        return HalfCounts(*map(tuple, counts.tolist()))
 
     def _four_passes(self, chunks: list[list[dict]], probe: Probe) -> Pass:
         """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""

@@ -55,7 +55,9 @@ from megatron_bvpo.objective.streams import (
     stream_metrics,
 )
 from megatron_bvpo.training import canaries
+from megatron_bvpo.training.early_stop import EarlyStopCallback
 from megatron_bvpo.training.passes import Pass, PassMixin
+from megatron_bvpo.training.patience import Patience
 from megatron_bvpo.training.probing import ProbeMixin
 from megatron_bvpo.training.referencing import ReferenceCacheMixin
 from megatron_bvpo.training.row_counts import RowCounts
@@ -76,6 +78,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
             template.bvpo = replace(template.bvpo, tell_losses=False)
         self._start_alpha()
+        self.patience = Patience(args.early_stop_interval, bool(args.greater_is_better))
         self.skipped_in_a_row = 0
         self.heard = None
         self._canaries_due = self.bvpo.preference.uses_reference
@@ -84,7 +87,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         with timed("building and reading the model"):
             super().__init__(args, template)
         self.step_times = StepTimes(self)
-        self.callbacks += [self.step_times, StopCallback(self)]
+        self.callbacks += [self.step_times, StopCallback(self), EarlyStopCallback(self, self.patience)]
         self._router_configs = router_configs(self.unwrapped_models)
         for model in self.wrapped_models:
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
@@ -332,6 +335,13 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
                 logger.info(line)
 
     # ---- evaluation
+
+    def _determine_best_metric(self, metrics):
+        """Called in front of a save, on all ranks: what it finds is in the checkpoint."""
+        better = super()._determine_best_metric(metrics)
+        if metrics is not None:
+            self.patience.look(self.state.best_metric)
+        return better
 
     def evaluate(self, val_data_iterator):
         """Every held-out pair once; `eval_loss` mixes the streams at a fixed alpha."""

@@ -19,7 +19,7 @@ STAND_INS = PACKAGE / "rehearsal" / "stand_ins"
 # Room → rooms it may import. `errors` and the package itself are everybody's; the command line may use them all.
 MAY_USE = {
     "launching": {"data"},
-    "planning": {"data", "launching"},
+    "planning": {"data", "launching", "sampling"},
     "cluster": {"data", "launching", "planning"},
     "data": set(),
     "kernels": set(),
@@ -28,12 +28,15 @@ MAY_USE = {
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
     "reporting": set(),
-    "sampling": {"data"},
+    "sampling": {"data", "launching"},
+    "evaluation": {"data", "launching", "sampling"},
+    # Reads and writes weights, so torch; on a login node, so no host.
+    "export": {"data", "launching"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling"}
+WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export"}
 
 
 def imports(source: str) -> set[str]:
@@ -153,6 +156,9 @@ def test_a_planted_circle_is_noticed():
         ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
         ("sampling.sample_command", HOSTS | {"torch", "transformers", "aiohttp", "pyarrow", "asyncio"}),
         ("sampling.sampling_run", HOSTS | {"torch", "transformers"}),
+        ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
+        ("export.export_command", HOSTS | {"torch", "transformers"}),
+        ("export.merging", HOSTS | {"transformers", "peft"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )

@@ -15,7 +15,9 @@ import yaml
 
 from tests.distributed.cells import CPU_FLAGS, ROOT, SHIPPED_FLAGS
 
-CONFIGS = [file for file in sorted((ROOT / "configs").glob("*.yaml")) if file.stem != "rehearsal"]
+CONFIGS = [
+    file for file in sorted((ROOT / "configs").glob("*.yaml")) if not file.stem.startswith(("rehearsal", "sampling_"))
+]
 ELSEWHERE = {
     "ddp_backend": "NCCL needs GPUs: docs/first-gpu-run.md",
     "attention_backend": "which kernel computes it: the stand-in is one for all",

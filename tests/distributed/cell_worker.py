@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -113,6 +114,17 @@ def run_cell(cell: dict, folder: Path) -> None:
     assert cell["canaries"] or not lines, lines
 
 
+def _forget_router_losses() -> None:
+    """megatron-core 0.18 and later keep the groups that a router's losses are summed over for the life of the process.
+
+    A stage without a router would go on with those of the run before, and wait for ranks that are not in its own.
+    """
+    with contextlib.suppress(ImportError):
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+        destroy_moe_metrics_tracker()
+
+
 def take_down() -> None:
     import torch
     import torch.distributed as dist
@@ -127,6 +139,7 @@ def take_down() -> None:
     # mcore-bridge keeps a group of its own for the life of the process.
     gpt_bridge.EP_PP_GROUP = gpt_bridge.EP_PP_SIZE = gpt_bridge.EP_PP_RANK = None
     destroy_num_microbatches_calculator()
+    _forget_router_losses()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()

@@ -37,12 +37,12 @@ def read_rows(file: Path) -> list[dict]:
 
 def pair_of(row: dict, stream: str) -> Pair:
     """The pair of a sample row: its responses, or its own answers without a trace, or those with it taken out."""
-    question, chosen = (message["content"] for message in row["messages"])
-    rejected = row["rejected_response"]
+    question = row["messages"][0]["content"]
+    if stream == "empty" and "empty_response" in row:
+        return Pair(question, row["empty_response"], row["empty_rejected_response"], EMPTY_BLOCK)
+    chosen, rejected = row["messages"][1]["content"], row["rejected_response"]
     if stream == "trace":
         return Pair(question, chosen, rejected)
-    if "empty_response" in row:
-        return Pair(question, row["empty_response"], row["empty_rejected_response"], EMPTY_BLOCK)
     chosen, rejected = (text.split("</think>")[1].strip() for text in (chosen, rejected))
     return Pair(question, chosen, rejected, EMPTY_BLOCK)
 

@@ -65,7 +65,9 @@ def whole_and_fused(rank: int, world_size: int, kind: str) -> dict:
     from megatron.core import parallel_state, tensor_parallel
 
     from megatron_bvpo.host.fused_head import install_fused_head
+    from megatron_bvpo.host.patches import apply_patches
 
+    apply_patches()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     described = {k: v for k, v in hf_to_mcore_config(hf_config(kind)).items() if k != "params_dtype"}

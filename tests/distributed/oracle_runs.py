@@ -21,6 +21,8 @@ SAVE = "--save_safetensors true --merge_lora true --no_save_optim true --no_save
 PACKED_ROWS = 8
 # Rows whose own empty answers are equal: they keep their trace pair and have no empty pair.
 WITHOUT_EMPTY = (2, 5)
+# A prompt and two empty answers: an empty pair alone.
+WITHOUT_TRACE = (3,)
 
 
 def moe(workshop) -> str:
@@ -51,6 +53,10 @@ def packing_rows(workshop) -> Path:
     rows = read_rows(workshop.train)[:PACKED_ROWS]
     for i in WITHOUT_EMPTY:
         rows[i] |= {"empty_response": "The same.", "empty_rejected_response": "The same."}
+    for i in WITHOUT_TRACE:
+        pair = pair_of(rows[i], "empty")
+        answers = {"empty_response": pair.chosen, "empty_rejected_response": pair.rejected}
+        rows[i] = {"messages": rows[i]["messages"][:1], **answers}
     return write_rows(workshop.folder / "packing.jsonl", rows)
 
 
@@ -108,7 +114,7 @@ def run_packings(workshop, folder: Path) -> dict[str, CellResult]:
         cell("one", f"{run} --global_batch_size 8"),
         cell("two", f"{run} --global_batch_size 8 --micro_batch_size 2"),
         cell("two-padded", f"{run} --global_batch_size 8 --micro_batch_size 2 --padding_free false"),
-        cell("packs", f"{run} --global_batch_size 4 --packing true --packing_length 900"),
+        cell("packs", f"{run} --global_batch_size 4 --packing true --packing_length 800"),
         cell("longer-packs", f"{run} --global_batch_size 3 --packing true --packing_length 1200"),
     ]
     return run_cells(1, cells, folder)

@@ -164,7 +164,7 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
                 done = super()._four_passes(chunks, probe)
             self.config.finalize_model_grads_func = finalize
             if self.passes and dist.get_rank() == 0:
-                counts = {"trace": probe.counts.trace, "empty": probe.counts.empty}
+                counts = {name: getattr(probe.counts, name) for name in ("trace", "empty", "both")}
                 torch.save({"passes": self.passes, "counts": counts}, folder / "passes.pt")
             self.passes = None
             return done

@@ -8,6 +8,7 @@ layout; without it, half of the layouts run one of them.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import torch
 from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
 from tests.distributed.full_gradients import shared_factor
+from tests.distributed.hf_oracle import pair_of, read_rows
+from tests.distributed.oracle_runs import write_rows
 from tests.distributed.test_parity import LAYOUTS, SHIPPED, TUNERS
 
 HOOK = "tests.distributed.recorders:record_probe"
@@ -131,6 +134,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
         add(f"one-rank-{tuner}-starved", "one-rank", tuner)
     for name, more in ODD.items():
         add(name, "one-rank", "lora", more)
+    add("uneven", "one-rank", "lora", f"--dataset {uneven_rows(workshop)}")
     aux = "--moe_router_load_balancing_type aux_loss --moe_aux_loss_coeff 0.01"
     for alpha in ("auto", str(PRIOR)):
         add(f"one-pass-or-not-{alpha}", "one-rank", "full", "", alpha)
@@ -148,12 +152,25 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     return found
 
 
+def uneven_rows(workshop) -> Path:
+    """Of 16 rows three are an empty pair alone, and two have no empty pair."""
+    rows = read_rows(workshop.train)
+    for i in (1, 6, 10):
+        pair = pair_of(rows[i], "empty")
+        answers = {"empty_response": pair.chosen, "empty_rejected_response": pair.rejected}
+        rows[i] = {"messages": rows[i]["messages"][:1], **answers}
+    for i in (4, 13):
+        rows[i] |= {"empty_response": "The same.", "empty_rejected_response": "The same."}
+    return write_rows(workshop.folder / "uneven.jsonl", rows)
+
+
 def float64_moments(result: CellResult) -> dict[str, float]:
-    """MATH.md §3 from whole gradients by name; nothing of the project's gradient code."""
+    """MATH.md §3, with §5's factors, from whole gradients by name; nothing of the project's gradient code."""
     saved = torch.load(result.folder / "passes.pt", weights_only=False)
     (t_a, t_b, e_a, e_b), counts = saved["passes"][:4], saved["counts"]
     n_a, n_b = counts["trace"]
     m_a, m_b = counts["empty"]
+    k_a, k_b = counts["both"]
     names = [name for name in t_a if shared_factor(name) == name]
 
     def dot(x: dict, y: dict) -> float:
@@ -165,14 +182,11 @@ def float64_moments(result: CellResult) -> dict[str, float]:
     mean = combine(
         (n_a / (n_a + n_b), t_a), (n_b / (n_a + n_b), t_b), (-m_a / (m_a + m_b), e_a), (-m_b / (m_a + m_b), e_b)
     )
-    trace = combine((1, t_a), (-1, t_b))
-    difference = combine((1, t_a), (-1, t_b), (-1, e_a), (1, e_b))
-    c = n_a * n_b / (n_a + n_b) ** 2
-    return {
-        "moments/D": dot(mean, mean),
-        "moments/X": c * dot(trace, difference),
-        "moments/W": c * dot(difference, difference),
-    }
+    trace, empty = combine((1, t_a), (-1, t_b)), combine((1, e_a), (-1, e_b))
+    n, m = n_a + n_b, m_a + m_b
+    v_t, v_e = n_a * n_b / n**2 * dot(trace, trace), m_a * m_b / m**2 * dot(empty, empty)
+    c = (k_a + k_b) / (n * m) / (k_a / (n_a * m_a) + k_b / (n_b * m_b)) * dot(trace, empty)
+    return {"moments/D": dot(mean, mean), "moments/X": v_t - c, "moments/W": v_t + v_e - 2 * c}
 
 
 def baseline(cell: str) -> str:
@@ -214,8 +228,11 @@ def test_an_expert_rank_without_tokens_has_zero_gradients_and_the_others_one_ran
     assert {i for name, i in expert.items() if ours[name].any()} == {0, 1}
 
 
-@pytest.mark.parametrize("name", ["odd", "single"])
-def test_batches_that_cannot_be_halved_are_measured_too(runs, name):
+@pytest.mark.parametrize("name", ["odd", "single", "uneven"])
+def test_batches_that_cannot_be_halved_and_rows_that_lack_a_pair_are_measured_too(runs, name):
+    if name == "uneven":
+        counts = torch.load(runs[name].folder / "passes.pt", weights_only=False)["counts"]
+        assert sum(counts["both"]) < min(sum(counts["trace"]), sum(counts["empty"])), counts
     truth = float64_moments(runs[name])
     for key in MOMENTS:
         assert runs[name].steps(key)[0] == pytest.approx(truth[key], rel=1e-4), key

@@ -35,7 +35,12 @@ DEFAULTS = {
     "key": None,
     "thinks_on": False,  # an answer without thinking thinks
     "finish": "stop",
+    "say": {},  # a text in the prompt → the answer to it
+    "cut": "",  # a text in the prompt whose answers reach the limit
     "quick": False,  # one answer for all, at once
+    "ids": True,  # whether completions may be token ids
+    "tokenizer": None,  # folder of the chat template by which it counts a chat's tokens
+    "around": 0,  # tokens that it puts around a prompt
     "silent": False,  # takes requests and says nothing
 }
 
@@ -107,13 +112,22 @@ class Behaviour:
             return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
         if body.get("logprobs") is not None and self.options["logprobs"] == "refused":
             return web.json_response({"error": {"message": "logprobs are not supported"}}, status=400)
+        if isinstance(body.get("prompt"), list) and not self.options["ids"]:
+            detail = [{"type": "string_type", "loc": ["body", "prompt"], "msg": "Input should be a valid string"}]
+            return web.json_response({"detail": detail}, status=422)
         if (fault := self.fault(body, key)) is not None:
             return await self.fail(request, fault)
         return web.json_response(self.good(body, chat))
 
+    def count(self, messages: list, thinking: bool) -> int:
+        from megatron_bvpo.sampling.chat_templates import ChatTemplate
+
+        template = ChatTemplate(self.options["tokenizer"])
+        return len(template.encode(template.render(messages, thinking=thinking)))
+
     def fault(self, body: dict, key: str) -> str | None:
         for text, fault in self.options["always"].items():
-            if text in text_of(body):
+            if text in json.dumps(body):
                 return fault
         if self.seen[key] > 1:
             return None
@@ -145,11 +159,19 @@ class Behaviour:
         switch = (body.get("chat_template_kwargs") or {}).get("enable_thinking", True)
         thinking = (chat and switch) or self.options["thinks_on"]
         trace, answer = answer_of(body, thinking)
+        answer = next((said for text, said in self.options["say"].items() if text in text_of(body)), answer)
         style = self.options["style"]
         raw = f"<think>\n{trace}\n</think>\n\n{answer}" if thinking else answer
         tokens = raw.split(" ")
         usage = {"prompt_tokens": len(text_of(body).split(" ")), "completion_tokens": len(tokens)}
-        choice = {"index": 0, "finish_reason": self.options["finish"]}
+        if not chat:
+            usage["prompt_tokens"] = len(body["prompt"]) + self.options["around"]
+            if isinstance(body["prompt"], str):
+                del usage["prompt_tokens"]
+        elif self.options["tokenizer"]:
+            usage["prompt_tokens"] = self.count(body["messages"], switch)
+        cut = self.options["cut"] and self.options["cut"] in text_of(body)
+        choice = {"index": 0, "finish_reason": "length" if cut else self.options["finish"]}
         logprob = -0.5
         if style == "opened" and not raw.startswith("<think>"):
             raw = "<think>\n" + raw
@@ -172,7 +194,7 @@ class Behaviour:
         return {"choices": [choice], "usage": usage}
 
 
-_USAGE = {"prompt_tokens": 20, "completion_tokens": 40}
+_USAGE = {"completion_tokens": 40}
 _LOGPROBS = [{"token": "word ", "logprob": -0.25, "bytes": [119], "top_logprobs": []}] * 40
 QUICK = {
     True: json.dumps(
@@ -226,7 +248,7 @@ class Served:
     def __enter__(self) -> Served:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(60)
         return self
 
     def __exit__(self, *_) -> None:

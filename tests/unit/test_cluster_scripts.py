@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*"), *ROOT.glob("containers/*.sh"), *ROOT.glob("tests/cluster/*.sh")])
+SCRIPTS = sorted(
+    [path for folder in ("launch/*", "containers/*.sh", "tests/*/*.sh") for path in ROOT.glob(folder) if path.is_file()]
+)
 SECRET = "hf_" + "S3cretS3cretS3cret"
 # Set by Slurm itself, the shell, or the system.
 NOT_OURS = re.compile(r"^(SLURM_|BASH|PATH$|HOME$|SECONDS$|VIRTUAL_ENV$|PYTHONPATH$|TMPDIR$|USER$|IFS$)")
@@ -57,7 +59,7 @@ def test_shellcheck_would_complain(tmp_path):
     assert subprocess.run([shellcheck(), str(bad)], capture_output=True).returncode != 0
 
 
-@pytest.mark.parametrize("name", ["train.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["train.sh", "slurm.sbatch", "sample.sbatch"])
 def test_every_variable_that_a_site_may_set_is_explained_and_has_a_default(name):
     """Under `set -u` a variable without a default would end the script with "unbound variable"."""
     text = (ROOT / "launch" / name).read_text()

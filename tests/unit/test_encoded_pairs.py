@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -17,6 +18,7 @@ from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.pair_checks import IGNORED, Account, Loss, PairRules, check_pairs, response_start
 from megatron_bvpo.data.rows import RowRules
 from megatron_bvpo.errors import UserError
+from tests.unit.sample_folders import synthetic
 from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, row, talk
 
 FOUR = ("chosen", "rejected", "empty_chosen", "empty_rejected")
@@ -142,6 +144,65 @@ def test_a_template_that_adds_its_own_empty_trace(make):
     assert loss.reason == "the empty pair's prompt is not the trace pair's with an empty trace"
     assert "<thought>" in loss.detail and "<think>" in loss.detail
     assert not losses(make(block="<thought>\n</thought>\n"), row())
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("qwen3_thinking", {}),
+        ("qwen3_thinking", {"rejected_response": ""}),
+        ("qwen3", {"tools": [TOOL]}),
+        ("deepseek_r1", {}),
+    ],
+)
+def test_an_empty_pair_alone_is_encoded_as_beside_its_trace_pair(given, name, make):
+    template = make(name)
+    both, _ = template.encode_with_account({**row(**OWN), **given, "rejected_response": REJECTED})
+    alone = {"messages": talk()[:1], **OWN, **given}
+    encoded, account = template.encode_with_account(alone)
+    assert account == Account(("empty",))
+    assert not any(key.startswith(("chosen_input", "rejected_input")) for key in encoded)
+    for sequence in FOUR[2:]:
+        for what in ("input_ids", "labels"):
+            assert encoded[f"{sequence}_{what}"] == both[f"{sequence}_{what}"]
+    assert make(name, streams=("empty",)).encode_with_account(alone)[1] == Account(("empty",))
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """Rows of `bvpo pairs`, with pairs in both modes, in one of them, and in the other."""
+    from megatron_bvpo.cli import bvpo
+
+    folder = tmp_path_factory.mktemp("sampled")
+    synthetic(folder / "samples", 40)
+    assert bvpo(["pairs", str(folder / "samples"), "--out", str(folder / "pairs.jsonl")]) == 0
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").open()]
+    assert {tuple(row["numbers"]) for row in rows} == {("thinking", "empty"), ("thinking",), ("empty",)}
+    return rows
+
+
+@pytest.mark.parametrize("name", ["qwen3_thinking", "qwen3", "deepseek_r1"])
+def test_rows_of_bvpo_pairs_keep_their_pairs_as_tokens(name, make, sampled):
+    template = make(name)
+    for entry in sampled:
+        canonical, _ = Reading(template.bvpo.rules).canonical(entry)
+        encoded, account = template.encode_with_account(canonical)
+        traced = "thinking" in entry["numbers"]
+        assert account == Account(("trace", "empty") if traced else ("empty",)), entry
+        texts = (
+            {"chosen": entry["messages"][-1]["content"], "rejected": entry.get("rejected_response")} if traced else {}
+        )
+        if "empty" in entry["numbers"]:
+            texts |= {f"empty_{side}": entry[field] for side, field in zip(SIDES, OWN, strict=True)}
+        for sequence, text in texts.items():
+            prompt, response = split(template, encoded, sequence)
+            assert text in f"{prompt.rpartition('<think>')[0]}{response}" and entry["messages"][0]["content"] in prompt
+
+
+def test_an_empty_pair_alone_may_be_lost_as_tokens(make):
+    template = make(max_length=30)
+    entry = {"messages": talk()[:1], "empty_response": LONG, "empty_rejected_response": "5"}
+    assert template.encode_with_account(entry)[1].lost.keys() == {"empty"}
 
 
 # --- what counts ---
@@ -396,7 +457,7 @@ def test_a_streamed_run_passes_over_them_too(make, caplog, quiet_again, columns)
     assert len(told()) == 3 and told()[2].startswith("row ? (''): its trace pair is not trained: messages: missing")
 
 
-def test_the_plan_counts_the_same_tokens(make, workshop):
+def test_the_plan_counts_the_same_tokens(make, workshop, tmp_path):
     """`bvpo plan --rows` without ms-swift: a few of the template's own tokens a sequence apart."""
     from megatron_bvpo.data.readers import read_rows
     from megatron_bvpo.planning.row_lengths import row_lengths
@@ -404,7 +465,10 @@ def test_the_plan_counts_the_same_tokens(make, workshop):
 
     template = make()
     reading = Reading(template.bvpo.rules)
-    rows = [reading.canonical(entry)[0] for _, entry in read_rows(str(workshop.train))]
+    file = tmp_path / "rows.jsonl"
+    alone = {"messages": talk()[:1], "empty_response": LONG, "empty_rejected_response": "5"}
+    file.write_text(f"{workshop.train.read_text()}{json.dumps(alone)}\n")
+    rows = [reading.canonical(entry)[0] for _, entry in read_rows(str(file))]
     lengths = [template.encode_with_account(entry, return_length=True)[0]["lengths"] for entry in rows]
-    found = row_lengths(str(workshop.train), str(workshop.dense), RunSettings())
+    found = row_lengths(str(file), str(workshop.dense), RunSettings())
     assert found == pytest.approx([sum(row) for row in lengths], abs=4 * 8) and all(len(row) == 4 for row in lengths)

@@ -59,6 +59,7 @@ class Fate:
     empty: bool = True
     reason: str = ""
     too_long: bool = False
+    alone: bool = False  # it came without a trace pair
 
 
 GOOD, BAD = think("a", "4"), think("b", "5")
@@ -122,6 +123,22 @@ KINDS = {
         lambda q: {"messages": ask(q, think(LONG, "4")), "rejected_response": BAD},
         Fate(trace=False, too_long=True),
     ),
+    "empty pair alone": (
+        lambda q: {"messages": ask(q, "")[:1], "empty_response": "4", "empty_rejected_response": "5"},
+        Fate(trace=False, alone=True),
+    ),
+    "query and empty pair": (
+        lambda q: {"query": q, "empty_response": "4", "empty_rejected_response": "5"},
+        Fate(trace=False, alone=True),
+    ),
+    "long empty pair alone": (
+        lambda q: {"messages": ask(q, "")[:1], "empty_response": LONG, "empty_rejected_response": "5"},
+        TOO_LONG,
+    ),
+    "half an empty pair alone": (
+        lambda q: {"messages": ask(q, "")[:1], "empty_response": "4"},
+        lost("empty_rejected_response: missing, the other empty answer is there"),
+    ),
     "long prompt": (lambda q: {"messages": ask(q + LONG, GOOD), "rejected_response": BAD}, TOO_LONG),
     "no rejected side": (lambda q: {"messages": ask(q, GOOD)}, lost("rejected_response: missing")),
     "equal": (
@@ -160,6 +177,10 @@ class Rows:
     @property
     def trained(self):
         return {prompt for prompt, fate in self.fates.items() if fate.trace or fate.empty}
+
+    @property
+    def alone(self):
+        return sum(fate.alone for fate in self.fates.values())
 
     @property
     def dropped(self):
@@ -272,7 +293,8 @@ def assert_accounted(rows: Rows, loaded, mode):
         assert loaded.counts.used + rows.too_long == kept
         for stream in ("trace", "empty"):
             named = {why: n for (lost_by, why), n in loaded.counts.lost.items() if lost_by == stream}
-            assert sum(named.values()) == loaded.counts.used - rows.count(stream)
+            never = rows.alone if stream == "trace" else 0
+            assert sum(named.values()) == loaded.counts.used - rows.count(stream) - never
             assert sum(n for why, n in named.items() if "longer" in why) == rows.too_long_alone(stream)
     else:
         assert sum(n for (n,) in loaded.numbers(r"(\d+) rows dropped: longer")) == rows.too_long

@@ -33,3 +33,24 @@ def test_groups_are_found_at_any_rate_unless_rates_tell_them_apart():
         assert keys() == before
     with groups_at_any_rate(SimpleNamespace(chained_optimizers=[part((1, 1e-3)), part((1, 1e-3), (1, 2e-3))])):
         assert keys() == before
+
+
+def test_the_parts_of_a_dense_mlp_can_be_replaced(monkeypatch):
+    """As megatron-core 0.19 describes it: mcore-bridge copies a layer's description and sets a part of its MLP."""
+    from copy import deepcopy
+    from functools import partial
+
+    from mcore_bridge.model.gpts import qwen3_next
+
+    from megatron_bvpo.host.patches import apply_patches
+
+    def stock(**_):
+        mlp = partial(lambda submodules: submodules.linear_fc1, submodules=SimpleNamespace(linear_fc1="stock"))
+        return SimpleNamespace(submodules=SimpleNamespace(mlp=mlp))
+
+    monkeypatch.setattr(qwen3_next, "get_gpt_layer_with_transformer_engine_spec", stock)
+    apply_patches()
+    described = qwen3_next.get_gpt_layer_with_transformer_engine_spec()
+    copied = deepcopy(described)
+    copied.submodules.mlp.submodules.linear_fc1 = "ours"
+    assert copied.submodules.mlp() == "ours" and described.submodules.mlp() == "stock"

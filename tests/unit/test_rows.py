@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.rows import (
+    ALONE_KEY,
     RowRules,
     RowTally,
     RowVerdict,
@@ -235,8 +236,17 @@ def test_require_refuses_rows_without_own_answers():
     assert check_row(row(), RowRules(empty="require", streams=("trace",))).kept
 
 
+def test_own_keeps_the_trace_pair_of_rows_without_own_answers():
+    rules = RowRules(empty="own")
+    verdict = check_row(row(), rules)
+    assert (verdict.trace_ok, verdict.empty_ok) == (True, False)
+    assert "--bvpo_empty own" in str(verdict.problems[0])
+    assert check_row(row(**OWN), rules) == RowVerdict(True, True, "own")
+    assert not check_row(row(), RowRules(empty="own", streams=("empty",))).kept, "nothing is left to train"
+
+
 def test_unknown_rule_is_refused():
-    with pytest.raises(UserError, match="--bvpo_empty: expected strip or require, found 'skip'"):
+    with pytest.raises(UserError, match="--bvpo_empty: expected strip, require or own, found 'skip'"):
         RowRules(empty="skip")
 
 
@@ -378,7 +388,7 @@ MESSAGE = st.fixed_dictionaries(
 LIKE_ROWS = st.fixed_dictionaries(
     {},
     optional={
-        "messages": st.lists(MESSAGE | JSON, max_size=3) | st.just(talk()) | JSON,
+        "messages": st.lists(MESSAGE | JSON, max_size=3) | st.sampled_from([talk(), talk()[:1]]) | JSON,
         "rejected_messages": st.lists(MESSAGE, max_size=3) | st.just(talk(REJECTED)) | JSON,
         "rejected_response": WORDS | st.lists(MESSAGE, max_size=2) | JSON,
         "empty_response": WORDS | JSON,
@@ -388,6 +398,51 @@ LIKE_ROWS = st.fixed_dictionaries(
         "query": JSON,
     },
 )
+
+
+# --- an empty pair alone ---
+
+ALONE = {"messages": talk()[:1], **OWN}
+BLOCKED = {"empty_response": "<think>\n\n</think>\n\n4", "empty_rejected_response": "5"}
+
+
+@pytest.mark.parametrize("given_row", [ALONE, {**ALONE, "rejected_response": ""}, {"messages": talk()[:1], **BLOCKED}])
+@pytest.mark.parametrize("rules", [RULES, RowRules("require"), RowRules(streams=("empty",))])
+def test_an_empty_pair_alone(given_row, rules):
+    verdict = check_row(given_row, rules)
+    assert verdict == RowVerdict(False, True, "own", many_tags=verdict.many_tags)
+    normal = normalise_row(given_row, verdict, rules)
+    assert normal["messages"] == talk("4") and normal["rejected_response"] == "5" and normal[ALONE_KEY]
+    assert (normal["empty_response"], normal["empty_rejected_response"]) == ("4", "5")
+    assert normalise_row(normal, verdict, rules) == normal
+
+
+NOT_ALONE = {
+    "trace stream only": (ALONE, RowRules(streams=("trace",)), "empty_response: an empty pair alone, and no empty"),
+    "one answer": ({**ALONE, "empty_response": None}, RULES, "empty_response: missing, the other empty answer"),
+    "no answer": ({"messages": talk()[:1]}, RULES, "messages: the last message is not the assistant's"),
+    "equal": ({**ALONE, "empty_response": "5 "}, RULES, "empty_rejected_response: the same text as empty_response"),
+    "thinks": ({**ALONE, "empty_response": CHOSEN}, RULES, "empty_response: holds a trace"),
+    "a number": ({**ALONE, "empty_response": 4}, RULES, "empty_response: expected text"),
+    "a rejected side": ({**ALONE, "rejected_response": REJECTED}, RULES, "messages: the last message is not"),
+    "images": ({**ALONE, "images": ["a.png"]}, RULES, "images: not empty"),
+    "no prompt": ({**ALONE, "messages": [{"role": "user"}]}, RULES, "messages[0].content: missing"),
+    "system alone": ({**ALONE, "messages": [SYSTEM]}, RULES, "messages: no user turn"),
+    "tool turn": ({**ALONE, "messages": [*talk()[:1], {"role": "tool", "content": "x"}]}, RULES, "messages: tool"),
+    "bad history": (
+        {**ALONE, "messages": [*talk(f"<think>a</think>{SPEAKS}"), *talk()[:1]]},
+        RULES,
+        "messages[1].content: more than one </think>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ALONE)
+def test_an_empty_pair_alone_that_is_none(case):
+    given_row, rules, told = NOT_ALONE[case]
+    verdict = check_row(given_row, rules)
+    assert not verdict.kept and verdict.empty_source is None
+    assert verdict.problems[0].drops == "row" and str(verdict.problems[0]).startswith(told)
 
 
 @given(JSON | LIKE_ROWS, RULE_SETS)
@@ -423,10 +478,16 @@ def test_tally():
         "1 row kept without the empty pair:",
         "  1 × empty_rejected_response: missing, the other empty answer is there",
     ]
+    tally.add(check_row(ALONE, RULES))
+    assert tally.lines()[:3] == [
+        "7 rows read, 4 kept.",
+        "3 trace pairs, 3 empty pairs (2 with their own answers, 1 with stripped answers).",
+        "1 row with an empty pair alone.",
+    ]
     other = RowTally()
     other.add(check_row({}, RULES))
     assert tally.merge(other) is tally
-    assert (tally.rows, tally.kept) == (7, 3)
+    assert (tally.rows, tally.kept, tally.alone) == (8, 4, 1)
     assert tally.dropped["messages: missing"] == 2
 
 

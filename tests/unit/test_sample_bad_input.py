@@ -202,6 +202,7 @@ CASES = {
     "eight times the same": (flags(temperature=0), "all answers to a prompt are the same"),
     "top_p above 1": (flags(top_p=1.5), "--top_p: must be above 0 and at most 1"),
     "no time": (flags(timeout=0), "--timeout: must be above 0"),
+    "more requests than open files": (flags(concurrency=10**12), "requests need more open files than"),
     "extra fields that are no JSON": (flags(extra_body="top_k=20"), "--extra_body: no JSON"),
     "extra fields that are a list": (flags(extra_body="[1]"), "--extra_body: expected an object"),
     "extra fields of our own": (flags(extra_body='{"n": 4}'), "n is set by the command itself"),

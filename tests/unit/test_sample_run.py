@@ -146,6 +146,40 @@ def test_a_server_without_logprobs_is_used_without(prompts, tmp_path, capsys):
     assert capsys.readouterr().err.count("tells no log-probs") == 1
 
 
+# --- what a server makes of a prompt ---
+
+
+def test_a_server_that_takes_no_token_ids_gets_texts(prompts, tmp_path, capsys):
+    """`swift deploy` is one."""
+    flags = ("--tokenizer", write_chat_model(tmp_path / "m", "r1"))
+    with Served(ids=False) as server:
+        assert sample(prompts, tmp_path / "out", server, concurrency=1, flags=flags) == 0
+        asked = [request["prompt"] for request in server.requests if "prompt" in request]
+    assert [type(prompt) for prompt in asked[:3]] == [list, str, str] and len(asked) == 25
+    assert asked[1] == "<｜begin▁of▁sentence｜><｜User｜>What is 0?<｜Assistant｜><think>\n\n</think>\n\n"
+    assert capsys.readouterr().err.count("takes no token ids") == 1
+
+
+def test_something_around_a_rendered_prompt_ends_the_run(prompts, tmp_path, capsys):
+    """`swift deploy` with its chat template around completions: another prompt than training's."""
+    flags = ("--tokenizer", write_chat_model(tmp_path / "m", "thinking"))
+    with Served(around=9) as server:
+        assert sample(prompts, tmp_path / "out", server, flags=flags) == 2
+    said = capsys.readouterr().err
+    assert "tokens in a rendered prompt of" in said and "swift deploy puts its chat template around" in said
+    assert not [key for key in rows(tmp_path / "out") if key.mode == "empty"]
+
+
+@pytest.mark.parametrize("served", ["hybrid", "thinking"])
+def test_a_server_that_ignores_the_switch_is_told(served, prompts, tmp_path, capsys):
+    ours, theirs = (write_chat_model(tmp_path / family, family) for family in ("hybrid", served))
+    with Served(tokenizer=str(theirs)) as server:
+        assert sample(prompts, tmp_path / "out", server, flags=("--tokenizer", ours)) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "it has another template" in line]
+    assert len(told) == (2 if served == "thinking" else 0)  # once a mode
+    assert all("or ignores enable_thinking" in line for line in told)
+
+
 def test_no_torch_is_loaded(prompts, tmp_path):
     """Neither by help nor by a whole run: it starts on a login node in no time."""
     with Served() as server:
@@ -181,10 +215,19 @@ def test_a_failed_request_is_recorded_told_and_asked_again_on_wish(prompts, tmp_
 
 def test_what_refuses_everything_spoils_nothing(prompts, tmp_path, capsys):
     with Served(always={"": "400"}) as server:
-        assert sample(prompts, tmp_path / "out", server) == 2
-        assert len(server.requests) < 30
-    assert "the first 20 requests failed, and none has succeeded: 400: a fault" in capsys.readouterr().err
+        assert sample(prompts, tmp_path / "out", server, samples=40) == 2
+        assert len(server.requests) < 60  # of 480
+    assert "requests failed, and none has succeeded: 400: a fault" in capsys.readouterr().err
     assert not rows(tmp_path / "out")
+
+
+def test_a_mode_that_is_always_refused_ends_the_run(prompts, tmp_path, capsys):
+    """Thinking goes well: its samples are kept, and no refusal of the other mode is recorded."""
+    with Served(always={'"enable_thinking": false': "400"}) as server:
+        assert sample(prompts, tmp_path / "out", server, samples=8) == 2
+    assert "the first 20 empty requests failed" in capsys.readouterr().err
+    found = rows(tmp_path / "out")
+    assert found and {(key.mode, s.error) for key, s in found.items()} == {("thinking", None)}
 
 
 # --- going on ---
@@ -221,7 +264,7 @@ def test_a_stop_between_shard_and_journal_counts_once(prompts, tmp_path):
 def test_full_journals_become_shards_while_sampling(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "_LINES", 7)
     with Served() as server:
-        sample(prompts, tmp_path / "out", server, concurrency=2)
+        sample(prompts, tmp_path / "out", server, concurrency=1)
     shards = sorted((tmp_path / "out" / "samples").glob("*.parquet"))
     assert [pq.read_metadata(path).num_rows for path in shards] == [7] * 6 + [6]
     assert len(rows(tmp_path / "out")) == 48
@@ -278,18 +321,31 @@ def test_a_signal_ends_it_cleanly(number, tmp_path):
         process = spawn(prompts, out, server)
         wait_for(lambda: any(read_lines(out)))
         os.kill(process.pid, number)
-        process.join(30)
+        process.join(120)
         assert process.exitcode == 128 + number
         have = rows(out)
         assert 0 < len(have) < 1600 and not list((out / "journal").iterdir())
         assert len(server.requests) - len(have) <= 8
 
 
+def test_a_signal_does_not_wait_for_the_judge(tmp_path):
+    out, prompts = tmp_path / "out", write_prompts(tmp_path / "prompts.jsonl", 3)
+    with Served() as server:
+        judge = ("--judge", "tests.unit.sample_judges:slow", "--judge_time_limit", "90", "--judge_workers", "1")
+        process = spawn(prompts, out, server, more=judge)
+        wait_for(lambda: len(read_lines(out)) == 24)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(55)
+        assert process.exitcode == 128 + signal.SIGTERM
+    assert len(rows(out)) == 24 and not list((out / "journal").iterdir())
+
+
 def read_lines(out):
     return [line for path in (out / "journal").glob("*.jsonl") for line in read_journal(path)]
 
 
-def wait_for(true, seconds=60):
+def wait_for(true, seconds=240):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -306,7 +362,7 @@ def spawn(prompts, out, *servers, more=()):
     """`bvpo sample` in a process of its own, started without the second that imports take."""
     command = ["sample", str(prompts), "--out", str(out), "--model", "m", "--max_tokens", "100", "--samples", "4"]
     command += ["--concurrency", "8", "--server", *(s.address for s in servers), *HYBRID, *more]
-    process = CONTEXT.Process(target=run_quietly, args=(command,), daemon=True)
+    process = CONTEXT.Process(target=run_quietly, args=(command,))
     process.start()
     return process
 

@@ -98,7 +98,9 @@ def _sample_batch(
             new = logp.argmax(-1, keepdim=True)
         else:
             new = torch.multinomial((logp / temperature).softmax(-1), 1, generator=draw)
-        for row, token, value in zip(alive.tolist(), new[:, 0].tolist(), logp.gather(1, new)[:, 0].tolist(), strict=True):
+        for row, token, value in zip(
+            alive.tolist(), new[:, 0].tolist(), logp.gather(1, new)[:, 0].tolist(), strict=True
+        ):
             ids[row].append(token)
             log_probs[row].append(value)
         going = new[:, 0] != end

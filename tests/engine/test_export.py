@@ -1,0 +1,131 @@
+"""What `bvpo export` writes, served by a real engine: log-probs of ten held-out rows are those of the run's evaluation.
+
+A run logs the mean over the rows, for chosen and rejected responses in both streams. All adapters of a server are asked
+at once and by turns, so that its batches hold rows of each.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Workshop
+from tests.distributed import oracle_runs
+from tests.distributed.cells import run_cells
+from tests.distributed.hf_oracle import STREAMS, pair_of, read_rows, tokens
+from tests.distributed.test_saved_models import last_evaluation
+from tests.engine.test_vllm import bvpo
+from tests.engine.vllm_server import serving
+
+pytestmark = pytest.mark.slow
+TOLERANCE = 1e-3
+ROWS = 10
+LORA = "--enable-lora --max-lora-rank 8 --max-loras 2 --lora-modules".split()
+# vLLM 0.32 has a Triton kernel alone for LoRA on experts.
+EXPERTS_ON_A_CPU = Path(__file__).parent / "cpu_moe_lora"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Workshop:
+    """Models that the engine's attention for CPUs takes, and rows."""
+    from megatron_bvpo.rehearsal.sample_data import make_sample_rows
+    from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
+
+    home = tmp_path_factory.mktemp("export")
+    rows = make_sample_rows(16 + ROWS, seed=1)
+    sizes = dict(head_dim=32, num_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    return Workshop(
+        folder=home,
+        moe=make_tiny_model(home / "moe", kind="moe", **sizes),
+        dense=make_tiny_model(home / "dense", kind="dense", **sizes),
+        train=oracle_runs.write_rows(home / "train.jsonl", rows[:16]),
+        held_out=oracle_runs.write_rows(home / "held_out.jsonl", rows[16:]),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(bench):
+    """Two adapters of each model, one of them with rsLoRA and on the router, and both models trained whole."""
+    data, moe, dense = oracle_runs.saved_data(bench), oracle_runs.moe(bench), oracle_runs.dense(bench)
+    full = data.replace(oracle_runs.LORA, "--tuner_type full --lr 1e-3")
+    flags = {
+        "dense-a": f"{data} {dense} --merge_lora false",
+        "dense-b": f"{data} {dense} --merge_lora false --seed 7 --lr 2e-2 --use_rslora true",
+        "moe-a": f"{data} {moe} --merge_lora false --use_rslora true --target_modules all-linear all-router",
+        "moe-b": f"{data} {moe} --merge_lora false --target_modules all-linear",
+        "dense-full": f"{full} {dense}",
+        "moe-full": f"{full} {moe}",
+    }
+    cells = [oracle_runs.cell(name, given, hook_args={"save": True}) for name, given in flags.items()]
+    return run_cells(1, cells, bench.folder / "runs")
+
+
+@pytest.fixture(scope="module")
+def exported(runs, bench):
+    """name → folder; adapters of the mixture merged, too."""
+    found = {}
+    for name, run in runs.items():
+        for form in ([], ["--merge"]) if name == "moe-a" else ([],):
+            out = bench.folder / f"exported-{name}{'-merged' if form else ''}"
+            said = bvpo("export", f"{run.folder}/last-checkpoint", "--out", str(out), *form, cwd=bench.folder)
+            assert "serve it: vllm serve" in said
+            found[out.name.removeprefix("exported-")] = out
+    return found
+
+
+def ask(address: str, model: str, ids: list[int], given: int) -> float:
+    """The log-probability of ids[given:] after ids[:given]."""
+    body = {"model": model, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        found = json.load(reply)["choices"][0]["prompt_logprobs"]
+    return sum(next(iter(token.values()))["logprob"] for token in found[given:])
+
+
+def served_logps(address: str, models: list[str], bench: Workshop) -> dict[str, dict[str, float]]:
+    """Model → ms-swift's names → means over the held-out rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bench.dense)
+    rows = read_rows(bench.held_out)
+    keys = [(stream, i, side) for stream in STREAMS for i, side in enumerate(("chosen", "rejected"))]
+    asked = [(key, row, model) for key in keys for row in rows for model in models]
+    with ThreadPoolExecutor(12) as pool:
+        sequences = [tokens(tokenizer, pair_of(row, stream))[i] for (stream, i, _), row, _ in asked]
+        logps = pool.map(lambda a, s: ask(address, a[2], s[0].tolist(), s[1]), asked, sequences)
+    found: dict[str, dict[str, float]] = {model: {} for model in models}
+    for ((stream, _, side), _, model), logp in zip(asked, logps, strict=True):
+        name = f"{'empty/' if stream == 'empty' else ''}logps/{side}"
+        found[model][name] = found[model].get(name, 0.0) + logp / len(rows)
+    return found
+
+
+def require_same(found: dict[str, float], run) -> None:
+    expected = last_evaluation(run)
+    print({name: (value, found[name] - value) for name, value in expected.items()})
+    assert found == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_two_adapters_on_one_server(kind, bench, runs, exported):
+    pair = [f"{kind}-a", f"{kind}-b"]
+    flags = [*LORA, *(f"{name}={exported[name]}" for name in pair)]
+    plugins = EXPERTS_ON_A_CPU if kind == "moe" else None
+    with serving(getattr(bench, kind), "base", bench.folder / f"{kind}.log", *flags, plugins=plugins) as address:
+        found = served_logps(address, [*pair, "base"], bench)
+    for name in pair:
+        require_same(found[name], runs[name])
+    for one, other in ((pair[0], pair[1]), (pair[0], "base"), (pair[1], "base")):
+        assert found[one] != pytest.approx(found[other], abs=100 * TOLERANCE), "all would pass with any of them"
+
+
+@pytest.mark.parametrize("name", ["dense-full", "moe-full", "moe-a-merged"])
+def test_a_whole_model(name, bench, runs, exported):
+    with serving(exported[name], "model", bench.folder / f"{name}.log") as address:
+        found = served_logps(address, ["model"], bench)
+    require_same(found["model"], runs[name.removesuffix("-merged")])
