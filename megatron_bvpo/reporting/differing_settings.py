@@ -95,7 +95,7 @@ def unique_names(folders: Sequence[PurePath]) -> list[str]:
     """
     lengths = [2 if re.fullmatch(r"v\d+-\d{8}-\d{6}", folder.name) else 1 for folder in folders]
     while True:
-        names = ["/".join(f.parts[-n:]) or str(f) for f, n in zip(folders, lengths, strict=True)]
+        names = [str(PurePath(*f.parts[-n:])) for f, n in zip(folders, lengths, strict=True)]
         again = [names.count(name) > 1 and n < len(f.parts) for name, f, n in zip(names, folders, lengths, strict=True)]
         if not any(again):
             return names

@@ -17,6 +17,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.reporting.differing_settings import NONE
 from megatron_bvpo.reporting.run_files import Run
 from megatron_bvpo.reporting.runs_table import runs_table
+from megatron_bvpo.reporting.scores import Score
 from megatron_bvpo.reporting.series import CHARTS, drawn
 from megatron_bvpo.reporting.spikes import RULE
 
@@ -66,8 +67,7 @@ def page(runs: Sequence[Run], now: datetime.datetime) -> str:
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    pictures = [drawn(run.training, run.evaluation) for run in runs]
-    shown = [{"name": run.name, **picture} for run, picture in zip(runs, pictures, strict=True)]
+    shown = [{"name": r.name, "spikes": r.spikes, **drawn(r.training, r.evaluation)} for r in runs]
     return environment.get_template("page.html.j2").render(
         title=f"BVPO run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} BVPO runs",
         written=f"{now:%Y-%m-%d %H:%M}",
@@ -79,7 +79,7 @@ def page(runs: Sequence[Run], now: datetime.datetime) -> str:
         table=runs_table(runs),
         notes=[(run.name, note) for run in runs for note in run.notes],
         scores=list(score_rows(runs)),
-        spikes=list(_spikes(runs, pictures)),
+        spikes=list(_spikes(runs)),
         spike_rule=RULE,
         reports=_reports(runs),
         sheets=[
@@ -109,31 +109,32 @@ def score_rows(runs: Sequence[Run]) -> Iterator[dict]:
     datasets = dict.fromkeys(score.dataset for run in runs for score in run.scores)
     for dataset in datasets:
         found = [(i, run, s) for i, run in enumerate(runs) for s in run.scores if s.dataset == dataset]
-        ends = [value for _, _, s in found for value in (s.low, s.score, s.high) if value is not None]
+        ends = [value for _, _, s in found for value in (s.low, s.score, s.high) if math.isfinite(value)]
         low, high = 5 * math.floor(min(ends) / 5), 5 * math.ceil(max(ends) / 5)
-        low, high = (low, high) if low < high else (low - 5, high + 5)
-        low, high = max(low, 0), min(high, 100)
+        axis = (low, high) if low < high else (low - 5, high + 5)
+        several = len({s.where for _, _, s in found}) > 1
+        rows = [_score_row(i, f"{run.name}/{s.where}" if several else run.name, s, axis) for i, run, s in found]
+        yield {"name": dataset, "low": axis[0], "high": axis[1], "rows": rows}
 
-        def place(value: float, low: float = low, high: float = high) -> float:
-            return round(100 * (value - low) / (high - low), 2)
 
-        rows = []
-        for index, run, s in found:
-            known = s.low is not None and s.high is not None
-            rows.append(
-                {
-                    "index": index,
-                    "run": run.name,
-                    "mode": s.mode,
-                    "text": s.text,
-                    "interval": s.interval,
-                    "at": place(s.score),
-                    "left": place(s.low) if known else 0,
-                    "width": round(place(s.high) - place(s.low), 2) if known else 0,
-                    "n": s.questions,
-                }
-            )
-        yield {"name": dataset, "low": low, "high": high, "rows": rows}
+def _score_row(index: int, name: str, score: Score, axis: tuple[float, float]) -> dict:
+    def place(value: float) -> float:
+        return round(100 * min(max((value - axis[0]) / (axis[1] - axis[0]), 0), 1), 2)
+
+    return {
+        "index": index,
+        "run": name,
+        "mode": score.mode,
+        "text": score.text,
+        "interval": score.interval,
+        "at": place(score.score),
+        "left": place(score.low),
+        "width": round(place(score.high) - place(score.low), 2),
+        "asked": score.asked,
+        "tokens": NONE if score.tokens is None else f"{score.tokens:,.0f}",
+        "cut_off": f"{score.cut_off:.1f}",
+        "unparsed": f"{score.unparsed:.1f}",
+    }
 
 
 def sheet(columns: Sequence[dict[str, str]]) -> Iterator[dict]:
@@ -146,9 +147,9 @@ def sheet(columns: Sequence[dict[str, str]]) -> Iterator[dict]:
     yield from sorted(rows, key=lambda row: not row["differs"])
 
 
-def _spikes(runs: Sequence[Run], pictures: Sequence[dict]) -> Iterator[dict]:
-    for index, (run, picture) in enumerate(zip(runs, pictures, strict=True)):
-        for key, steps in picture["spikes"].items():
+def _spikes(runs: Sequence[Run]) -> Iterator[dict]:
+    for index, run in enumerate(runs):
+        for key, steps in run.spikes.items():
             told = ", ".join(map(str, steps[:_MOST_SPIKES])) + (", …" if len(steps) > _MOST_SPIKES else "")
             yield {"index": index, "run": run.name, "key": key, "count": len(steps), "steps": told}
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from megatron_bvpo.launching.secret_masks import masked
@@ -14,6 +15,7 @@ from megatron_bvpo.reporting.differing_settings import plain_settings, unique_na
 from megatron_bvpo.reporting.run_log import read_log, require_log
 from megatron_bvpo.reporting.run_versions import FILE as VERSIONS
 from megatron_bvpo.reporting.scores import Score, read_scores
+from megatron_bvpo.reporting.series import found_spikes
 
 ARGUMENTS = "args.json"
 _LARGEST_REPORT, _LARGEST_PICTURE = 200_000, 2_000_000  # bytes; a page is sent to somebody
@@ -52,6 +54,15 @@ class Run:
     reports: list[DataReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @cached_property
+    def spikes(self) -> dict[str, list[int]]:
+        """Metric → steps that are spikes."""
+        return found_spikes(self.training)
+
+    @property
+    def place(self) -> str:
+        return masked(str(self.folder))
+
     @property
     def steps(self) -> tuple[int, int | None]:
         """The last logged step, and how many there were to be, if the log tells."""
@@ -82,7 +93,7 @@ def _read(name: str, folder: Path) -> Run:
     known = {"ms-swift": arguments["swift_version"]} if arguments.get("swift_version") else {}
     run.versions = {str(package): str(version) for package, version in {**known, **versions}.items()}
     run.scores, notes = read_scores(folder)
-    run.notes += notes
+    run.notes += map(masked, notes)
     run.reports = list(_data_reports([*_listed(arguments, "dataset"), *_listed(arguments, "val_dataset")]))
     return run
 

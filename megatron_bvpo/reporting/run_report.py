@@ -144,8 +144,11 @@ def report(arguments: argparse.Namespace) -> int:
         require_page(arguments.html)
     for run in dict.fromkeys(runs):
         target = run / "bvpo.png"
-        told = write_report(run, target)
-        print(f"\n{told}\n\nPlot: {target}\nLog:  {run / LOG}")
+        try:
+            told, plot_at = write_report(run, target), target
+        except ImportError:
+            told, plot_at = "", "none: matplotlib is missing (pip install 'megatron-bvpo[rehearsal]')"
+        print(f"\n{told}\n\nPlot: {plot_at}\nLog:  {run / LOG}")
     if arguments.html is not None:
         write_page(read_runs(runs), arguments.html)
         print(f"Page: {arguments.html}")

@@ -1,4 +1,4 @@
-"""The table of runs: scores with intervals, what was learnt on held-out rows, and the settings that differ. Pure."""
+"""The table of runs: scores with intervals, the settings that differ, and what was learnt on held-out rows. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 
 from megatron_bvpo.reporting.differing_settings import NONE, columns, short_paths, shown
 from megatron_bvpo.reporting.run_files import Run
-from megatron_bvpo.reporting.series import found_spikes, last
+from megatron_bvpo.reporting.series import last
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ class Cell:
     sort: str = ""
     more: str = ""
     help: str = ""
-    number: bool = False
+
+    @property
+    def short(self) -> bool:
+        """Whether it stays on one line."""
+        return len(self.text) + len(self.more) <= 32
 
 
 @dataclass(frozen=True)
@@ -62,23 +66,24 @@ _HELD_OUT = (
 def runs_table(runs: Sequence[Run]) -> Table:
     """A row a run, in the order given."""
     heads = [Column("", "run")]
-    columns_of_cells = [[Cell(run.name, run.name, help=str(run.folder)) for run in runs]]
+    columns_of_cells = [[Cell(run.name, run.name, help=run.place) for run in runs]]
 
     def add(head: Column, cells: list[Cell]) -> None:
         heads.append(head)
         columns_of_cells.append(cells)
 
     for dataset, mode in dict.fromkeys((s.dataset, s.mode) for run in runs for s in run.scores):
-        add(Column("scores, %", f"{dataset}, {mode}", "with its 95 % interval"), [_score(r, dataset, mode) for r in runs])
+        head = Column("scores, %", f"{dataset}, {mode}", "with its 95 % interval")
+        add(head, [_score(run, dataset, mode) for run in runs])
+    names, left_out = columns([run.settings for run in runs])
+    for name in names:
+        add(Column("settings", name, f"--{name}"), _setting(runs, name))
     for title, key, digits, what in _HELD_OUT:
         cells = [_number(last(run.evaluation, key, "eval_"), digits) for run in runs]
         if any(cell.sort for cell in cells):
             add(Column("held out", title, what), cells)
     for head, cells in _training(runs):
         add(head, cells)
-    names, left_out = columns([run.settings for run in runs])
-    for name in names:
-        add(Column("settings", name, f"--{name}"), _setting(runs, name))
     rows = [Row(index, list(cells)) for index, cells in enumerate(zip(*columns_of_cells, strict=True))]
     return Table(heads, rows, left_out)
 
@@ -87,17 +92,16 @@ def _training(runs: Sequence[Run]):
     alphas = [_number(last(run.training, "alpha"), 2) for run in runs]
     if any(cell.sort for cell in alphas):
         yield Column("training", "α", "weight of the trace gradient at the last step"), alphas
-    counts = [found_spikes(run.training) for run in runs]
     cells = []
-    for found in counts:
-        number = sum(map(len, found.values()))
-        told = "; ".join(f"{key}: {len(steps)}" for key, steps in found.items())
-        cells.append(Cell(str(number), str(number), help=told, number=True))
+    for run in runs:
+        number = sum(map(len, run.spikes.values()))
+        told = "; ".join(f"{key}: {len(steps)}" for key, steps in run.spikes.items())
+        cells.append(Cell(str(number), str(number), help=told))
     yield Column("training", "spikes", "of losses and gradient norm; the rule is below"), cells
     steps = []
     for run in runs:
         done, planned = run.steps
-        steps.append(Cell(f"{done} of {planned}" if planned else str(done), str(done), number=True))
+        steps.append(Cell(f"{done} of {planned}" if planned else str(done), str(done)))
     yield Column("training", "steps", "optimizer steps"), steps
 
 
@@ -107,14 +111,14 @@ def _score(run: Run, dataset: str, mode: str) -> Cell:
     if not found:
         return Cell(NONE)
     score = found[-1]
-    return Cell(score.text, f"{score.score:g}", score.interval, score.questions, True)
+    return Cell(score.text, f"{score.score:g}", score.interval, f"{score.asked} questions")
 
 
 def _number(value: float | None, digits: int) -> Cell:
     if value is None:
         return Cell(NONE)
     text = f"{value:.{digits}f}"
-    return Cell(text.replace("-", "−") if float(text) else text.lstrip("-"), f"{value:.6g}", number=True)
+    return Cell(text.replace("-", "−") if float(text) else text.lstrip("-"), f"{value:.6g}")
 
 
 def _setting(runs: Sequence[Run], name: str) -> list[Cell]:

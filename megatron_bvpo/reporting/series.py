@@ -105,13 +105,14 @@ def _short(value: float) -> float | None:
 
 
 def drawn(training: Sequence[dict], evaluation: Sequence[dict]) -> dict:
-    """All that the page draws of a run, as JSON: `lines[key][kind] = [steps, values]`, kinds t(raining) and h(eld out)."""
+    """All that the page draws of a run, as JSON: `lines[key][kind] = [steps, values]`, with the kinds t (training) and
+    h (held out)."""
     lines = {}
     for key in KEYS:
         kinds = {"t": series(training, key), "h": series(evaluation, key, "eval_")}
         if any(steps for steps, _ in kinds.values()):
             lines[key] = {kind: thinned(*found) for kind, found in kinds.items() if found[0]}
-    return {"lines": lines, "band": band(training), "spikes": found_spikes(training)}
+    return {"lines": lines, "band": band(training)}
 
 
 def band(training: Sequence[dict]) -> list[list]:

@@ -17,10 +17,10 @@ DEVIATIONS = 6.0
 LEAST_RATIO = 1.5
 
 RULE = (
-    f"A logged step is a spike where its value is at least {LEAST_RATIO:g} times the median of the up to {WINDOW} logged "
-    f"steps before it, and lies more than {DEVIATIONS:g} robust standard deviations of their logarithms (1.4826 times "
-    f"the median absolute deviation) above it. Nothing is judged before {FEWEST} steps; a value that is not a number "
-    "always is a spike."
+    f"A logged step is a spike where its value is at least {LEAST_RATIO:g} times the median of the up to {WINDOW} "
+    f"logged steps before it, and lies more than {DEVIATIONS:g} robust standard deviations of their logarithms "
+    "(1.4826 times the median absolute deviation) above it. "
+    f"Nothing is judged before {FEWEST} steps; a value that is not a number always is a spike."
 )
 
 

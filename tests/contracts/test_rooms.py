@@ -27,7 +27,7 @@ MAY_USE = {
     "gradients": {"data"},
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
-    "reporting": set(),
+    "reporting": {"data", "launching"},
     "sampling": {"data", "launching"},
     "rehearsal": set(),
 }

@@ -89,10 +89,11 @@ function linesOf(chart, runs, state) {
       }
     }
   }
-  return found;
+  // Held-out lines over all training lines.
+  return found.sort((a, b) => (a.kind === "h") - (b.kind === "h"));
 }
 
-function rangeOf(chart, lines, bands, state) {
+function rangeOf(chart, lines, state) {
   if (chart.unit_interval) return [0, 1];
   let low = Infinity, high = -Infinity;
   for (const line of lines) {
@@ -110,12 +111,11 @@ function rangeOf(chart, lines, bands, state) {
 // Draws a chart into its figure, anew.
 function draw(figure, chart, data, state) {
   const lines = linesOf(chart, data.runs, state);
-  const drawnKinds = new Set(lines.map((line) => line.kind));
   const bands = chart.band && state.kinds.has("t")
     ? data.runs.filter((run) => state.runs.has(run.index) && run.band.length && run.band[0].length) : [];
   const width = Math.max(240, state.width || figure.clientWidth), height = width < 420 ? 190 : 230;
   const box = { left: 46, right: 10, top: 10, bottom: 24 };
-  const [low, high] = rangeOf(chart, lines, bands, state);
+  const [low, high] = rangeOf(chart, lines, state);
   const span = Math.max(state.to - state.from, 1e-9);
   const x = (step) => box.left + ((step - state.from) / span) * (width - box.left - box.right);
   const y = (value) => height - box.bottom - ((value - low) / (high - low)) * (height - box.top - box.bottom);
@@ -130,7 +130,7 @@ function draw(figure, chart, data, state) {
   const clip = svg("clipPath", { id: `clip-${chart.key}` }, svg("defs", {}, picture));
   svg("rect", { x: box.left, y: 0, width: width - box.left - box.right + 6, height: height - box.bottom + 6 }, clip);
 
-  const vertical = ticks(low, high, height / 45);
+  const vertical = ticks(low, high, height / 36);
   for (const value of vertical.found) {
     svg("line", { class: "grid", x1: box.left, x2: width - box.right, y1: y(value), y2: y(value) }, picture);
     const text = svg("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" }, picture);
@@ -156,7 +156,7 @@ function draw(figure, chart, data, state) {
     svg("path", { class: "band", d: `M${edge.join("L")}Z`, style: `fill: ${run.colour}` }, area);
   }
   for (const line of lines) {
-    const kind = line.kind === "h" ? "held-out" : line.alone ? "training alone" : "training";
+    const kind = line.kind === "h" ? "held-out" : line.alone ? "training alone" : state.runs.size > 2 ? "training many" : "training";
     svg("path", {
       class: `${kind}${line.curve.dashed ? " dashed" : ""}${emphasis(line.run)}`,
       d: pathOf(line.steps, line.values, x, y), style: `stroke: ${line.run.colour}`,
@@ -182,7 +182,7 @@ function draw(figure, chart, data, state) {
   if (state.at >= state.from && state.at <= state.to) {
     svg("line", { class: "cursor", x1: x(state.at), x2: x(state.at), y1: box.top, y2: height - box.bottom }, picture);
   }
-  readout(figure, lines, drawnKinds, data, state);
+  readout(figure, lines, data, state);
   picture.addEventListener("pointermove", (event) => {
     const place = picture.getBoundingClientRect();
     const inside = ((event.clientX - place.left) / place.width) * width;
@@ -190,20 +190,26 @@ function draw(figure, chart, data, state) {
   });
 }
 
-// What every run has at the step that is read: the chart in words.
-function readout(figure, lines, kinds, data, state) {
-  const list = html("ul", "", figure);
-  list.className = "readout";
+// What every run has at the step that is read: the chart in numbers.
+function readout(figure, lines, data, state) {
+  const said = (line) => [line.curve.label, line.kind === "h" ? "held out" : "training"].filter(Boolean).join(", ");
+  const columns = [...new Set(lines.map(said))];
+  const table = html("table", "", figure);
+  table.className = "readout";
+  const head = html("tr", "", html("thead", "", table));
+  html("th", `at step ${state.at}`, head);
+  for (const column of columns) html("th", column, head);
+  const body = html("tbody", "", table);
   for (const run of data.runs) {
     const own = lines.filter((line) => line.run === run);
     if (!own.length) continue;
-    const item = html("li", "", list);
-    item.appendChild(mark(run));
-    const said = own.map((line) => {
-      const what = [line.curve.label, kinds.size > 1 && (line.kind === "h" ? "held out" : "training")];
-      return [...what.filter(Boolean), number(valueAt(line.whole, state.at))].join(" ");
-    });
-    item.append(data.runs.length > 1 ? `${run.name}: ` : "", said.join(", "));
+    const row = html("tr", "", body), name = html("th", "", row);
+    name.scope = "row";
+    name.append(mark(run), run.name);
+    for (const column of columns) {
+      const line = own.find((one) => said(one) === column);
+      html("td", line ? number(valueAt(line.whole, state.at)) : "–", row);
+    }
   }
 }
 
