@@ -109,6 +109,8 @@ def score_rows(runs: Sequence[Run]) -> Iterator[dict]:
     datasets = dict.fromkeys(score.dataset for run in runs for score in run.scores)
     for dataset in datasets:
         found = [(i, run, s) for i, run in enumerate(runs) for s in run.scores if s.dataset == dataset]
+        modes = list(dict.fromkeys(s.mode for _, _, s in found))
+        found.sort(key=lambda one: modes.index(one[2].mode))  # runs are compared within a mode
         ends = [value for _, _, s in found for value in (s.low, s.score, s.high) if math.isfinite(value)]
         low, high = 5 * math.floor(min(ends) / 5), 5 * math.ceil(max(ends) / 5)
         axis = (low, high) if low < high else (low - 5, high + 5)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WHY_NOT = "no Chromium here (Debian: apt-get install chromium)"
-_LIMIT = 60  # seconds for an answer; a loaded machine is slow
+_LIMIT = 240  # seconds for an answer; a loaded machine is slow
 
 
 class Browser:

@@ -161,9 +161,10 @@ function draw(figure, chart, data, state) {
       class: `${kind}${line.curve.dashed ? " dashed" : ""}${emphasis(line.run)}`,
       d: pathOf(line.steps, line.values, x, y), style: `stroke: ${line.run.colour}`,
     }, area);
-    if (line.kind === "h" && line.steps.length <= 60) {
+    if (line.kind === "h") {
+      const every = Math.ceil(line.steps.length / 25);
       line.steps.forEach((step, i) => {
-        if (line.values[i] === null) return;
+        if (line.values[i] === null || i % every) return;
         svg("path", {
           class: `point${emphasis(line.run)}`, d: line.run.shape, style: `fill: ${line.run.colour}`,
           transform: `translate(${x(step).toFixed(1)} ${y(line.values[i]).toFixed(1)}) scale(.75)`,

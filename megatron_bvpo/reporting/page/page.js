@@ -131,8 +131,12 @@ function start() {
   chooseRange();
   redraw();
   new ResizeObserver(redrawSoon).observe(byId("charts"));
-  // Two charts side by side on paper, with text of a size to read.
-  window.addEventListener("beforeprint", () => { state.width = 380; redraw(); });
+  // Three charts side by side on paper, with text of a size to read, and the data's reports unfolded.
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("#data details").forEach((report) => { report.open = true; });
+    state.width = 340;
+    redraw();
+  });
   window.addEventListener("afterprint", () => { state.width = 0; redraw(); });
 }
 
