@@ -97,6 +97,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     import megatron_bvpo
     from megatron_bvpo.cluster import node_preflight, supervise, support_report
     from megatron_bvpo.errors import EXIT_CODE, UserError
+    from megatron_bvpo.evaluation import compare_command, eval_command
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
@@ -111,6 +112,8 @@ def bvpo(argv: list[str] | None = None) -> int:
     sample_command.add_command(commands)
     judge_command.add_command(commands)
     pairs_command.add_command(commands)
+    eval_command.add_command(commands)
+    compare_command.add_command(commands)
     plan.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)

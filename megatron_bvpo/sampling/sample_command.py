@@ -85,15 +85,15 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     _check(args)
-    extra = _extra_body(args.extra_body)
+    extra = extra_body(args.extra_body)
     asking = make_asking(args, extra)
     from megatron_bvpo.sampling.journal import FolderLock, drop_failed
     from megatron_bvpo.sampling.prompts import read_prompt_files
     from megatron_bvpo.sampling.run_settings import prepare
 
     if not args.batch:  # told before minutes are spent on reading
-        key = _api_key(args.api_key_file)
-        _check_addresses(args.server)
+        key = api_key(args.api_key_file)
+        check_addresses(args.server)
     book, bad = read_prompt_files(args.prompts, args.limit)
     for line in bad.lines():
         print(line, file=sys.stderr)
@@ -207,7 +207,12 @@ def _check_budget(args: argparse.Namespace) -> None:
         raise UserError(f"{args.max_samples} is less than --pilot {args.pilot}", field="--max_samples")
 
 
-def _extra_body(text: str | None) -> dict[str, Any]:
+def extra_body(text: str | None) -> dict[str, Any]:
+    """--extra_body.
+
+    Raises:
+        UserError: it is no JSON object, or has fields that the command sets.
+    """
     if text is None:
         return {}
     try:
@@ -221,7 +226,12 @@ def _extra_body(text: str | None) -> dict[str, Any]:
     return found
 
 
-def _api_key(path: str | None) -> str | None:
+def api_key(path: str | None) -> str | None:
+    """The servers' key: of a file, or OPENAI_API_KEY.
+
+    Raises:
+        UserError: the file has none.
+    """
     if path is None:
         return os.environ.get("OPENAI_API_KEY") or None
     try:
@@ -233,7 +243,8 @@ def _api_key(path: str | None) -> str | None:
     return key
 
 
-def _check_addresses(addresses: list[str]) -> None:
+def check_addresses(addresses: list[str]) -> None:
+    """Raises UserError where an address is none."""
     from megatron_bvpo.sampling.server_state import Server
 
     for address in addresses:

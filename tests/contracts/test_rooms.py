@@ -29,11 +29,12 @@ MAY_USE = {
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
     "reporting": {"data", "launching"},
     "sampling": {"data", "launching"},
+    "evaluation": {"data", "launching", "sampling"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling"}
+WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation"}
 
 
 def imports(source: str) -> set[str]:
@@ -151,6 +152,7 @@ def test_a_planted_circle_is_noticed():
         ("launching.route", HOSTS | {"torch", "transformers", "packaging"}),
         ("launching.refusals", HOSTS | {"torch"}),
         ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
+        ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )

@@ -1,0 +1,226 @@
+"""One evaluation: each set of questions is asked in each mode, scored, and told.
+
+    DIR/answers/NAME/       a folder of samples for each set (sampling/samples.py), judgements beside them
+    DIR/scores.json         at the end
+
+Whatever ends the run, the same command goes on: answers are journalled as they arrive, scores every half minute.
+"""
+
+import argparse
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.evaluation.scores_file import Missing, Score
+from megatron_bvpo.evaluation.suites import Dataset, Unavailable
+from megatron_bvpo.sampling.judge_items import Judge, item
+from megatron_bvpo.sampling.judgement_folder import JudgementFolder, failed
+from megatron_bvpo.sampling.modes import Asking
+from megatron_bvpo.sampling.prompts import PromptBook
+from megatron_bvpo.sampling.samples import THINKS, TRUNCATED, read_judgements, read_samples
+
+ANSWERS = "answers"
+
+
+@dataclass
+class Questions:
+    """A set of questions, ready to be asked.
+
+    Attributes:
+        name, title: of the set.
+        book: its prompts.
+        judge: scores the answers.
+        metric: what a score is; another judge model makes it another.
+    """
+
+    name: str
+    title: str
+    book: PromptBook
+    judge: Judge
+    metric: str
+
+
+class Stopped(Exception):
+    """A signal ended the asking."""
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(name)
+        self.number = number
+
+
+class EvaluationRun:
+    """Asks and scores.
+
+    Args:
+        args: of `bvpo eval`.
+        asking: how answers are asked for.
+        key: the servers' key.
+        settings: of a set's folder, but for its prompts: book → settings.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        asking: Asking,
+        key: str | None,
+        settings: Callable[[PromptBook], dict[str, Any]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.args, self.asking, self.key, self.settings, self.say = args, asking, key, settings, say
+        self.missing: list[Missing] = []
+
+    def run(self, questions: Questions) -> list[Score]:
+        """The scores of one set in each mode.
+
+        Raises:
+            UserError: its folder holds other answers, or no server answers.
+            Stopped: by a signal.
+        """
+        from megatron_bvpo.sampling.journal import FolderLock, drop_failed
+        from megatron_bvpo.sampling.run_settings import prepare
+
+        folder = self.args.out / ANSWERS / questions.name
+        for line in prepare(folder, self.settings(questions.book), questions.book):
+            self.say(f"{questions.name}: {line}")
+        lock = FolderLock(folder)
+        try:
+            if self.args.retry_failed:
+                drop_failed(folder)
+            self._ask(folder, questions)
+            self._judge(folder, questions)
+        finally:
+            questions.judge.close()
+            lock.release()
+        scores = [self._score(folder, questions, mode) for mode in self.args.modes]
+        return [score for score in scores if score is not None]
+
+    def _ask(self, folder: Path, questions: Questions) -> None:
+        from megatron_bvpo.sampling.progress import Progress
+        from megatron_bvpo.sampling.sampling_run import SamplingRun
+        from megatron_bvpo.sampling.servers import ServerPool
+
+        args = self.args
+        progress = Progress(len(questions.book) * args.repeats * len(args.modes))
+
+        async def go():
+            run = SamplingRun(
+                folder, questions.book, self.asking, modes=args.modes, samples=args.repeats, progress=progress
+            )
+            self.say(f"{questions.title}: {progress.total:,} answers, {progress.done:,} are there")
+            limits = {"timeout": args.timeout, "tries": args.tries, "patience": args.patience}
+            pool = ServerPool(args.server, args.model, key=self.key, say=progress.say, **limits)
+            return await run.run(pool, args.concurrency)
+
+        try:
+            told = asyncio.run(go())
+        finally:
+            progress.close()
+        if told.stopped is not None:
+            raise Stopped(int(told.stopped), told.stopped.name)
+
+    def _judge(self, folder: Path, questions: Questions) -> None:
+        settings = {**questions.judge.settings, "text": "final"}
+        with JudgementFolder(folder, questions.judge.name, settings) as judgements:
+            known = judgements.judged(but_failed=True)
+            book = questions.book
+            items = (
+                item(book[book.place[sample.prompt_id]], sample)
+                for sample in read_samples(folder)
+                if sample.key not in known and sample.text is not None
+            )
+            for said in questions.judge.stream(items):
+                judgements.add([said])
+
+    def _score(self, folder: Path, questions: Questions, mode: str) -> Score | None:
+        """The score of one mode, from what the folder holds."""
+        name, repeats = questions.name, self.args.repeats
+        samples = [s for s in read_samples(folder) if s.mode == mode and s.number < repeats]
+        judge = questions.judge.name
+        said = {j.key: j for j in read_judgements(folder, judge)} if any(s.text is not None for s in samples) else {}
+        by_question: dict[str, list[float]] = {prompt_id: [] for prompt_id in questions.book.ids}
+        good, reasons = [], []
+        for sample in samples:
+            judgement = said.get(sample.key)
+            if judgement is None or failed(judgement):
+                reasons.append(sample.error or (judgement.error if judgement else None) or "no verdict")
+                continue
+            score = judgement.score if judgement.score is not None else float(judgement.right)
+            by_question[sample.prompt_id].append(score)
+            good.append((sample, judgement))
+        lost = len(questions.book) * repeats - len(good)
+        if lost:
+            why = max(set(reasons), key=reasons.count) if reasons else "not asked"
+            self.missing.append(Missing(name, mode, f"{lost:,} of {lost + len(good):,} answers have no score: {why}"))
+        if not good:
+            return None
+        tokens = [sample.tokens for sample, _ in good if sample.tokens is not None]
+
+        def share(count: int) -> float:
+            return count / len(good)
+
+        return Score.of(
+            by_question,
+            dataset=name,
+            title=questions.title,
+            mode=mode,
+            metric=questions.metric,
+            repeats=repeats,
+            tokens=sum(tokens) / len(tokens) if tokens else None,
+            cut_off=share(sum(TRUNCATED in sample.marks for sample, _ in good)),
+            unparsed=share(sum(judgement.parsed is None for _, judgement in good)),
+            thinks=share(sum(THINKS in sample.marks for sample, _ in good)) if mode == "empty" else None,
+            failed=lost,
+        )
+
+
+def questions_of(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Questions:
+    """A set of questions and its judge.
+
+    Raises:
+        Unavailable: it cannot be had.
+        UserError: evalscope is not installed, or a judge's options are wrong.
+    """
+    if dataset.evalscope is None:
+        return _file(dataset, args, scratch)
+    from megatron_bvpo.evaluation.evalscope_questions import Benchmark, EvalscopeJudge, JudgeModel
+
+    model = None
+    if args.judge_server:
+        address = args.judge_server.rstrip("/").removesuffix("/v1") + "/v1"
+        model = JudgeModel(address, args.judge_model, args.judge_key, args.judge_concurrency)
+    benchmark = Benchmark(dataset, model, scratch)
+    metric = f"{benchmark.metric} by {benchmark.judge.model}" if benchmark.judge else benchmark.metric
+    return Questions(dataset.name, benchmark.title, benchmark.book, EvalscopeJudge(benchmark), metric)
+
+
+def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Questions:
+    from megatron_bvpo.sampling.judges import make_judge
+    from megatron_bvpo.sampling.prompts import read_prompt_files
+
+    if dataset.path is None:
+        raise Unavailable(f"it is a local file: give --data {dataset.name}=FILE")
+    options: dict[str, Any] = {}
+    spec = dataset.judge
+    if spec == "llm":
+        if not args.judge_server:
+            raise Unavailable("it is judged by a model: give --judge_server")
+        spec = f"llm:{args.judge_server}"
+        options = {"model": args.judge_model or "", "concurrency": args.judge_concurrency}
+        if dataset.rubric:
+            options["rubric"] = scratch / f"{dataset.name}.rubric.txt"
+            options["rubric"].write_text(dataset.rubric, "utf-8")
+    try:
+        book, bad = read_prompt_files([str(dataset.path)], dataset.limit)
+    except UserError as error:
+        raise Unavailable(str(error)) from None
+    judge = make_judge(spec, **options)
+    if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
+        raise Unavailable(f"no row of {dataset.path} has an `answer` to compare with")
+    metric = "acc" if dataset.judge != "llm" else f"acc by {judge.settings.get('model') or args.judge_model}"
+    for line in bad.lines():
+        print(line)
+    return Questions(dataset.name, dataset.name, book, judge, metric)
