@@ -17,7 +17,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.reporting.differing_settings import NONE
 from megatron_bvpo.reporting.run_files import Run
 from megatron_bvpo.reporting.runs_table import runs_table
-from megatron_bvpo.reporting.scores import Score
+from megatron_bvpo.reporting.scores import ALL_PAIRS, Score, verdicts
 from megatron_bvpo.reporting.series import CHARTS, drawn
 from megatron_bvpo.reporting.spikes import RULE
 
@@ -79,6 +79,8 @@ def page(runs: Sequence[Run], now: datetime.datetime) -> str:
         table=runs_table(runs),
         notes=[(run.name, note) for run in runs for note in run.notes],
         scores=list(score_rows(runs)),
+        verdicts=verdicts([(run.name, run.evaluations.last) for run in runs if run.evaluations.last]),
+        all_pairs=len(runs) <= ALL_PAIRS,
         spikes=list(_spikes(runs)),
         spike_rule=RULE,
         reports=_reports(runs),

@@ -14,7 +14,7 @@ from megatron_bvpo.launching.secret_masks import masked
 from megatron_bvpo.reporting.differing_settings import plain_settings, unique_names
 from megatron_bvpo.reporting.run_log import read_log, require_log
 from megatron_bvpo.reporting.run_versions import FILE as VERSIONS
-from megatron_bvpo.reporting.scores import Score, read_scores
+from megatron_bvpo.reporting.scores import Evaluations, Score, read_scores
 from megatron_bvpo.reporting.series import found_spikes
 
 ARGUMENTS = "args.json"
@@ -39,7 +39,7 @@ class Run:
         training, evaluation: lines of `read_log`.
         settings: flag → text, secrets masked; empty where args.json is missing.
         versions: package → version; what is known of them.
-        scores: of every evaluation below the folder.
+        evaluations: those below the folder.
         reports: of its rows.
         notes: what could not be read, a sentence each.
     """
@@ -50,9 +50,13 @@ class Run:
     evaluation: list[dict]
     settings: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    scores: list[Score] = field(default_factory=list)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     reports: list[DataReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def scores(self) -> list[Score]:
+        return self.evaluations.scores
 
     @cached_property
     def spikes(self) -> dict[str, list[int]]:
@@ -92,8 +96,8 @@ def _read(name: str, folder: Path) -> Run:
     versions = _json_object(folder / VERSIONS, [], "")  # runs of before it was written have none: no note
     known = {"ms-swift": arguments["swift_version"]} if arguments.get("swift_version") else {}
     run.versions = {str(package): str(version) for package, version in {**known, **versions}.items()}
-    run.scores, notes = read_scores(folder)
-    run.notes += map(masked, notes)
+    run.evaluations = read_scores(folder)
+    run.notes += map(masked, run.evaluations.notes)
     run.reports = list(_data_reports([*_listed(arguments, "dataset"), *_listed(arguments, "val_dataset")]))
     return run
 

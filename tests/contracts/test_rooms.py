@@ -27,7 +27,7 @@ MAY_USE = {
     "gradients": {"data"},
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
-    "reporting": {"data", "launching"},
+    "reporting": {"data", "evaluation", "launching"},
     "sampling": {"data", "launching"},
     "evaluation": {"data", "launching", "sampling"},
     "rehearsal": set(),

@@ -5,6 +5,8 @@ import math
 import random
 from pathlib import Path
 
+from megatron_bvpo.evaluation.scores_file import Missing, Score, Scores, write
+
 
 def made_run(
     folder: Path,
@@ -79,15 +81,12 @@ def metrics(rng, step: int, steps: int, speed: float, streams, prefix: str, nois
     return line
 
 
-def made_scores(folder: Path, shares: dict[tuple[str, str], float], questions: int = 2158, missing: list = ()) -> None:
-    """scores.json as `bvpo eval` writes it: (title, mode) → score in [0, 1]."""
+def made_scores(folder: Path, shares: dict[tuple[str, str], float], questions: int = 400, missing=()) -> Path:
+    """An evaluation as `bvpo eval` writes it. shares: (title, mode) → share of questions, from the first on, right."""
     folder.mkdir(parents=True, exist_ok=True)
     scores = []
-    for (title, mode), score in shares.items():
-        half = 1.96 * math.sqrt(score * (1 - score) / questions)
-        row = {"dataset": title.lower(), "title": title, "mode": mode, "metric": "acc", "score": score}
-        row |= {"low": score - half, "high": score + half, "questions": questions, "repeats": 1, "answers": questions}
-        row |= {"tokens": 5120.3, "cut_off": 0.012, "unparsed": 0.004, "thinks": None, "failed": 0, "by_question": {}}
-        scores.append(row)
-    whole = {"version": 1, "model": "m", "suite": "hard", "settings": {}, "scores": scores, "missing": list(missing)}
-    (folder / "scores.json").write_text(json.dumps(whole))
+    for (title, mode), share in shares.items():
+        by_question = {f"{i:016x}": [float(i < round(share * questions))] for i in range(questions)}
+        more = {"dataset": title.lower(), "title": title, "mode": mode, "metric": "acc", "repeats": 1, "thinks": None}
+        scores.append(Score.of(by_question, **more, tokens=5120.3, cut_off=0.012, unparsed=0.004, failed=0))
+    return write(folder, Scores("m", "hard", {}, scores, [Missing(*row) for row in missing]))

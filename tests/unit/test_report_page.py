@@ -81,10 +81,10 @@ def test_a_run_without_anything_but_its_log(tmp_path):
         ("args.json", b"\xff\xfe\x00", "args.json cannot be read"),
         ("logging.jsonl", "no log\n", "logging.jsonl has no step yet."),
         ("versions.json", "{", None),
-        ("scores.json", "{", ": scores.json is damaged"),
-        ("eval/scores.json", '{"version": 2, "scores": []}', "eval/scores.json has version 2, expected 1"),
+        ("scores.json", "{", ": scores.json cannot be read"),
+        ("eval/scores.json", '{"version": 2, "scores": []}', "eval/scores.json has version 2, expected 1; left out."),
         ("eval/a/scores.json", '{"version": 1, "scores": [{"title": "x"}], "missing": []}', "is damaged"),
-        ("eval/scores.json", "[]", "is damaged"),
+        ("eval/scores.json", "[]", "eval/scores.json is no file of scores; left out."),
     ],
 )
 def test_a_file_that_cannot_be_used_becomes_a_note_and_the_rest_goes_on(tmp_path, file, content, note):
@@ -144,7 +144,7 @@ def evil_run(tmp_path) -> Path:
         },
         versions={EVIL: f"{EVIL}{{{{ 7 * 7 }}}}"},
     )
-    made_scores(folder / "eval", {(EVIL, EVIL): 0.4}, missing=[{"dataset": EVIL, "mode": None, "why": EVIL}])
+    made_scores(folder / "eval", {(EVIL, EVIL): 0.4}, missing=[(EVIL, None, EVIL)])
     return folder
 
 
@@ -194,7 +194,7 @@ def test_reports_versions_and_secrets(tmp_path):
 
 def test_the_table_has_scores_settings_and_what_was_learnt(tmp_path):
     folders = []
-    for name, lr, score in (("a", 5e-5, 0.1789), ("b", 1e-6, 0.1912)):
+    for name, lr, score in (("a", 5e-5, 0.18), ("b", 1e-6, 0.28)):
         folder = made_run(tmp_path / name, steps=40, settings={"lr": lr, "seed": 3}, spikes=(35,))
         made_scores(folder / "eval", {("HLE", "thinking"): score, ("HLE", "empty"): score / 2})
         folders.append(folder)
@@ -206,7 +206,8 @@ def test_the_table_has_scores_settings_and_what_was_learnt(tmp_path):
     assert heads[9:] == ["bvpo_alpha", "seed", *learnt]
     rows = re.findall(r'<th scope="row" data-sort="(\w)".*?</tr>', text, re.S)
     assert rows == ["a", "b", "c"]
-    assert re.search(r'<td data-sort="17\.89"[^>]*>17\.9 <small>16\.\d to 19\.\d</small>', text)
+    assert re.search(r'<td data-sort="18"[^>]*>18\.0 <small>14\.\d to 22\.\d</small>', text)
+    assert "b beats a by 10.0 ± " in text and " on HLE with thinking (400 questions, p &lt; .001" in text
     assert re.search(r'<td data-sort="40"[^>]*>40 of 40<', text)
     assert text.count("grad_norm: 1 at step 35") == 2
 
