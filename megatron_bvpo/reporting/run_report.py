@@ -1,42 +1,25 @@
 """What a run learnt, for a person: short lines while it runs, a table and a plot at its end.
 
-`bvpo report RUN_FOLDER` reads `logging.jsonl` of any BVPO run and writes `bvpo.png` beside it. With `--follow`
-it turns the full log on standard input into a line a step.
+`bvpo report RUN [RUN …]` reads `logging.jsonl` of each BVPO run and writes `bvpo.png` beside it; with `--html FILE`
+all of them become one page, too. With `--follow` it turns the full log on standard input into a line a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 from pathlib import Path
 
-from megatron_bvpo.errors import UserError
+from megatron_bvpo.reporting.run_log import LOG, STREAMS, read_log, require_log
 
-STREAMS = (("trace", ""), ("empty", "empty/"))
 _METRICS = re.compile(r"\{'(?:eval_)?loss'.*\}")
 _TOLD = re.compile(
     r"(data: |The empty trace|is whole: |α (?:settled|stayed)|\[(?:empty_)?(?:chosen|rejected)\] "
     r"|Step \d+ skipped|error)",
     re.I,
 )
-
-
-def read_log(run: Path) -> tuple[list[dict], list[dict]]:
-    """Training and evaluation lines of a run, each with its step number under `step`."""
-    training, evaluation = [], []
-    for text in (run / "logging.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # a run that goes on is writing this line
-        if "iteration" not in line:
-            continue
-        line["step"] = int(line["iteration"].split("/")[0])
-        (evaluation if "eval_loss" in line else training).append(line)
-    return training, evaluation
 
 
 def follow(stream) -> None:
@@ -142,20 +125,31 @@ def write_report(run: Path, target: Path) -> str:
 
 def add_command(subparsers) -> None:
     """`bvpo report`."""
-    parser = subparsers.add_parser("report", help="table and plot of a run", description=__doc__)
-    parser.add_argument("run_folder", type=Path, nargs="?", metavar="RUN_FOLDER")
+    parser = subparsers.add_parser("report", help="table, plot and page of one run or several", description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run (its --output_dir)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page of all runs, which needs no network")
     parser.add_argument("--follow", action="store_true", help="shorten a log on standard input")
     parser.set_defaults(run=report)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    run = arguments.run_folder
     if arguments.follow:
         follow(sys.stdin)
         return 0
-    if run is None or not (run / "logging.jsonl").is_file():
-        raise UserError("there is no logging.jsonl", file=str(run), remedy="name the run's --output_dir")
-    target = run / "bvpo.png"
-    told = write_report(run, target)
-    print(f"\n{told}\n\nPlot: {target}\nLog:  {run / 'logging.jsonl'}")
+    runs = [require_log(run) for run in arguments.runs or [None]]
+    if arguments.html is not None:
+        from megatron_bvpo.reporting.html_page import require_page, write_page
+        from megatron_bvpo.reporting.run_files import read_runs
+
+        require_page(arguments.html)
+    for run in dict.fromkeys(runs):
+        target = run / "bvpo.png"
+        try:
+            told, plot_at = write_report(run, target), target
+        except ImportError:
+            told, plot_at = "", "none: matplotlib is missing (pip install 'megatron-bvpo[rehearsal]')"
+        print(f"\n{told}\n\nPlot: {plot_at}\nLog:  {run / LOG}")
+    if arguments.html is not None:
+        write_page(read_runs(runs), arguments.html)
+        print(f"Page: {arguments.html}")
     return 0

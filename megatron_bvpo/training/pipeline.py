@@ -26,6 +26,7 @@ from megatron_bvpo.launching.error_output import handed_over_scan
 from megatron_bvpo.launching.unread_flags import given_unread, refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.reporting.run_report import write_report
+from megatron_bvpo.reporting.run_versions import write_versions
 from megatron_bvpo.training.arguments import (
     BvpoArguments,
     bvpo_config,
@@ -83,6 +84,8 @@ class BvpoPipeline(MegatronRLHF):
 
     def _get_dataset(self):
         tell("libraries and process groups", since_start())
+        if is_master() and not self.args.bvpo.refs_only:
+            write_versions(Path(self.args.output_dir))
         with timed("reading and judging rows"):
             return self._loaded_and_judged()
 

@@ -27,7 +27,7 @@ MAY_USE = {
     "gradients": {"data"},
     "host": {"data", "gradients", "kernels", "launching"},
     "training": {"data", "gradients", "host", "launching", "objective", "reporting"},
-    "reporting": set(),
+    "reporting": {"data", "evaluation", "launching"},
     "sampling": {"data", "launching"},
     "evaluation": {"data", "launching", "sampling"},
     # Reads and writes weights, so torch; on a login node, so no host.

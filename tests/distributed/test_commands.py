@@ -71,8 +71,10 @@ def logs(workshop, runs_folder) -> dict[str, list[dict]]:
     }
 
 
-def test_a_run_leaves_its_picture(logs, runs_folder):
+def test_a_run_leaves_its_picture_and_its_versions(logs, runs_folder):
     assert (runs_folder / "swift" / "images" / "bvpo.png").stat().st_size > 10_000
+    for name in ("swift", "plugin"):
+        assert json.loads((runs_folder / name / "versions.json").read_text())["ms-swift"]
 
 
 @pytest.mark.parametrize("name", ["yaml", "megatron", "plugin"])
