@@ -1,7 +1,7 @@
 """evalscope's questions, prompts and scorers through `bvpo eval`: known answers give known scores.
 
-Needs evalscope (`pip install 'megatron-bvpo[eval]'`), which is not in the tests' own environment: it brings ten
-packages and half a minute of import. The data are local files of the benchmarks' own columns.
+Needs evalscope (`pip install 'megatron-bvpo[eval]'`), which is not in the tests' own environment: it brings 23
+packages and 113 MB. The data are local files of the benchmarks' own columns.
 """
 
 import json
@@ -26,11 +26,16 @@ AIME = [{"problem": f"Find {i}.", "answer": str(i % 3)} for i in range(3)]
 ALPACA = [{"instruction": f"Say {i}", "output": f"Baseline {i}", "generator": "g", "dataset": "d"} for i in range(2)]
 
 
-def write(folder: Path, datasets: dict[str, tuple[str, list[dict]]], **more) -> str:
+def write(folder: Path, datasets: dict[str, tuple[str, list[dict]]], subset: str = "default") -> str:
+    """Local copies as a hub lays them out: README.md names subsets and splits."""
     for name, (split, rows) in datasets.items():
         (folder / name).mkdir()
+        files = json.dumps([{"split": split, "path": f"{split}.jsonl"}])
+        (folder / name / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {subset}\n  data_files: {files}\n---\n"
+        )
         (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "suite.yaml").write_text(json.dumps({"datasets": [{"evalscope": n, "path": n, **more} for n in datasets]}))
+    (folder / "suite.yaml").write_text(json.dumps({"datasets": [{"evalscope": n, "path": n} for n in datasets]}))
     return str(folder / "suite.yaml")
 
 
@@ -66,7 +71,7 @@ def _right(body: dict, rows: list[dict], thinking: bool) -> bool:
 
 
 def test_what_is_judged_needs_a_judge_and_gets_its_verdict(tmp_path, capsys):
-    suite = write(tmp_path, {"alpaca_eval": ("eval", ALPACA)}, settings={"subset_list": ["default"]})
+    suite = write(tmp_path, {"alpaca_eval": ("eval", ALPACA)}, subset="alpaca_eval_gpt4_baseline")
 
     def says(path, body):
         verdict = json.dumps({"verdict": "M" if "Say 1" in body["messages"][-1]["content"] else "m"})
