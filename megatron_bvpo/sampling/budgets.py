@@ -87,6 +87,7 @@ class _Known(NamedTuple):
         counts = np.array([row[:3] for row in rows], dtype=np.int64)
         norm = np.array([np.nan if row.gradient_norm is None else row.gradient_norm for row in rows], dtype=float)
         told = norm[np.isfinite(norm) & (norm > 0)]
+        norm, told = (norm / told.max(), told / told.max()) if told.size else (norm, told)
         # Where nothing is told, the average prompt stands in; a gradient of zero counts as the least that was seen.
         norm = np.where(norm <= 0, told.min() if told.size else 1.0, norm)
         norm = np.where(np.isfinite(norm), norm, told.mean() if told.size else 1.0)
@@ -169,8 +170,10 @@ def _filled(weight, least, total: int, most: int):
     total = int(min(total, high.sum()))
     if not (weight > 0).any() or total <= least.sum():
         return least.copy()
+    # A billionth of the greatest is the least: ratios of any two floats would overflow.
+    weight = np.where(weight > 0, np.maximum(weight / weight.max(), 1e-9), 0.0)
     low_c, high_c = 0.0, (most + 1.0) / weight[weight > 0].min()
-    for _ in range(64):
+    for _ in range(80):
         c = (low_c + high_c) / 2
         low_c, high_c = (low_c, c) if np.clip(c * weight, least, high).sum() > total else (c, high_c)
     exact = np.clip(low_c * weight, least, high)
