@@ -84,8 +84,6 @@ class BvpoPipeline(MegatronRLHF):
 
     def _get_dataset(self):
         tell("libraries and process groups", since_start())
-        if is_master() and not self.args.bvpo.refs_only:
-            write_versions(Path(self.args.output_dir))
         with timed("reading and judging rows"):
             return self._loaded_and_judged()
 
@@ -196,6 +194,8 @@ class BvpoPipeline(MegatronRLHF):
         )
 
     def run(self):
+        if is_master() and not self.args.bvpo.refs_only:
+            write_versions(Path(self.args.output_dir))
         is_writer = is_last_rank()  # ms-swift takes the process group down before it returns
         found = super().run()
         if is_writer and not self.args.bvpo.refs_only:

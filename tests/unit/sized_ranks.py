@@ -223,7 +223,7 @@ def local_moments(slices, measure, counts_of) -> list[float]:
         ("empty", "A"): [0 * g for g in number],
         ("empty", "B"): [8 * g for g in number],
     }
-    found = measure(slices, gradients, counts_of((2.0, 2.0), (2.0, 2.0)), "cpu", dist.group.WORLD)
+    found = measure(slices, gradients, counts_of((2.0, 2.0), (2.0, 2.0), (2.0, 2.0)), "cpu", dist.group.WORLD)
     return [found.D, found.X, found.W, found.V_t]
 
 
