@@ -152,7 +152,7 @@ def test_a_planted_circle_is_noticed():
         ("launching.route", HOSTS | {"torch", "transformers", "packaging"}),
         ("launching.refusals", HOSTS | {"torch"}),
         ("data.scan", HOSTS | {"torch", "transformers", "datasets", "pyarrow"}),
-        ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
+        ("evaluation.evalscope_questions", HOSTS | {"torch", "transformers", "evalscope", "scipy"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )
