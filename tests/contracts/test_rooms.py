@@ -159,6 +159,7 @@ def test_a_planted_circle_is_noticed():
         ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
         ("export.export_command", HOSTS | {"torch", "transformers"}),
         ("export.merging", HOSTS | {"transformers", "peft"}),
+        ("evaluation.evalscope_questions", HOSTS | {"torch", "transformers", "evalscope", "scipy"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
 )
