@@ -4,7 +4,8 @@ What vLLM 0.32 reads (lora/peft_helper.py, lora/lora_model.py, model_executor/la
 `use_rslora` and `target_modules` of adapter_config.json; `….experts.N.gate_proj` and the like for a model whose
 experts are apart in its checkpoint, as Qwen3's are. It takes a part of a fused pair (q alone, gate alone) of dense
 layers, but of experts all three projections of all of them, and ends the engine where one is missing. peft's form of
-fused experts it refuses unless the server was started for it (--enable-mixed-moe-lora-format).
+fused experts it refuses unless the server was started for it (--enable-mixed-moe-lora-format). A router's factors it
+takes and does not apply (measured on Qwen3-MoE: the wrapped router is not the one that its expert runner calls).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from megatron_bvpo.export.tensor_files import TYPES
 from megatron_bvpo.launching.adapter_folders import CONFIG, WEIGHTS
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ROUTERS = ("gate", "router")
 # vLLM's --max-lora-rank takes these and no others.
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -47,7 +49,7 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
         num_experts: of the model's layers, where it is known.
 
     Raises:
-        UserError: modules saved whole, or experts that are not all there.
+        UserError: modules saved whole, routers, or experts that are not all there.
     """
     if adapter.whole:
         raise UserError(
@@ -56,6 +58,7 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
             file=str(adapter.file),
             remedy="use --merge",
         )
+    _refuse_routers(adapter)
     added = _absent_projections(adapter, num_experts)
     if added:
         with safe_open(str(adapter.file), framework="pt") as saved:
@@ -73,6 +76,17 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
     if added:
         told.append(f"{len(added) // 2} untrained projections of experts got factors of zeros: vLLM wants all three")
     return told
+
+
+def _refuse_routers(adapter: Adapter) -> None:
+    """An engine that leaves a part of the adapter out answers as no model that was trained."""
+    for path in adapter.factors:
+        if path.rpartition(".")[2] in ROUTERS:
+            raise UserError(
+                f"{path} is a router, and vLLM would leave its factors out without a word",
+                file=str(adapter.file),
+                remedy="use --merge, or train without all-router",
+            )
 
 
 def _absent_projections(adapter: Adapter, num_experts: int | None) -> dict[str, Tensor]:

@@ -24,7 +24,9 @@ from tests.engine.vllm_server import serving
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-3
 ROWS = 10
-LORA = "--enable-lora --max-lora-rank 8 --max-loras 2 --lora-modules".split()
+# With an adaptable head, vLLM 0.32's code for CPUs fails on prompt log-probs of two requests in a batch.
+LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj experts"
+LORA = f"--enable-lora --max-lora-rank 8 --max-loras 2 --lora-target-modules {LAYERS} --lora-modules".split()
 # vLLM 0.32 has a Triton kernel alone for LoRA on experts.
 EXPERTS_ON_A_CPU = Path(__file__).parent / "cpu_moe_lora"
 
@@ -49,14 +51,15 @@ def bench(tmp_path_factory) -> Workshop:
 
 @pytest.fixture(scope="module")
 def runs(bench):
-    """Two adapters of each model, one of them with rsLoRA and on the router, and both models trained whole."""
+    """Two adapters of each model, one of them with rsLoRA, one of a mixture's router, too, and whole models."""
     data, moe, dense = oracle_runs.saved_data(bench), oracle_runs.moe(bench), oracle_runs.dense(bench)
     full = data.replace(oracle_runs.LORA, "--tuner_type full --lr 1e-3")
     flags = {
         "dense-a": f"{data} {dense} --merge_lora false",
         "dense-b": f"{data} {dense} --merge_lora false --seed 7 --lr 2e-2 --use_rslora true",
-        "moe-a": f"{data} {moe} --merge_lora false --use_rslora true --target_modules all-linear all-router",
-        "moe-b": f"{data} {moe} --merge_lora false --target_modules all-linear",
+        "moe-a": f"{data} {moe} --merge_lora false --use_rslora true --target_modules all-linear",
+        "moe-b": f"{data} {moe} --merge_lora false --seed 7 --target_modules all-linear",
+        "moe-router": f"{data} {moe} --merge_lora false --target_modules all-linear all-router",
         "dense-full": f"{full} {dense}",
         "moe-full": f"{full} {moe}",
     }
@@ -66,14 +69,13 @@ def runs(bench):
 
 @pytest.fixture(scope="module")
 def exported(runs, bench):
-    """name → folder; adapters of the mixture merged, too."""
+    """name → folder; vLLM would leave a router's factors out, so that adapter is merged."""
     found = {}
     for name, run in runs.items():
-        for form in ([], ["--merge"]) if name == "moe-a" else ([],):
-            out = bench.folder / f"exported-{name}{'-merged' if form else ''}"
-            said = bvpo("export", f"{run.folder}/last-checkpoint", "--out", str(out), *form, cwd=bench.folder)
-            assert "serve it: vllm serve" in said
-            found[out.name.removeprefix("exported-")] = out
+        found[name] = bench.folder / f"exported-{name}"
+        form = ["--merge"] if name == "moe-router" else []
+        said = bvpo("export", f"{run.folder}/last-checkpoint", "--out", str(found[name]), *form, cwd=bench.folder)
+        assert "serve it: vllm serve" in said
     return found
 
 
@@ -124,8 +126,8 @@ def test_two_adapters_on_one_server(kind, bench, runs, exported):
         assert found[one] != pytest.approx(found[other], abs=100 * TOLERANCE), "all would pass with any of them"
 
 
-@pytest.mark.parametrize("name", ["dense-full", "moe-full", "moe-a-merged"])
+@pytest.mark.parametrize("name", ["dense-full", "moe-full", "moe-router"])
 def test_a_whole_model(name, bench, runs, exported):
     with serving(exported[name], "model", bench.folder / f"{name}.log") as address:
         found = served_logps(address, ["model"], bench)
-    require_same(found["model"], runs[name.removesuffix("-merged")])
+    require_same(found["model"], runs[name])

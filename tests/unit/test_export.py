@@ -297,6 +297,14 @@ BAD = {
         [],
         "lm_head.weight was trained whole .* use --merge",
     ),
+    "a router": (
+        lambda b, c: (
+            base_with(b, **{"model.layers.1.mlp.gate.weight": torch.zeros(3, 24)}),
+            adapter_with(c, lambda t: t.update(exports.adapter_tensors({"model.layers.1.mlp.gate": (3, 24)}))),
+        ),
+        [],
+        "mlp.gate is a router, and vLLM would leave its factors out .* use --merge",
+    ),
     "a full folder": (lambda b, c: None, ["--out", "BASE"], "--out: .* is there already; give a new folder"),
     "no such model": (lambda b, c: None, ["--model", "/nowhere"], "--model: there is no folder /nowhere"),
     "no such rows": (lambda b, c: None, ["--check", "/nowhere.jsonl"], "--check: there is no file /nowhere.jsonl"),

@@ -22,8 +22,8 @@ RANK = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def layers(model: Path) -> dict[str, tuple[int, int]]:
-    """Path → (O, I) of what an adapter of all linear layers has, and of a mixture's routers."""
+def layers(model: Path, routers: bool = False) -> dict[str, tuple[int, int]]:
+    """Path → (O, I) of what an adapter of all linear layers has."""
     config = AutoConfig.from_pretrained(model)
     h, heads, kv, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
     attention = dict(zip(ATTENTION, ((heads * d, h), (kv * d, h), (kv * d, h), (h, heads * d)), strict=True))
@@ -36,33 +36,43 @@ def layers(model: Path) -> dict[str, tuple[int, int]]:
         mlp = {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
         for where in [f"mlp.experts.{i}" for i in range(config.num_experts)] if moe else ["mlp"]:
             found |= {f"{prefix}.{where}.{name}": shape for name, shape in mlp.items()}
-        if moe:
+        if moe and routers:
             found[f"{prefix}.mlp.gate"] = (config.num_experts, h)
     return found
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def trained(request, workshop, tmp_path_factory) -> tuple[Path, Path]:
-    """(checkpoint, model): an adapter as a run leaves it, with peft's form of a mixture above the engine's."""
+    """(checkpoint, model)"""
     model = getattr(workshop, request.param)
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-7"
+    return write_trained(tmp_path_factory.mktemp("run") / "checkpoint-7", model, layers(model)), model
+
+
+def write_trained(folder: Path, model: Path, adapted: dict[str, tuple[int, int]]) -> Path:
+    """An adapter as a run leaves it, with peft's form of a mixture above the engine's."""
     folder.mkdir()
     torch.manual_seed(0)
     tensors = {}
-    for path, (n_out, n_in) in layers(model).items():
+    for path, (n_out, n_in) in adapted.items():
         shared = path.replace("up_proj", "gate_proj")  # Megatron has one A for both
         first = tensors.get(f"base_model.model.{shared}.lora_A.weight", torch.randn(RANK, n_in))
         tensors[f"base_model.model.{path}.lora_A.weight"] = first.clone()
         tensors[f"base_model.model.{path}.lora_B.weight"] = 0.02 * torch.randn(n_out, RANK)
     save_file(tensors, folder / "adapter_model.safetensors")
-    names = sorted({path.rpartition(".")[2] for path in layers(model)})
+    names = sorted({path.rpartition(".")[2] for path in adapted})
     LoraConfig(r=RANK, lora_alpha=8, use_rslora=True, target_modules=names, task_type="CAUSAL_LM").save_pretrained(
         folder
     )
     (folder / "args.json").write_text(json.dumps({"model": str(model), "model_dir": str(model)}))
     set_aside(folder)
     write_peft_form(folder, AutoConfig.from_pretrained(model))
-    return folder, model
+    return folder
+
+
+def test_a_router_s_adapter_is_merged(workshop, tmp_path):
+    checkpoint = write_trained(tmp_path / "checkpoint-7", workshop.moe, layers(workshop.moe, routers=True))
+    given = ["--merge", "--out", str(tmp_path / "out"), "--check", str(workshop.held_out)]
+    assert bvpo(["export", str(checkpoint), *given]) == 0
 
 
 @pytest.mark.parametrize("form", [[], ["--merge"]])
