@@ -73,7 +73,7 @@ async def walk(page, profile) -> dict:
                 if not visible:
                     found.setdefault("focus not seen", []).append(element)
                 if reached:
-                    return
+                    return await browser.settled()
             raise AssertionError(f"no way to {selector} by the tabulator")
 
         async def enter() -> None:
