@@ -1,9 +1,9 @@
 """Problems that a model of three million parameters solves now and then, with the work written out.
 
 Four families of reasoning-gym in its own wording, in sizes of ours: sums of two to four numbers, products of a
-two-digit and a one-digit number, greatest common divisors, and counts of one bits. The work is written here, short
-enough that a trace has 4 to 60 tokens. Answers are judged by reasoning-gym's scorers (`judge.py`); drawing problems
-needs no package.
+two-digit and a one-digit number, greatest common divisors, and counts of one bits. The work is written here: steps
+that are easy one by one, in at most 90 tokens. Answers are judged by reasoning-gym's scorers (`judge.py`); drawing
+problems needs no package.
 
 Training and held-out problems can never meet: which side a question is on is decided by a hash of its text.
 """
@@ -74,14 +74,14 @@ def different_problems(n: int, seed: int, split: str, families: tuple[str, ...] 
         ValueError: there are not so many, or an unknown split or family.
     """
     found: dict[str, Problem] = {}
-    tried = 0
+    in_vain = 0
     for problem in problems(seed, split, families):
         if len(found) == n:
             break
+        in_vain = in_vain + 1 if problem.question in found else 0
+        if in_vain > 2000:
+            raise ValueError(f"there are only about {len(found)} different {split} questions; ask for fewer than {n}")
         found.setdefault(problem.question, problem)
-        tried += 1
-        if tried > 50 * n + 10_000:
-            raise ValueError(f"there are no {n} different {split} questions; ask for fewer")
     return list(found.values())
 
 
@@ -107,7 +107,7 @@ def _chain_sum(rng: random.Random) -> Problem:
 
 
 def _products(rng: random.Random) -> Problem:
-    large, small = rng.randint(11, 99), rng.randint(2, 5)
+    large, small = rng.randint(11, 99), rng.randint(2, 9)
     tens, ones = large - large % 10, large % 10
     work = [f"{tens}*{small}={tens * small}"]
     if ones:
@@ -141,19 +141,15 @@ def _gcd(rng: random.Random) -> Problem:
 
 
 def _count_bits(rng: random.Random) -> Problem:
-    number = rng.randint(1, 999)
+    number = rng.randint(1, 1999)
     halves = [number]
     while halves[-1] > 1:
         halves.append(halves[-1] // 2)
-    # Each line: what is left, and the one bits so far.
-    ones = [0]
-    for half in halves:
-        ones.append(ones[-1] + half % 2)
-    result = ones[-1]
+    result = number.bit_count()
     return Problem(
         "count_bits",
         f"How many 1 bits are there in the binary representation of the number {number}?",
-        "\n".join(f"{half}:{count}" for half, count in zip(halves, ones[1:], strict=True)),
+        "\n".join(f"{half}:{half % 2}" for half in halves),  # its bits, the last one first
         str(result),
         dict(source_dataset="count_bits", number=number, n=number, solution=result, binary=bin(number)[2:]),
     )

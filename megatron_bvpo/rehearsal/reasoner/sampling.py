@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, Qwen3ForCausalLM
 
 from megatron_bvpo.rehearsal.reasoner.tokens import END, prompt_text, read_tokenizer
@@ -75,48 +76,42 @@ def _sample_batch(
     reasoner: Reasoner, prompts: list[list[int]], temperature: float, draw: torch.Generator, max_tokens: int
 ) -> list[Answer]:
     end = reasoner.tokenizer.token_to_id(END)
-    widest = max(map(len, prompts))
     # Padding stands in front, so that all rows go on at the same column.
+    widest = max(map(len, prompts))
     tokens = torch.tensor([[end] * (widest - len(ids)) + ids for ids in prompts])
     mask = torch.tensor([[0] * (widest - len(ids)) + [1] * len(ids) for ids in prompts])
-    alive = torch.arange(len(prompts))
+    rows = torch.arange(len(prompts))  # those that have not ended
     ids: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
     cache = DynamicCache()
     for _ in range(max_tokens):
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        output = reasoner.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logp = output.logits[:, -1].float().log_softmax(-1)
-        if temperature == 0:
-            new = logp.argmax(-1, keepdim=True)
-        else:
-            new = torch.multinomial((logp / temperature).softmax(-1), 1, generator=draw)
-        for row, token, value in zip(
-            alive.tolist(), new[:, 0].tolist(), logp.gather(1, new)[:, 0].tolist(), strict=True
-        ):
+        logp = _next_log_probs(reasoner.model, tokens, mask, cache)
+        new = _draw(logp, temperature, draw)
+        values = logp.gather(1, new)[:, 0]
+        for row, token, value in zip(rows.tolist(), new[:, 0].tolist(), values.tolist(), strict=True):
             ids[row].append(token)
             log_probs[row].append(value)
-        going = new[:, 0] != end
-        if not going.any():
+        going = (new[:, 0] != end).nonzero()[:, 0]
+        if not len(going):
             break
-        keep = going.nonzero()[:, 0]
-        if len(keep) < len(alive):
-            cache.batch_select_indices(keep)
-        alive, tokens = alive[keep], new[keep]
-        mask = torch.cat([mask[keep], torch.ones(len(keep), 1, dtype=mask.dtype)], 1)
-    return [
-        Answer(
-            reasoner.tokenizer.decode([token for token in row if token != end], skip_special_tokens=False),
-            row,
-            values,
-            row[-1] == end,
-        )
-        for row, values in zip(ids, log_probs, strict=True)
-    ]
+        if len(going) < len(rows):
+            cache.batch_select_indices(going)
+        rows, tokens = rows[going], new[going]
+        mask = torch.cat([mask[going], mask.new_ones(len(going), 1)], 1)
+    texts = [reasoner.tokenizer.decode(row[: row.index(end) if end in row else None], False) for row in ids]
+    return [Answer(*of, row[-1] == end) for row, *of in zip(ids, texts, ids, log_probs, strict=True)]
+
+
+def _next_log_probs(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """[rows, words] of the next token. `tokens` are those that the cache has not seen, `mask` covers all."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+    inputs = dict(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1)
+    logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+    return logits.float().log_softmax(-1)
+
+
+def _draw(logp: Tensor, temperature: float, draw: torch.Generator) -> Tensor:
+    """[rows, 1] token ids."""
+    if temperature == 0:
+        return logp.argmax(-1, keepdim=True)
+    return torch.multinomial((logp / temperature).softmax(-1), 1, generator=draw)
