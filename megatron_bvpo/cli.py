@@ -102,7 +102,9 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
-    from megatron_bvpo.sampling import judge_command, pairs_command, sample_command
+    from megatron_bvpo.sampling.asking import sample_command
+    from megatron_bvpo.sampling.judging import judge_command
+    from megatron_bvpo.sampling.pairing import pairs_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")

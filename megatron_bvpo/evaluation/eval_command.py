@@ -59,7 +59,7 @@ def _add_asking(add) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from megatron_bvpo.evaluation import suites
-    from megatron_bvpo.sampling.sample_command import api_key, check_addresses, extra_body, make_asking
+    from megatron_bvpo.sampling.asking.sample_command import api_key, check_addresses, extra_body, make_asking
 
     _check(args)
     datasets = suites.suite(args.suite, suites.copies(args.data), args.limit)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.evaluation.suites import Dataset, Unavailable
-from megatron_bvpo.sampling.judge_items import Item, Streaming, without_judge
-from megatron_bvpo.sampling.prompts import PromptBook
+from megatron_bvpo.sampling.asking.prompts import PromptBook
+from megatron_bvpo.sampling.judging.judge_items import Item, Streaming, without_judge
 from megatron_bvpo.sampling.samples import Judgement, Prompt
 
 MODEL = "bvpo_samples"

@@ -16,10 +16,10 @@ from typing import Any
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.evaluation.scores_file import Missing, Score
 from megatron_bvpo.evaluation.suites import Dataset, Unavailable
-from megatron_bvpo.sampling.judge_items import Judge, item
-from megatron_bvpo.sampling.judgement_folder import JudgementFolder, failed
-from megatron_bvpo.sampling.modes import Asking
-from megatron_bvpo.sampling.prompts import PromptBook
+from megatron_bvpo.sampling.asking.modes import Asking
+from megatron_bvpo.sampling.asking.prompts import PromptBook
+from megatron_bvpo.sampling.judging.judge_items import Judge, item
+from megatron_bvpo.sampling.judging.judgement_folder import JudgementFolder, failed
 from megatron_bvpo.sampling.samples import THINKS, TRUNCATED, read_judgements, read_samples
 
 ANSWERS = "answers"
@@ -80,8 +80,8 @@ class EvaluationRun:
             UserError: its folder holds other answers, or no server answers.
             Stopped: by a signal.
         """
-        from megatron_bvpo.sampling.journal import FolderLock, drop_failed
-        from megatron_bvpo.sampling.run_settings import prepare
+        from megatron_bvpo.sampling.asking.journal import FolderLock, drop_failed
+        from megatron_bvpo.sampling.asking.run_settings import prepare
 
         folder = self.args.out / ANSWERS / questions.name
         for line in prepare(folder, self.settings(questions.book), questions.book):
@@ -99,9 +99,9 @@ class EvaluationRun:
         return [score for score in scores if score is not None]
 
     def _ask(self, folder: Path, questions: Questions) -> None:
-        from megatron_bvpo.sampling.progress import Progress
-        from megatron_bvpo.sampling.sampling_run import SamplingRun
-        from megatron_bvpo.sampling.servers import ServerPool
+        from megatron_bvpo.sampling.asking.progress import Progress
+        from megatron_bvpo.sampling.asking.sampling_run import SamplingRun
+        from megatron_bvpo.sampling.asking.servers import ServerPool
 
         args = self.args
         progress = Progress(len(questions.book) * args.repeats * len(args.modes))
@@ -198,8 +198,8 @@ def questions_of(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Q
 
 
 def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Questions:
-    from megatron_bvpo.sampling.judges import make_judge
-    from megatron_bvpo.sampling.prompts import read_prompt_files
+    from megatron_bvpo.sampling.asking.prompts import read_prompt_files
+    from megatron_bvpo.sampling.judging.judges import make_judge
 
     if dataset.path is None:
         raise Unavailable(f"it is a local file: give --data {dataset.name}=FILE")

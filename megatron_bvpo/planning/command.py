@@ -25,7 +25,7 @@ from megatron_bvpo.planning.sampling_costs import job_from, report, sampling_cos
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import fewer_recomputed, suggestions
 from megatron_bvpo.planning.waiting import predict
-from megatron_bvpo.sampling.job_file import is_job_file, read_job
+from megatron_bvpo.sampling.asking.job_file import is_job_file, read_job
 
 NOT_PLANNED = 3  # exit code: a run of this model may work, and the plan cannot say
 

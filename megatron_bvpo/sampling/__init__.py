@@ -1,1 +1,4 @@
-"""From prompts to pairs: samples of a served model in each mode, judgements, pairs. Loads neither torch nor a host."""
+"""From prompts to pairs: `asking`, `judging`, `pairing`, and the folder that they share (`samples.py`).
+
+Loads neither torch nor a host.
+"""

@@ -120,7 +120,7 @@ class Behaviour:
         return web.json_response(self.good(body, chat))
 
     def count(self, messages: list, thinking: bool) -> int:
-        from megatron_bvpo.sampling.chat_templates import ChatTemplate
+        from megatron_bvpo.sampling.asking.chat_templates import ChatTemplate
 
         template = ChatTemplate(self.options["tokenizer"])
         return len(template.encode(template.render(messages, thinking=thinking)))

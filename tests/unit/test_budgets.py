@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.budgets import BUDGETS, Tally, describe, plan, simulate
+from megatron_bvpo.sampling.asking.budgets import BUDGETS, Tally, describe, plan, simulate
 
 SEEDS = 80
 

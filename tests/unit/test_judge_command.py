@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo import cli
-from megatron_bvpo.sampling import judgement_folder
-from megatron_bvpo.sampling.judge_summary import wilson
+from megatron_bvpo.sampling.judging import judgement_folder
+from megatron_bvpo.sampling.judging.judge_summary import wilson
 from megatron_bvpo.sampling.samples import (
     JOURNAL,
     PROMPTS,
@@ -183,7 +183,7 @@ def test_another_process_and_what_a_kill_left_behind(folder, capsys):
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     folder = a_folder(tmp_path / "samples", prompts=40, text="slow")
     code = (
-        "import sys; from megatron_bvpo.sampling import judgement_folder as f; f.SHARD_ROWS = 7\n"
+        "import sys; from megatron_bvpo.sampling.judging import judgement_folder as f; f.SHARD_ROWS = 7\n"
         f"from megatron_bvpo import cli; sys.exit(cli.bvpo(['judge', {str(folder)!r}, '--with', '{ODD}:slow']))"
     )
     chance = random.Random(5)
@@ -259,7 +259,7 @@ def test_math_verify_may_be_missing(folder, capsys, monkeypatch):
 
 
 def test_what_was_judged_before_the_server_went_is_kept(folder, capsys, monkeypatch):
-    from megatron_bvpo.sampling import judge_requests
+    from megatron_bvpo.sampling.judging import judge_requests
 
     monkeypatch.setattr(judge_requests, "LONGEST_PAUSE_S", 0.01)
     answered = []
@@ -280,7 +280,7 @@ def test_what_was_judged_before_the_server_went_is_kept(folder, capsys, monkeypa
 
 
 def test_it_starts_quickly_and_loads_nothing_heavy():
-    code = "import sys, megatron_bvpo.sampling.judge_command; print(*sys.modules)"
+    code = "import sys, megatron_bvpo.sampling.judging.judge_command; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     heavy = {"torch", "transformers", "numpy", "pyarrow", "aiohttp", "sympy", "math_verify", "tqdm", "asyncio"}
     assert not heavy & set(loaded.split())

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import judge_requests
-from megatron_bvpo.sampling.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
-from megatron_bvpo.sampling.judges import Item, make_judge
-from megatron_bvpo.sampling.llm_judge import Rubric
+from megatron_bvpo.sampling.judging import judge_requests
+from megatron_bvpo.sampling.judging.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
+from megatron_bvpo.sampling.judging.judges import Item, make_judge
+from megatron_bvpo.sampling.judging.llm_judge import Rubric
 from megatron_bvpo.sampling.samples import SampleKey
 from tests.unit import judged_answers as known
 from tests.unit.judge_server import JudgeServerInAThread

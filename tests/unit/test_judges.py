@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import choices, final_answers
-from megatron_bvpo.sampling.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
-from megatron_bvpo.sampling.judge_pool import JudgePool
-from megatron_bvpo.sampling.judges import Item, item, judge_name, make_judge
+from megatron_bvpo.sampling.judging import choices, final_answers
+from megatron_bvpo.sampling.judging.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
+from megatron_bvpo.sampling.judging.judge_pool import JudgePool
+from megatron_bvpo.sampling.judging.judges import Item, item, judge_name, make_judge
 from megatron_bvpo.sampling.samples import Prompt, Sample, SampleKey
 from tests.unit import judged_answers as known
 
@@ -82,9 +82,9 @@ def test_reasoning_gyms_scorers_are_a_judge():
             items.append(an_item(text, entry["answer"], len(items), columns, entry["question"]))
             wanted.append(right)
     assert len(items) == 30
-    said = verdicts(make_judge("megatron_bvpo.sampling.gym_judge:score", workers=1), items)
+    said = verdicts(make_judge("megatron_bvpo.sampling.judging.gym_judge:score", workers=1), items)
     assert [(one.right, one.error) for one in said] == [(right, None) for right in wanted]
-    (other,) = verdicts(make_judge("megatron_bvpo.sampling.gym_judge:score", workers=1), [an_item("42")])
+    (other,) = verdicts(make_judge("megatron_bvpo.sampling.judging.gym_judge:score", workers=1), [an_item("42")])
     assert "which task is it?" in other.error
 
 

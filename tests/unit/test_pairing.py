@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import pairing
-from megatron_bvpo.sampling.pair_mixing import Lot, held_out, mixed, read_heldout, read_shares
-from megatron_bvpo.sampling.pairing import Candidate, PairRules, choose_pairs, pool_of, preferring_shorter
+from megatron_bvpo.sampling.pairing import pairing
+from megatron_bvpo.sampling.pairing.pair_mixing import Lot, held_out, mixed, read_heldout, read_shares
+from megatron_bvpo.sampling.pairing.pairing import Candidate, PairRules, choose_pairs, pool_of, preferring_shorter
 
 SCORES = st.sampled_from([None, -1.0, 0.0, 0.5, 1.0])
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.rows import RowRules, check_row
-from megatron_bvpo.sampling import pairs_picture
-from megatron_bvpo.sampling.pairs_report import histogram
+from megatron_bvpo.sampling.pairing import pairs_picture
+from megatron_bvpo.sampling.pairing.pairs_report import histogram
 from megatron_bvpo.sampling.samples import NO_TRACE_END, THINKS, TRUNCATED, Judgement, Sample
 from tests.unit.sample_folders import answered, ask, synthetic, write_folder
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.sampling.journal import FolderLock
+from megatron_bvpo.sampling.asking.journal import FolderLock
 from megatron_bvpo.sampling.samples import read_samples
 from tests.unit.chat_models import write_chat_model
 from tests.unit.openai_server import Served, free_port

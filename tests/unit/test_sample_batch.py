@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.sampling.batch_files import RAW_TEMPLATE
+from megatron_bvpo.sampling.asking.batch_files import RAW_TEMPLATE
 from megatron_bvpo.sampling.samples import read_samples
 from tests.unit.chat_models import write_chat_model
 from tests.unit.openai_server import Behaviour, Served

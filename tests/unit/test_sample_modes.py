@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_bvpo.sampling.modes import CHAT, Asking, answer_text, request_seed, thinking_text
+from megatron_bvpo.sampling.asking.modes import CHAT, Asking, answer_text, request_seed, thinking_text
 from megatron_bvpo.sampling.samples import NO_TRACE_END, THINKS, TRUNCATED, Prompt
 
 WHOLE = "<think>\nr\n</think>\n\ny"

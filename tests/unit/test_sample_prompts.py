@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_bvpo.sampling.account import Account
-from megatron_bvpo.sampling.progress import Progress
-from megatron_bvpo.sampling.prompts import PromptBook, read_prompt_files
+from megatron_bvpo.sampling.asking.account import Account
+from megatron_bvpo.sampling.asking.progress import Progress
+from megatron_bvpo.sampling.asking.prompts import PromptBook, read_prompt_files
 from megatron_bvpo.sampling.samples import Prompt
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.sampling import journal, run_settings
+from megatron_bvpo.sampling.asking import journal, run_settings
 from megatron_bvpo.sampling.samples import (
     NO_TRACE_END,
     THINKS,
@@ -354,7 +354,12 @@ def wait_for(true, seconds=240):
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["aiohttp", "pyarrow.parquet", "megatron_bvpo.sampling.sampling_run", "megatron_bvpo.sampling.judge_command"]
+    [
+        "aiohttp",
+        "pyarrow.parquet",
+        "megatron_bvpo.sampling.asking.sampling_run",
+        "megatron_bvpo.sampling.judging.judge_command",
+    ]
 )
 
 

@@ -6,10 +6,10 @@ import time
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.modes import CHAT
-from megatron_bvpo.sampling.server_replies import retry_after
-from megatron_bvpo.sampling.server_state import Server
-from megatron_bvpo.sampling.servers import NoServer, Refused, ServerPool
+from megatron_bvpo.sampling.asking.modes import CHAT
+from megatron_bvpo.sampling.asking.server_replies import retry_after
+from megatron_bvpo.sampling.asking.server_state import Server
+from megatron_bvpo.sampling.asking.servers import NoServer, Refused, ServerPool
 from tests.unit.openai_server import Served, ServerProcess, free_port
 
 

@@ -11,8 +11,8 @@ from megatron_bvpo.data.empty_trace import empty_block
 from megatron_bvpo.data.pair_checks import response_start
 from megatron_bvpo.data.rows import RowRules
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.chat_templates import ChatTemplate
-from megatron_bvpo.sampling.modes import CHAT, COMPLETIONS, Asking
+from megatron_bvpo.sampling.asking.chat_templates import ChatTemplate
+from megatron_bvpo.sampling.asking.modes import CHAT, COMPLETIONS, Asking
 from megatron_bvpo.sampling.samples import Prompt
 from tests.unit.chat_models import FAMILIES, write_chat_model
 

@@ -14,7 +14,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning import sampling_costs as sc
 from megatron_bvpo.planning.layout import Cluster
 from megatron_bvpo.planning.model_shapes import model_shape
-from megatron_bvpo.sampling.job_file import read_job
+from megatron_bvpo.sampling.asking.job_file import read_job
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 NODES = {

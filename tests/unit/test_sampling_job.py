@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling import job_file
+from megatron_bvpo.sampling.asking import job_file
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ("out", "model", "samples", "modes", "judge", "limit", "api_key_file", "match", "temperature", "server")
@@ -220,7 +220,7 @@ def test_both_images(tmp_path, job, port):
 
 
 def test_every_shipped_file_is_what_bvpo_sample_reads(tmp_path):
-    from megatron_bvpo.sampling.sample_command import with_job_file
+    from megatron_bvpo.sampling.asking.sample_command import with_job_file
 
     for file in sorted((ROOT / "configs").glob("sampling_*.yaml")):
         words = with_job_file(["sample", str(file), "--limit", "5"])

@@ -1,0 +1,1 @@
+"""Samples to judgements: is the final answer right?"""

@@ -1,0 +1,72 @@
+"""From a judge's specification (`--with`, `--judge`) to the judge.
+
+math                      math-verify, in processes with a time limit
+exact                     the same text, up to white space and typography
+choice                    the letter of a multiple choice
+reward:URL                a reward model behind vLLM's or SGLang's routes
+llm:URL                   a judge model with a rubric
+package.module:function   a function of one's own
+"""
+
+import re
+
+from megatron_bvpo.errors import UserError
+from megatron_bvpo.sampling.judging.judge_items import Item, Judge, JudgeOptions, item
+
+__all__ = ["Item", "Judge", "JudgeOptions", "item", "judge_name", "make_judge"]
+
+KINDS = ("math", "exact", "choice", "reward:URL", "llm:URL", "package.module:function")
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+def make_judge(spec: str, **options) -> Judge:
+    """The judge that a specification names.
+
+    Args:
+        spec: one of `KINDS`.
+        options: as in `JudgeOptions`.
+
+    Raises:
+        UserError: no such judge, a server that does not answer, a function or a package that is not there.
+    """
+    given = JudgeOptions(**options)
+    kind, _, rest = spec.partition(":")
+    if kind in ("reward", "llm"):
+        return _server_judge(kind, rest, given)
+    if spec == "math":
+        from megatron_bvpo.sampling.judging.math_judge import math_judge
+
+        return math_judge(given.processes, given.limit(10.0))
+    if spec in ("exact", "choice"):
+        from megatron_bvpo.sampling.judging import text_judges
+
+        return text_judges.exact(given.ignore_case) if spec == "exact" else text_judges.choice()
+    if _FUNCTION.fullmatch(spec):
+        from megatron_bvpo.sampling.judging.pool_judges import function_judge
+
+        return function_judge(spec, given.processes, given.limit(10.0), given.threshold)
+    raise UserError(f"no judge {spec!r}; there are {', '.join(KINDS)}", field="--with")
+
+
+def judge_name(spec: str) -> str:
+    """The default name of a judge's folder: its kind, or the function's name."""
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind in ("reward", "llm"):
+        return kind
+    return rest.rpartition(".")[2]
+
+
+def _server_judge(kind: str, url: str, options: JudgeOptions) -> Judge:
+    if not re.match(r"https?://[^/\s]+", url):
+        raise UserError(
+            f"expected an address such as {kind}:http://host:8000, found {kind}:{url}",
+            field="--with",
+            remedy="give the server's http:// or https:// address",
+        )
+    if kind == "reward":
+        from megatron_bvpo.sampling.judging.reward_judge import RewardJudge
+
+        return RewardJudge(url, options)
+    from megatron_bvpo.sampling.judging.llm_judge import LlmJudge
+
+    return LlmJudge(url, options)
