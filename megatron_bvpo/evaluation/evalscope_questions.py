@@ -173,7 +173,7 @@ def _evalscope():
             field="--suite",
             remedy="pip install 'megatron-bvpo[eval]', or give a suite of local files",
         ) from None
-    for name in ("evalscope", "math_verify"):
+    for name in ("evalscope", "math_verify", "httpx", "httpx2"):  # a line for each request of a judge
         logging.getLogger(name).setLevel(logging.ERROR)
     return get_benchmark, TaskConfig
 
