@@ -119,7 +119,9 @@ def test_two_adapters_on_one_server(kind, bench, runs, exported):
     flags = [*LORA, *(f"{name}={exported[name]}" for name in pair)]
     plugins = EXPERTS_ON_A_CPU if kind == "moe" else None
     with serving(getattr(bench, kind), "base", bench.folder / f"{kind}.log", *flags, plugins=plugins) as address:
-        found = served_logps(address, [*pair, "base"], bench)
+        found = served_logps(address, pair, bench)
+        # By itself: in a batch with adapters, vLLM 0.32's code for CPUs takes slot −1 of the base for the last adapter.
+        found |= served_logps(address, ["base"], bench)
     for name in pair:
         require_same(found[name], runs[name])
     for one, other in ((pair[0], pair[1]), (pair[0], "base"), (pair[1], "base")):
