@@ -16,7 +16,7 @@ from megatron_bvpo.export.adapter import Adapter, Update, updates
 from megatron_bvpo.export.tensor_files import INDEX, TYPES, Entry, ModelFiles, read_rows
 
 # Rows are updated in float64, this many bytes of them at a time.
-CHUNK = 64 << 20
+CHUNK = 16 << 20
 
 
 def merge(model: ModelFiles, adapter: Adapter, out: Path) -> list[str]:
