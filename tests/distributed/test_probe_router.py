@@ -244,7 +244,7 @@ def test_a_probe_measures_with_one_reduction_of_four_numbers(runs):
     for name in ("probe", "probe-ep2"):
         for step, found in enumerate(router(runs[name])["reductions"]):
             assert [call for call in found if call[0] == "measure"] == [("measure", 4)]
-            assert found[:2] == [("any_rank", 1), ("_count_halves", 4)]
+            assert found[:2] == [("any_rank", 1), ("_count_halves", 6)]
             assert [call[0] for call in found[3:]] == (later if step else first)
     one_pass = router(runs["one-pass"])["reductions"][0]
     assert [call[0] for call in one_pass] == ["_count_pairs", *first]
