@@ -109,7 +109,7 @@ def test_thirty_rewards_by_each_route(route, engine, asked_with, tokenizer):
 def test_token_ids_for_sglang(tokenizer):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = {"[UNK]": 0, **{char: at for at, char in enumerate("<>/6*7?4 2assistantBerif.")}}
+    words = {"[UNK]": 0, **{char: at for at, char in enumerate(dict.fromkeys("<>/6*7?4 2assistantBerif."), 1)}}
     tok = Tokenizer(models.WordLevel({**words}, unk_token="[UNK]"))
     tok.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tok.save(str(tokenizer / "tokenizer.json"))
