@@ -16,7 +16,7 @@ from tests.engine.vllm_server import serving
 
 pytestmark = pytest.mark.slow
 PROMPTS, SAMPLES, MODES = 200, 8, ("thinking", "empty", "short")
-MORE_PROMPTS = 800  # of two modes: a few hundred pairs, without which there is nothing to learn but their texts
+MORE_PROMPTS = 2000  # of two modes: a few hundred pairs, without which there is nothing to learn but their texts
 
 
 def bvpo(*arguments: str, cwd: Path) -> str:
@@ -39,7 +39,7 @@ def sampled(tmp_path_factory) -> Path:
 
     home = tmp_path_factory.mktemp("vllm")
     write_prompts(home / "samples.jsonl", PROMPTS, seed=5, split="heldout")
-    write_prompts(home / "more.jsonl", MORE_PROMPTS, seed=6, split="heldout")
+    write_prompts(home / "more.jsonl", MORE_PROMPTS, seed=6, split="train")
     how = f"--samples {SAMPLES} --temperature 1 --top_p 1 --max_tokens 160 --tokenizer {reasoner_folder()}"
     with serving(reasoner_folder(), "reasoner", home / "vllm.log") as address:
         for name, modes in (("samples", MODES), ("more", MODES[:2])):
@@ -92,7 +92,7 @@ def trained(sampled):
         f"--model {reasoner_folder()} --model_type qwen3 --template qwen3 "
         f"--dataset {sampled / 'pairs.jsonl'} --val_dataset {sampled / 'pairs_heldout.jsonl'} "
         "--tuner_type lora --lora_rank 32 --lora_dropout 0 --lr 5e-4 --lr_decay_style constant "
-        "--micro_batch_size 16 --global_batch_size 16 --train_iters 60 --eval_steps 20 --logging_steps 1 "
+        "--micro_batch_size 16 --global_batch_size 16 --train_iters 60 --eval_steps 30 --logging_steps 1 "
         "--max_length 512 --bvpo_eval_on_start true --bvpo_empty own"
     )
     hook = {"lora_scale": 0.0, "gradients": False, "save": False}
