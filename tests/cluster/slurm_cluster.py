@@ -16,6 +16,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 NODES = ("n0", "n1")
+# States of a job that has not ended; SIGNALING lasts a moment, when the time limit's signal is sent.
+GOING_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "SIGNALING", "STOPPED")
 
 CONF = """
 ClusterName=bvpotest
@@ -155,7 +157,7 @@ class SlurmCluster:
         deadline = time.monotonic() + seconds
         while True:
             record = self.job(number)
-            if record["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED"):
+            if record["JobState"] not in GOING_ON:
                 return record
             if time.monotonic() > deadline:
                 told = log.read_text()[-4000:] if log.exists() else ""
