@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.sampling.asking.request_options import (
+    api_key,
+    check_addresses,
+    check_requests,
+    extra_body,
+    make_asking,
+    raise_file_limit,
+)
 
 # What cannot be had was named, and the rest is there.
 INCOMPLETE = 4
@@ -59,7 +67,6 @@ def _add_asking(add) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from megatron_bvpo.evaluation import suites
-    from megatron_bvpo.sampling.asking.sample_command import api_key, check_addresses, extra_body, make_asking
 
     _check(args)
     datasets = suites.suite(args.suite, suites.copies(args.data), args.limit)
@@ -69,6 +76,7 @@ def run_command(args: argparse.Namespace) -> int:
     asking = make_asking(args, extra)
     key = api_key(args.api_key_file)
     check_addresses(args.server)
+    raise_file_limit(args.concurrency)
     if args.judge_server:
         check_addresses([args.judge_server])
     args.judge_key = os.environ.get("BVPO_JUDGE_API_KEY") or None
@@ -128,21 +136,7 @@ def _settings(args: argparse.Namespace, asking, extra: dict[str, Any]) -> dict[s
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"repeats": 1, "max_tokens": 1, "concurrency": 1, "tries": 1, "judge_concurrency": 1, "limit": 1}
-    for name, low in (least | {"temperature": 0, "patience": 0}).items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UserError(f"must be {low} or more, found {value}", field=f"--{name}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"must be above 0 and at most 1, found {args.top_p}", field="--top_p")
-    if not args.timeout > 0:
-        raise UserError(f"must be above 0, found {args.timeout}", field="--timeout")
-    if not args.model.strip():
-        raise UserError("is empty", field="--model", remedy="give the name that the server knows the model by")
-    if args.repeats > 1 and args.temperature == 0:
-        raise UserError(
-            "at 0 all answers to a question are the same", field="--temperature", remedy="raise it, or --repeats 1"
-        )
+    check_requests(args, "repeats", "question", ("judge_concurrency",))
     if args.judge_server and not args.judge_model:
         raise UserError("missing", field="--judge_model", remedy="name the model that judges")
     args.modes = [mode for mode in _MODES if mode in args.modes]

@@ -1,23 +1,24 @@
 """`bvpo sample`: answers of a served model in each mode, into a folder that `bvpo judge` and `bvpo pairs` read."""
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking import job_file
+from megatron_bvpo.sampling.asking.request_options import (
+    api_key,
+    check_addresses,
+    check_requests,
+    extra_body,
+    make_asking,
+    raise_file_limit,
+)
 from megatron_bvpo.sampling.judging import judge_command
 
 _MODES = ("thinking", "empty", "short")
 _BUDGETS = ("uniform", "balanced", "gvm", "pairs")
-# Fields of a request's body that are this command's own.
-_OWN_FIELDS = (
-    *("model", "messages", "prompt", "n", "seed", "logprobs", "stream"),
-    *("temperature", "top_p", "max_tokens", "add_special_tokens"),
-)
 
 
 def add_command(commands) -> None:
@@ -95,7 +96,7 @@ def run_command(args: argparse.Namespace) -> int:
     if not args.batch:  # told before minutes are spent on reading
         key = api_key(args.api_key_file)
         check_addresses(args.server)
-        _raise_file_limit(args.concurrency)
+        raise_file_limit(args.concurrency)
     book, bad = read_prompt_files(args.prompts, args.limit)
     for line in bad.lines():
         print(line, file=sys.stderr)
@@ -174,22 +175,7 @@ def _tell(args: argparse.Namespace, told, progress) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    least = {"samples": 1, "max_tokens": 1, "concurrency": 1, "tries": 1, "pilot": 1, "max_samples": 1}
-    least |= {"limit": 1, "short_budget": 1, "temperature": 0, "patience": 0}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise UserError(f"must be {low} or more, found {value}", field=f"--{name}")
-    if not 0 < args.top_p <= 1:
-        raise UserError(f"must be above 0 and at most 1, found {args.top_p}", field="--top_p")
-    if not args.timeout > 0:
-        raise UserError(f"must be above 0, found {args.timeout}", field="--timeout")
-    if not args.model.strip():
-        raise UserError("is empty", field="--model", remedy="give the name that the server knows the model by")
-    if args.samples > 1 and args.temperature == 0:
-        raise UserError(
-            "at 0 all answers to a prompt are the same", field="--temperature", remedy="raise it, or --samples 1"
-        )
+    check_requests(args, "samples", "prompt", ("pilot", "max_samples", "short_budget"))
     args.modes = [mode for mode in _MODES if mode in args.modes]
     if "short" in args.modes and "thinking" not in args.modes:
         raise UserError("short cuts the traces of thinking samples", field="--modes", remedy="add thinking")
@@ -211,114 +197,6 @@ def _check_budget(args: argparse.Namespace) -> None:
         )
     if args.max_samples < args.pilot:
         raise UserError(f"{args.max_samples} is less than --pilot {args.pilot}", field="--max_samples")
-
-
-def extra_body(text: str | None) -> dict[str, Any]:
-    """--extra_body.
-
-    Raises:
-        UserError: it is no JSON object, or has fields that the command sets.
-    """
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"no JSON: {error}", field="--extra_body", remedy="""write it as '{"top_k": 20}'""") from None
-    if not isinstance(found, dict):
-        raise UserError(f"expected an object, found {text[:40]!r}", field="--extra_body")
-    if own := [name for name in _OWN_FIELDS if name in found]:
-        raise UserError(f"{', '.join(own)} is set by the command itself", field="--extra_body", remedy="leave it out")
-    return found
-
-
-def api_key(path: str | None) -> str | None:
-    """The servers' key: of a file, or OPENAI_API_KEY.
-
-    Raises:
-        UserError: the file has none.
-    """
-    if path is None:
-        return os.environ.get("OPENAI_API_KEY") or None
-    try:
-        key = Path(path).read_text("utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", field="--api_key_file") from None
-    if not key or not key.isprintable() or not key.isascii() or " " in key:
-        raise UserError("holds no key on one line", file=path, field="--api_key_file")
-    return key
-
-
-def _raise_file_limit(concurrency: int) -> None:
-    """Each request in flight is an open socket; the usual soft limit is 1024."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = concurrency + 256
-    if hard != resource.RLIM_INFINITY and wanted > hard:
-        raise UserError(
-            f"{concurrency} requests need more open files than the {hard} that are allowed",
-            field="--concurrency",
-            remedy=f"give {max(1, hard - 256)} or less, or raise ulimit -Hn",
-        )
-    if soft != resource.RLIM_INFINITY and wanted > soft:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def check_addresses(addresses: list[str]) -> None:
-    """Raises UserError where an address is none."""
-    from megatron_bvpo.sampling.asking.server_state import Server
-
-    for address in addresses:
-        Server.at(address)
-
-
-def make_asking(args: argparse.Namespace, extra: dict[str, Any]):
-    """How samples are asked for.
-
-    Raises:
-        UserError: it is not known how the model's thinking is switched off, or the tokenizer's folder is no good.
-    """
-    from megatron_bvpo.data.empty_trace import DEFAULT_EMPTY_BLOCK, empty_block
-    from megatron_bvpo.sampling.asking.chat_templates import ChatTemplate
-    from megatron_bvpo.sampling.asking.modes import COMPLETIONS, Asking
-
-    folder = args.tokenizer or (args.model if (Path(args.model) / "tokenizer_config.json").is_file() else None)
-    template = ChatTemplate(folder) if folder else None
-    switch = args.thinking_switch or (template.switch if template else None)
-    try:
-        block = empty_block(None, args.empty_block)
-    except UserError as error:
-        raise UserError(error.message, field="--empty_block", remedy=error.remedy) from None
-    asking = Asking(
-        model=args.model,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-        switch=switch,
-        template=template,
-        block=block or DEFAULT_EMPTY_BLOCK,
-        own_block=bool(args.empty_block),
-        short_budget=args.short_budget,
-        extra=extra,
-    )
-    if template is None and COMPLETIONS in asking.uses(args.modes):
-        mode = "short" if "short" in args.modes else "empty"
-        raise UserError(
-            f"the mode {mode} needs the model's chat template",
-            field="--tokenizer",
-            remedy="give the model's folder; for a hybrid's empty answers --thinking_switch enable_thinking is enough",
-        )
-    if "short" in args.modes and not template.has_tokens:
-        raise UserError("no tokenizer.json, so that traces cannot be cut", file=str(folder), field="--tokenizer")
-    if args.thinking_switch and template and template.switch not in (None, args.thinking_switch):
-        raise UserError(
-            f"the template of {folder} has {template.switch!r}, not {args.thinking_switch!r}",
-            field="--thinking_switch",
-            remedy="leave it out",
-        )
-    return asking
 
 
 def settings_of(args: argparse.Namespace, asking, book, extra: dict[str, Any]) -> dict[str, Any]:
