@@ -178,6 +178,7 @@ BAD = {
     "all answers alike": (["--temperature", "0"], "--temperature: at 0 all answers to a question are the same"),
     "a judge without a name": (["--judge_server", "http://a:1"], "--judge_model: missing"),
     "no address": (["--server", "ftp://a"], "ftp://a"),
+    "more requests than open files": (["--concurrency", str(10**12)], "requests need more open files than"),
     "no JSON": (["--extra_body", "{"], "--extra_body: no JSON"),
     "a file as folder": (["--out", "suite.yaml"], "--out: cannot be made"),
     "no server": (["--patience", "0.1"], "no server has answered"),
