@@ -39,9 +39,25 @@ def group_of_one():
     return dist.group.WORLD
 
 
-def ours(impl: str = "triton", **options):
-    options["impl"] = impl
+def ours(impl: str = "", **options):
+    """What `auto` takes for bf16 where the card has TMA, the fused product; by its name for the rehearsal on a CPU."""
+    options["impl"] = impl or ("auto" if torch.cuda.is_available() else "fused")
     return lambda x, weight, targets: target_logps(x, weight, targets, **options)
+
+
+def ours_stored(**options):
+    """The library's product to float32 logits in memory, and a pass over them."""
+    return ours(impl="triton", **options)
+
+
+def ours_shaped(**constants):
+    """The fused product with other constants of its module. For a process of its own: they stay."""
+    from megatron_bvpo.kernels import fused_logprob
+
+    for name, value in constants.items():
+        assert hasattr(fused_logprob, name), name
+        setattr(fused_logprob, name, value)
+    return ours()
 
 
 def ours_torch(**options):

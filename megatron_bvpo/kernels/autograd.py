@@ -32,7 +32,7 @@ from types import ModuleType
 import torch
 
 from megatron_bvpo.kernels.tensor_parallel import TensorParallel
-from megatron_bvpo.kernels.torch_logprob import accumulate_dtype, add_product, row_max, target_rows, tiles
+from megatron_bvpo.kernels.torch_logprob import accumulate_dtype, add_product, row_max, tiles
 
 # Sums up to e^80 (logp -80) keep e^a's products with the weights inside float32 (its limit is e^88.7).
 OVERFLOW = 5.5e34
@@ -43,7 +43,7 @@ class Plan:
     """What `target_logps` decided: constants of one call, the same on every rank except `first_row`, `rows`
     and the tile sizes."""
 
-    passes: ModuleType  # torch_logprob or triton_logprob
+    passes: ModuleType  # torch_logprob, triton_logprob or fused_logprob
     tp: TensorParallel
     first_row: int  # vocabulary id of weight_VH[0]
     rows: int  # R, rows of weight_VH that are no padding
@@ -67,6 +67,11 @@ class Tokens:
     def blocks(self, size: int) -> list[slice]:
         count = self.kept_M.shape[0]
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def rows_of(self, x_NH: torch.Tensor, block: slice) -> torch.Tensor:
+        """The block's rows; a view where every token of the sequence takes part."""
+        whole = self.kept_M.shape[0] == x_NH.shape[0]
+        return x_NH[block] if whole else x_NH.index_select(0, self.kept_M[block])
 
     def subset(self, index: torch.Tensor) -> Tokens:
         return Tokens(*(x.index_select(0, index) for x in vars(self).values()))
@@ -136,8 +141,7 @@ def find_targets(x_NH, weight_RH, targets_N, plan: Plan) -> Tokens:
     logit_M = torch.empty(kept_M.shape, dtype=accumulate_dtype(x_NH.dtype), device=x_NH.device)
     tokens = Tokens(kept_M, local_M, logit_M, anchor_M=logit_M, s_M=torch.empty_like(logit_M))
     for block in tokens.blocks(plan.block_tokens):
-        x_nH = x_NH.index_select(0, kept_M[block])
-        logit_M[block] = plan.passes.target_logits(x_nH, weight_RH, local_M[block])
+        logit_M[block] = plan.passes.target_logits(tokens.rows_of(x_NH, block), weight_RH, local_M[block])
     if kept_M.numel():
         plan.tp.sum_(logit_M)
     return tokens
@@ -159,35 +163,31 @@ def accumulate(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None
     blocks = tokens.blocks(plan.block_tokens)
     several = plan.tp.size > 1
     for block in blocks:
-        rows_n = tokens.kept_M[block]
-        s_n, products_nH = plan.passes.sum_exp(
-            x_NH.index_select(0, rows_n),
+        tokens.s_M[block], products_nH = plan.passes.sum_exp(
+            tokens.rows_of(x_NH, block),
             weight_RH,
             tokens.local_M[block],
             tokens.anchor_M[block],
             tile_vocab=plan.tile_vocab,
             with_products=unscaled_NH is not None,
         )
-        tokens.s_M[block] = s_n
-        if unscaled_NH is not None:
-            if not several:
-                finish_gradient(products_nH, weight_RH, tokens, block)
-            unscaled_NH.index_copy_(0, rows_n, products_nH.to(unscaled_NH.dtype))
+        if unscaled_NH is not None and several:
+            unscaled_NH.index_copy_(0, tokens.kept_M[block], products_nH)
+        elif unscaled_NH is not None:
+            finish_gradient(products_nH, weight_RH, tokens, block, plan, unscaled_NH)
     if several and blocks:
         plan.tp.sum_(tokens.s_M)
         for block in blocks if unscaled_NH is not None else ():
-            rows_n = tokens.kept_M[block]
-            products_nH = unscaled_NH.index_select(0, rows_n)
-            finish_gradient(products_nH, weight_RH, tokens, block)
-            unscaled_NH.index_copy_(0, rows_n, products_nH)
+            finish_gradient(tokens.rows_of(unscaled_NH, block), weight_RH, tokens, block, plan, unscaled_NH)
 
 
-def finish_gradient(products_nH, weight_RH, tokens: Tokens, block: slice) -> None:
-    """products → -(products - s W_t) / (e_t + s) in place; W_t is zero where another rank owns the target."""
+def finish_gradient(products_nH, weight_RH, tokens: Tokens, block: slice, plan: Plan, out_NH) -> None:
+    """Rows of out_NH: -(products - s W_t) / (e_t + s)."""
     s_n = tokens.s_M[block]
-    total_n = torch.exp(tokens.logit_M[block] - tokens.anchor_M[block]) + s_n
-    products_nH.addcmul_(target_rows(weight_RH, tokens.local_M[block]), s_n[:, None], value=-1)
-    products_nH.mul_((-1 / total_n)[:, None])
+    scale_n = -1 / (torch.exp(tokens.logit_M[block] - tokens.anchor_M[block]) + s_n)
+    plan.passes.finish_gradient(
+        products_nH, weight_RH, tokens.local_M[block], s_n, scale_n, out_NH, tokens.kept_M[block]
+    )
 
 
 def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None:
@@ -201,8 +201,7 @@ def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) ->
     redone = tokens.subset(bad_B)
     redone.anchor_M = torch.empty_like(redone.logit_M)
     for block in redone.blocks(plan.block_tokens):
-        x_nH = x_NH.index_select(0, redone.kept_M[block])
-        redone.anchor_M[block] = row_max(x_nH, weight_RH, tile_vocab=plan.tile_vocab)
+        redone.anchor_M[block] = row_max(redone.rows_of(x_NH, block), weight_RH, tile_vocab=plan.tile_vocab)
     plan.tp.max_(redone.anchor_M)
     accumulate(x_NH, weight_RH, redone, plan, unscaled_NH)
     tokens.anchor_M = tokens.anchor_M.index_copy(0, bad_B, redone.anchor_M)

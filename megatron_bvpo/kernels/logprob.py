@@ -9,8 +9,10 @@ hidden size, V this rank's vocabulary rows, padding included.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -23,10 +25,12 @@ from megatron_bvpo.kernels.tensor_parallel import TensorParallel
 from megatron_bvpo.kernels.tile_sizes import choose_tiles
 from megatron_bvpo.kernels.vendor_logprob import CrossEntropy, vendor_logps
 
-IMPLS = ("auto", "torch", "triton", "te")
+IMPLS = ("auto", "torch", "triton", "fused", "te")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@torch.compiler.disable
 def target_logps(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -58,17 +62,17 @@ def target_logps(
             `ignore_index` marks tokens that cost nothing, have logp 0 and gradient 0.
         tp_group: the tensor-parallel group over which the vocabulary is sharded; None for a whole head.
         sequence_parallel: hidden states arrive as chunks and their gradient leaves as chunks.
-        impl: "torch" (any device), "triton" (CUDA), or "auto": triton on CUDA where it can run, else torch.
+        impl: "torch" (any device), "triton" (CUDA: the library's product, then one pass over float32 logits),
+            "fused" (Hopper and newer: exponentials in the product's epilogue), or "auto": on CUDA fused for bf16
+            where it can run, else triton where that can, else torch.
             "te" is the stock way, for comparison: whole logits, then `cross_entropy`.
         vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
             no part. Default: all.
-        block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from the free memory
-            of a GPU, from the cache size of a CPU. They change speed and memory, and results
-            only in the last bits.
-        budget_bytes: on a GPU, what a tile of logits may take, in place of a share of the free memory. Give it
-            where two runs must be bit-identical: what is free is never twice the same.
-        shard: what `vocabulary_shard` returned for this weight. With it nothing waits for the device: sizes
-            are not gathered again, and a target outside the vocabulary ends in an assertion on the device.
+        block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from `budget_bytes` on a
+            GPU, from the cache size of a CPU. They change speed and memory, and results only in the last bits.
+        budget_bytes: on a GPU, what a tile of logits may take (default 1 GiB, whatever is free: two runs are
+            bit-identical).
+        shard: what `vocabulary_shard` returned for this weight: sizes are not gathered again.
         cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
             `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
 
@@ -95,10 +99,9 @@ def target_logps(
     hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
     tp = TensorParallel(tp_group, sequence_parallel)
     check_shapes(hidden_NH, weight_VH, targets_N, tp)
-    known = shard is not None
     shard = shard or vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
-    check_targets(targets_N, shard.vocab_size, ignore_index, wait=not (known and hidden_NH.is_cuda))
-    passes = choose_passes(impl, hidden_NH)
+    check_targets(targets_N, shard.vocab_size, ignore_index)
+    passes = choose_passes(impl, hidden_NH, weight_VH)
     if impl == "te":
         check_cross_entropy(cross_entropy, shard)
         return vendor_logps(
@@ -118,6 +121,7 @@ def target_logps(
         targets_N.shape[0],
         shard.rows,
         with_products=frozen,
+        fused=passes.__name__.endswith("fused_logprob"),
         block_tokens=block_tokens,
         tile_vocab=tile_vocab,
         budget_bytes=budget_bytes,
@@ -157,6 +161,17 @@ def check_tensors(hidden_NH, weight_VH, targets_N) -> None:
     for name, value in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH)):
         if value.dtype not in DTYPES:
             raise TypeError(f"target_logps: {name} is {value.dtype}, expected one of {DTYPES}")
+    if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16 and TORCH < (2, 8):
+        raise RuntimeError(
+            f"target_logps: bf16 on a GPU needs torch 2.8 or newer, for products with float32 results; this is torch "
+            f"{torch.__version__}. Update torch, or pass float32 tensors"
+        )
+    if hidden_NH.is_cuda and hidden_NH.dtype == torch.float16:
+        warnings.warn(
+            "target_logps: float16 cannot hold exp(logit - anchor), so tiles are widened to float32: about twelve "
+            "times slower than bfloat16. Cast hidden states and head to bfloat16",
+            stacklevel=3,
+        )
     if targets_N.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_logps: targets_N is {targets_N.dtype}, expected torch.int64 or torch.int32")
 
@@ -214,13 +229,11 @@ def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorPar
     return Shard(first_row, min(max(vocab_size - first_row, 0), sizes[tp.rank]), sizes, vocab_size)
 
 
-def check_targets(targets_N, vocab_size: int, ignore_index: int, *, wait: bool = True) -> None:
+def check_targets(targets_N, vocab_size: int, ignore_index: int) -> None:
+    """Waits for the device, which the search for ignored tokens does anyway."""
     if targets_N.numel() == 0:
         return
     inside_N = targets_N.masked_fill(targets_N == ignore_index, 0)
-    if not wait:
-        torch._assert_async(((inside_N >= 0) & (inside_N < vocab_size)).all())
-        return
     low, high = torch.stack(inside_N.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -238,24 +251,23 @@ def check_cross_entropy(cross_entropy, shard: Shard) -> None:
         )
 
 
-def choose_passes(impl: str, hidden_NH) -> ModuleType:
-    """The module that runs the tiles: Triton where it can run and nothing else was asked for, else torch."""
+def choose_passes(impl: str, hidden_NH, weight_VH) -> ModuleType:
+    """The module that runs the tiles: what was asked for, or the fastest that can take these tensors."""
     if impl not in IMPLS:
         raise ValueError(f"target_logps: impl {impl!r}, expected one of {IMPLS}")
     if impl in ("torch", "te") or (impl == "auto" and not hidden_NH.is_cuda):
         return torch_logprob
-    obstacle = triton_obstacle(hidden_NH)
-    if obstacle is None:
-        from megatron_bvpo.kernels import triton_logprob
-
-        return triton_logprob
-    if impl == "triton":
-        raise ValueError(f"target_logps: impl 'triton' cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return torch_logprob
+    for name in ("fused", "triton") if impl == "auto" else (impl,):
+        obstacle = triton_obstacle(hidden_NH) or (name == "fused" and fused_obstacle(impl, hidden_NH, weight_VH))
+        if not obstacle:
+            return importlib.import_module(f"megatron_bvpo.kernels.{name}_logprob")
+    if impl == "auto":
+        return torch_logprob
+    raise ValueError(f"target_logps: impl {impl!r} cannot run here: {obstacle}; use 'auto' or 'torch'")
 
 
 def triton_obstacle(hidden_NH) -> str | None:
-    """Why the Triton path cannot take these hidden states, or None."""
+    """Why the Triton paths cannot take these hidden states, or None."""
     if hidden_NH.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes torch.float32 and torch.bfloat16, not {hidden_NH.dtype}"
     if not hidden_NH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -263,3 +275,14 @@ def triton_obstacle(hidden_NH) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
+
+
+def fused_obstacle(impl: str, hidden_NH, weight_VH) -> str | None:
+    """Why the fused path cannot, or should not (impl "auto"), take these tensors; None where it can."""
+    if impl == "auto" and hidden_NH.dtype != torch.bfloat16:
+        return "float32 products are the library's to make"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "it needs Triton 3.4 or newer, for its tensor descriptors"
+    from megatron_bvpo.kernels import fused_logprob
+
+    return fused_logprob.obstacle(hidden_NH, weight_VH)

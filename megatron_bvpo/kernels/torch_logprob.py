@@ -42,9 +42,11 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`."""
+    """total += a @ b, accumulated in the dtype of `total`, in place wherever the library does so."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(product(a, b))
 
@@ -98,6 +100,23 @@ def sum_exp(
     if with_products and products_nH is None:  # a rank whose rows are all padding
         products_nH = torch.zeros(n, hidden, dtype=anchor_n.dtype, device=x_nH.device)
     return s_n, products_nH
+
+
+def finish_gradient(
+    products_nH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    local_n: torch.Tensor,
+    s_n: torch.Tensor,
+    scale_n: torch.Tensor,
+    out_NH: torch.Tensor,
+    positions_n: torch.Tensor,
+) -> None:
+    """out[positions] = (products - s W_t)·scale, rounded once; W_t is zero where another rank owns the target.
+
+    `products_nH` may be rows of `out_NH`.
+    """
+    grad_nH = target_rows(weight_VH, local_n).mul_(-s_n[:, None]).add_(products_nH).mul_(scale_n[:, None])
+    out_NH.index_copy_(0, positions_n, grad_nH.to(out_NH.dtype))
 
 
 def grad_logits(

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from megatron_bvpo.kernels import torch_logprob
-from megatron_bvpo.kernels.torch_logprob import operand, product, tiles
+from megatron_bvpo.kernels.torch_logprob import add_product, operand, product, tiles
 
 PASS_BLOCK = 2048  # 40 registers a thread (sm_90, triton 3.6), so that 6 programs of 8 warps share a multiprocessor
 PASS_WARPS = 8
@@ -99,6 +99,29 @@ def _target_logit(
     tl.store(out_ptr + row, tl.where(owned, tl.sum(total, axis=0), 0.0))
 
 
+@triton.jit
+def _finish_gradient(
+    products_ptr, weight_ptr, local_ptr, s_ptr, scale_ptr, position_ptr, out_ptr,
+    rows, hidden, products_stride, weight_stride, out_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: (products - s W[target]) · scale, in the row of `out` that `position` names (rows > 0)."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(local_ptr + row)
+    owned = (target >= 0) & (target < rows)
+    s = tl.where(owned, tl.load(s_ptr + row), 0.0)
+    scale = tl.load(scale_ptr + row)
+    products_ptr += row * products_stride
+    weight_ptr += tl.where(owned, target, 0) * weight_stride
+    out_ptr += tl.load(position_ptr + row) * out_stride
+    for start in range(0, hidden, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < hidden
+        w = tl.load(weight_ptr + column, mask=inside).to(tl.float32)
+        value = (tl.load(products_ptr + column, mask=inside) - s * w) * scale
+        tl.store(out_ptr + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def target_logits(x_nH: torch.Tensor, weight_VH: torch.Tensor, local_n: torch.Tensor) -> torch.Tensor:
     """l_t of the tokens whose target this rank owns, 0 for the others. [n] float32"""
     if weight_VH.stride(1) != 1 or x_nH.stride(1) != 1:
@@ -129,10 +152,10 @@ def sum_exp(
     s_n = torch.zeros(n, dtype=torch.float32, device=x_nH.device)
     products_nH = None
     x_nH = operand(x_nH)
-    logits = _tile_buffer(n, min(tile_vocab, weight_VH.shape[0]), torch.float32, x_nH.device)
+    logits = tile_buffer(n, min(tile_vocab, weight_VH.shape[0]), torch.float32, x_nH.device)
     # A float32 tile is overwritten in place: each logit is read and written by the same thread.
     in_place = not with_products or operand(weight_VH[:1]).dtype == torch.float32
-    exp = logits if in_place else _tile_buffer(*logits.shape, weight_VH.dtype, x_nH.device)
+    exp = logits if in_place else tile_buffer(*logits.shape, weight_VH.dtype, x_nH.device)
     for start, tile_vH in tiles(weight_VH, tile_vocab):
         tile_vH = operand(tile_vH)
         v = tile_vH.shape[0]
@@ -143,12 +166,33 @@ def sum_exp(
             WRITE=with_products, BLOCK=_pass_block(v), num_warps=PASS_WARPS,
         )  # fmt: skip
         if products_nH is not None:
-            products_nH.add_(product(exp[:, :v], tile_vH))
+            add_product(products_nH, exp[:, :v], tile_vH)
         elif with_products:
             products_nH = product(exp[:, :v], tile_vH)
     if with_products and products_nH is None:  # a rank whose rows are all padding
         products_nH = torch.zeros(x_nH.shape, dtype=torch.float32, device=x_nH.device)
     return s_n, products_nH
+
+
+def finish_gradient(
+    products_nH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    local_n: torch.Tensor,
+    s_n: torch.Tensor,
+    scale_n: torch.Tensor,
+    out_NH: torch.Tensor,
+    positions_n: torch.Tensor,
+) -> None:
+    """out[positions] = (products - s W_t)·scale, rounded once, in one pass over [n, H]."""
+    if weight_VH.stride(1) != 1 or weight_VH.shape[0] == 0:
+        return torch_logprob.finish_gradient(products_nH, weight_VH, local_n, s_n, scale_n, out_NH, positions_n)
+    n, hidden = products_nH.shape
+    block = min(triton.next_power_of_2(max(hidden, 16)), 1024)
+    _finish_gradient[(n,)](
+        products_nH, weight_VH, local_n, s_n, scale_n, positions_n, out_NH,
+        weight_VH.shape[0], hidden, products_nH.stride(0), weight_VH.stride(0), out_NH.stride(0),
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def grad_logits(
@@ -162,8 +206,8 @@ def grad_logits(
     """scale·e_v for v ≠ t, -scale·s at the target, for one vocabulary tile. [n, v] in the operand dtype."""
     n, v = x_nH.shape[0], tile_vH.shape[0]
     x_nH, tile_vH = operand(x_nH), operand(tile_vH)
-    logits = _tile_buffer(n, v, torch.float32, x_nH.device)
-    grad = logits if tile_vH.dtype == torch.float32 else _tile_buffer(n, v, tile_vH.dtype, x_nH.device)
+    logits = tile_buffer(n, v, torch.float32, x_nH.device)
+    grad = logits if tile_vH.dtype == torch.float32 else tile_buffer(n, v, tile_vH.dtype, x_nH.device)
     product(x_nH, tile_vH.T, out=logits[:, :v])
     block = _pass_block(v)
     _grad_pass[(n, triton.cdiv(v, block))](
@@ -174,7 +218,7 @@ def grad_logits(
     return grad[:, :v]
 
 
-def _tile_buffer(n: int, v: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def tile_buffer(n: int, v: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised [n, v rounded up]; only the first v columns are ever written or read."""
     return torch.empty(n, triton.cdiv(v, ROW_ALIGNMENT) * ROW_ALIGNMENT, dtype=dtype, device=device)
 

@@ -68,7 +68,9 @@ def test_non_contiguous_inputs():
     case.weight_VH = case.weight_VH.T.contiguous().T
     case.targets_N = torch.stack([case.targets_N, case.targets_N], 1)[:, 1]
     assert not case.hidden_NH.is_contiguous() and not case.weight_VH.is_contiguous()
-    for impl in ("torch", "triton"):
+    for impl in ("torch", "triton", "fused"):
+        if impl == "fused":  # TMA wants the head's rows contiguous; hidden states are copied if need be
+            case.weight_VH = case.weight_VH.contiguous()
         for frozen in (True, False):
             hidden = case.hidden_NH.detach().requires_grad_()
             weight = case.weight_VH.detach().requires_grad_(not frozen)
@@ -177,6 +179,8 @@ def test_importing_needs_neither_triton_nor_the_host():
 def test_cuda_tiles_fit_their_budget(rows, budget):
     for tokens in (1, 4096, 131_072):
         for with_products in (True, False):
+            fused_block, fused_tile, *_ = cuda_tiles(budget, tokens, rows, with_products=True, fused=True)
+            assert 2 * fused_block * fused_tile <= max(budget, 2 * 128 * 512)
             block, tile, backward_block, backward_tile = cuda_tiles(budget, tokens, rows, with_products=with_products)
             assert min(block, tile, backward_block, backward_tile) >= 1
             floor = 6 * 8192 * 512  # tiles never get smaller than this, however little is free

@@ -30,6 +30,7 @@ from .error_bounds import allowed, in_units
 
 F32, BF16 = torch.float32, torch.bfloat16
 AWKWARD = [(1, 1, 1), (1, 7, 252), (7, 33, 507), (40, 252, 123), (23, 64, 1009), (3, 507, 7)]
+IMPLS = ["torch", "triton", "fused"]  # fused: rows of 16 bytes, so a hidden size of whole eights
 BF16_EPS = torch.finfo(BF16).eps
 # bf16: one unit in the last place. With a single token the rounding of its one factor is the whole error.
 GRAD_BOUND = {F32: 1e-5, BF16: BF16_EPS}
@@ -46,10 +47,11 @@ def logp_bound(dtype, truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
 def test_awkward_sizes(shape, impl, dtype, frozen):
-    case = random_case(*shape, dtype, padding=5, ignored=0.2 if shape[0] > 1 else 0.0)
+    n, h, v = shape if impl != "fused" else (shape[0], -(-shape[1] // 8) * 8, shape[2])
+    case = random_case(n, h, v, dtype, padding=5, ignored=0.2 if n > 1 else 0.0)
     logps, grad_hidden, grad_weight = run(case, frozen=frozen, impl=impl, block_tokens=16, tile_vocab=200)
     truth, true_hidden, true_weight = expected(case)
     assert logps.dtype == torch.float32
@@ -112,6 +114,22 @@ def test_random_cases_in_triton(gpu_rounding, kwargs, dtype, frozen, tile):
     check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kwargs=CASES,
+    dtype=st.sampled_from([F32, BF16]),
+    frozen=st.booleans(),
+    block=st.integers(1, 50),
+    tile=st.integers(16, 700),
+)
+def test_random_cases_fused(gpu_rounding, kwargs, dtype, frozen, block, tile):
+    kwargs["h"] = -(-kwargs["h"] // 8) * 8
+    case = random_case(dtype=dtype, **kwargs)
+    options = dict(impl="fused", block_tokens=max(block, kwargs["n"] // 2), tile_vocab=tile)
+    logps, grad_hidden, grad_weight = run(case, frozen=frozen, **options)
+    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
+
+
 def check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight):
     """At most twice the error of plain torch, or the bound of the dtype where that happens to be exact."""
     truth, true_hidden, true_weight = expected(case)
@@ -146,7 +164,7 @@ def stratified_case(dtype, n=300, h=96, v=1500) -> tuple[Case, torch.Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_precision_by_probability(gpu_rounding, impl, frozen):
     case, p = stratified_case(BF16)
     truth, true_hidden, _ = expected(case)
@@ -168,7 +186,7 @@ def test_precision_by_probability(gpu_rounding, impl, frozen):
         assert logp_error <= 2e-3
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_float32_near_certainty(impl):
     """The target is left out, not subtracted: float32 keeps its precision where 1 - p is 1e-6."""
     case, p = stratified_case(F32, n=60)
@@ -182,7 +200,7 @@ def test_float32_near_certainty(impl):
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy, in the interpreter: what is tested
 def test_far_below_minus_80(gpu_rounding, impl, dtype, frozen):
     case = random_case(12, 16, 90, dtype, ignored=0.0)
@@ -199,7 +217,7 @@ def test_far_below_minus_80(gpu_rounding, impl, dtype, frozen):
         assert relative(grad_weight, true_weight) <= (5e-5 if dtype == F32 else BF16_EPS)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_all_ignored_and_no_tokens(impl, frozen):
     for n in (0, 6):
@@ -210,7 +228,7 @@ def test_all_ignored_and_no_tokens(impl, frozen):
         assert frozen or not grad_weight.any()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_poisoned_memory_is_all_overwritten(impl, frozen, gpu_rounding):
     """Every torch.empty is filled with NaN, so an element that nobody writes shows."""
@@ -270,12 +288,13 @@ def test_logps_of_an_ignored_token_ignore_its_upstream_gradient():
         assert not grad_hidden[1].any() and grad_hidden.isfinite().all()
 
 
-def test_no_grad_equals_grad_bit_for_bit():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_grad_equals_grad_bit_for_bit(impl):
     """Policy and reference passes must agree where their weights do."""
-    case = random_case(70, 33, 507, BF16)
+    case = random_case(70, 40, 507, BF16)
     with torch.no_grad():
         hidden = case.hidden_NH.clone().requires_grad_()
-        plain = target_logps(hidden, case.weight_VH, case.targets_N, block_tokens=64, tile_vocab=128)
+        plain = target_logps(hidden, case.weight_VH, case.targets_N, impl=impl, block_tokens=64, tile_vocab=128)
     assert not plain.requires_grad
     for frozen in (True, False):
-        assert torch.equal(plain, run(case, frozen=frozen, block_tokens=64, tile_vocab=128)[0])
+        assert torch.equal(plain, run(case, frozen=frozen, impl=impl, block_tokens=64, tile_vocab=128)[0])

@@ -1,6 +1,7 @@
 """Vocabulary-parallel and sequence-parallel log-probs on gloo ranks, which lose no precision to one rank.
 
-N = 24 tokens, H = 33 hidden, vocabulary 237 in shards that are even, uneven, or end in padding.
+N = 24 tokens, H = 33 hidden (40 for the fused path, whose rows are aligned), vocabulary 237 in shards that are even,
+uneven, or end in padding.
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ SHARDS = {
 }
 
 
-def example(dtype):
-    case = random_case(24, 33, VOCAB, dtype, spread=3.0, ignored=0.3, device="cpu")
+HIDDEN = {"torch": 33, "fused": 40}
+
+
+def example(dtype, impl="torch"):
+    case = random_case(24, HIDDEN[impl], VOCAB, dtype, spread=3.0, ignored=0.3, device="cpu")
     case.hidden_NH[5] *= 60  # one token in the overflow fallback
     case.targets_N[5] = 3
     case.targets_N[20:] = -100  # with 4 ranks the last chunk ends in ignored tokens only
     return case
 
 
-def on_ranks(rank, world_size, shards, dtype_name):
+def on_ranks(rank, world_size, shards, dtype_name, impl):
     """This rank's (logps, d hidden, d weight or None) by (frozen, sequence parallel)."""
-    case = example(getattr(torch, dtype_name))
-    padding = torch.full((sum(shards) - VOCAB, 33), 9.0, dtype=case.weight_VH.dtype)
+    case = example(getattr(torch, dtype_name), impl)
+    padding = torch.full((sum(shards) - VOCAB, HIDDEN[impl]), 9.0, dtype=case.weight_VH.dtype)
     whole = torch.cat([case.weight_VH, padding])
     start = sum(shards[:rank])
     results = {}
@@ -52,6 +56,7 @@ def on_ranks(rank, world_size, shards, dtype_name):
                 tp_group=dist.group.WORLD,
                 sequence_parallel=sp,
                 vocab_size=VOCAB,
+                impl=impl,
                 block_tokens=5 + rank,  # ranks need not agree on their tiles
                 tile_vocab=30 + 7 * rank,
             )
@@ -61,13 +66,14 @@ def on_ranks(rank, world_size, shards, dtype_name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["torch", "fused"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_are_as_good_as_one(ranks, dtype):
+def test_ranks_are_as_good_as_one(ranks, impl, dtype):
     """As near to float64 as one rank is, whatever the order of its sums: error_bounds.py."""
-    case = example(getattr(torch, dtype))
+    case = example(getattr(torch, dtype), impl)
     bounds = {frozen: allowed(case, partial(run, frozen=frozen)) for frozen in (True, False)}
     for shards in SHARDS[ranks]:
-        everyone = run_ranks(ranks, on_ranks, shards, dtype)
+        everyone = run_ranks(ranks, on_ranks, shards, dtype, impl)
         for frozen, sp in everyone[0]:
             logps, grad_hidden, grad_weight = zip(*(results[frozen, sp] for results in everyone), strict=True)
             for other in logps:
