@@ -59,7 +59,7 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
 
     Args:
         model: a `GPTModel`, or one that holds it as `language_model`.
-        impl: `auto`, `triton` or `torch`; `te` keeps the stock path.
+        impl: `auto`, `fused`, `triton` or `torch`; `te` keeps the stock path.
         vocab_size: real vocabulary rows; padding rows take no part in the softmax.
         memory_gib: what a tile of logits may take on a GPU. Not what happens to be free: a resumed run must cut
             the same tiles as the one that it goes on.

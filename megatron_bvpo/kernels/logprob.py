@@ -30,7 +30,7 @@ TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler, and Triton with it, right away
 def target_logps(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,

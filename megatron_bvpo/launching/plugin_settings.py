@@ -71,7 +71,7 @@ SETTINGS = {
     "BVPO_EMPTY": Setting("bvpo_empty", str, "strip, require or own"),
     "BVPO_EMPTY_BLOCK": Setting("bvpo_empty_block", str, "the text of an empty trace"),
     "BVPO_SIMPO_GAMMA": Setting("bvpo_simpo_gamma", float, "a number"),
-    "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, triton, te or torch"),
+    "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, fused, triton, te or torch"),
     "BVPO_LOGP_MEMORY": Setting("bvpo_logp_memory", float, "GiB"),
     "BVPO_REF_CACHE": Setting("bvpo_ref_cache", str, "a folder"),
     "BVPO_REFS_ONLY": Setting("bvpo_refs_only", _boolean, "true or false"),

@@ -109,7 +109,7 @@ CHOICES = {
     "recompute_modules": ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
     "bvpo_criterion": ("mse", "sgd"),
     "bvpo_empty": ("strip", "require", "own"),
-    "bvpo_logp_impl": ("auto", "triton", "te", "torch"),
+    "bvpo_logp_impl": ("auto", "fused", "triton", "te", "torch"),
     "report_to": ("tensorboard", "wandb", "swanlab", "none"),
 }
 # Texts that hold a JSON object.

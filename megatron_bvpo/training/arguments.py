@@ -104,7 +104,7 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_empty: Literal["strip", "require", "own"] = "strip"
     bvpo_empty_block: str | None = None
     bvpo_simpo_gamma: float = 1.0
-    bvpo_logp_impl: Literal["auto", "triton", "te", "torch"] = "auto"
+    bvpo_logp_impl: Literal["auto", "fused", "triton", "te", "torch"] = "auto"
     bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
     bvpo_refs_only: bool = False
