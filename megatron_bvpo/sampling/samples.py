@@ -27,6 +27,9 @@ PROMPTS, SETTINGS, JOURNAL, SAMPLES, JUDGEMENTS = (
     "judgements",
 )
 
+# Settings that only some modes have, or that are only known with a tokenizer: null says nothing of the others.
+OF_SOME_MODES = ("empty", "short_budget", "chat_template")
+
 # What can be told of a sample beside its text (`Sample.marks`).
 TRUNCATED = "truncated"  # the generation limit was reached (finish_reason length)
 THINKS = "thinks"  # a trace although thinking was off
@@ -233,11 +236,18 @@ def read_samples(folder: Path) -> Iterator[Sample]:
 
 
 def stored_samples(folder: Path) -> Iterator[Sample]:
-    """As `read_samples`, and in its memory none: a sample that both shard and journal hold comes twice."""
+    """As `read_samples`, and in its memory none: a sample that both shard and journal hold comes twice.
+
+    `bvpo sample` may be at work: a journal that is gone by the time it is read has become a shard, and the shards are
+    looked for when the journals are read.
+    """
+    for path in sorted((folder / JOURNAL).glob("*.jsonl")):
+        try:
+            yield from read_journal(path)
+        except FileNotFoundError:
+            pass
     for path in sorted((folder / SAMPLES).glob("*.parquet")):
         yield from map(Sample.from_row, _read(path))
-    for path in sorted((folder / JOURNAL).glob("*.jsonl")):
-        yield from read_journal(path)
 
 
 def read_journal(path: Path) -> Iterator[Sample]:

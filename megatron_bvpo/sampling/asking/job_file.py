@@ -83,7 +83,7 @@ def engine_command(file: str, port: int, model: str | None = None) -> list[str]:
     model = model or values.get("model")
     if not model:
         raise UserError("is missing", file=file, field="model", remedy="add `model: NAME`, or give --model")
-    flags = _flags({key.replace("_", "-"): value for key, value in engine.items()}, json_objects=True)
+    flags = _flags({key.replace("_", "-"): value for key, value in engine.items()})
     return ["vllm", "serve", str(model), "--host", "0.0.0.0", "--port", str(port), *flags]
 
 
@@ -93,14 +93,14 @@ def _words(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def _flags(values: dict[str, Any], json_objects: bool = False) -> list[str]:
-    """Flags as argparse reads them: true is the bare flag; false and null leave it out."""
+def _flags(values: dict[str, Any]) -> list[str]:
+    """Flags as argparse reads them: true is the bare flag, false and null leave it out, a mapping is JSON."""
     words: list[str] = []
     for key, value in values.items():
         if value is None or value is False:
             continue
         words.append(f"--{key}")
-        if isinstance(value, dict) and json_objects:
+        if isinstance(value, dict):
             import json
 
             words.append(json.dumps(value))

@@ -7,11 +7,9 @@ from typing import Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.prompts import PromptBook
-from megatron_bvpo.sampling.samples import PROMPTS, SETTINGS, Prompt, write_shard
+from megatron_bvpo.sampling.samples import OF_SOME_MODES, PROMPTS, SETTINGS, Prompt, write_shard
 
 VERSION = 1
-# Settings that only some modes have.
-_OF_MODES = ("empty", "short_budget", "chat_template")
 
 
 def prepare(folder: Path, settings: dict[str, Any], book: PromptBook) -> list[str]:
@@ -83,7 +81,7 @@ def _difference(key: str, old: dict, new: dict, grown: list[str]) -> str | None:
     if key == "modes" and not new.get("budget") and set(was or ()) < set(now):
         grown.append(f"modes: {', '.join(was)} before, {', '.join(now)} now; the samples that are there stay")
         return None
-    if was is None and key in _OF_MODES:
+    if was is None and key in OF_SOME_MODES:
         return None  # a mode that was not asked for before
     if key == "prompts":
         return f"other prompts ({_count(was)} before, {_count(now)} now)"

@@ -159,9 +159,8 @@ def _tell(args: argparse.Namespace, told, progress) -> int:
     print(f"{progress.done:,} of {progress.total:,} samples in {args.out}: {progress.line()}", file=sys.stderr)
     for mark, count in sorted(told.marks.items()):
         print(f"  {mark}: {count:,}", file=sys.stderr)
-    for reason, count in told.failures.most_common(5):
-        print(f"  failed {count:,} times: {reason}", file=sys.stderr)
-    if told.failures:
+    if failures := told.failures.lines():
+        print(*(f"  {line}" for line in failures), sep="\n", file=sys.stderr)
         print("  --retry_failed asks for the failed ones again", file=sys.stderr)
     if told.left:
         print(f"  the budget left {told.left:,} samples unspent", file=sys.stderr)

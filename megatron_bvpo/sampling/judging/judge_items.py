@@ -126,10 +126,17 @@ def item(prompt: Prompt, sample: Sample, whole: bool = False) -> Item:
         sample: the answer.
         whole: the whole response, its trace too, instead of its final answer.
     """
-    text = sample.text
-    if text is not None and not whole:
-        text = strip_answer(text)
-    return Item(sample.key, prompt.messages, prompt.answer, text, prompt.columns)
+    return item_of(prompt, sample.key, judged_text(sample.text, whole))
+
+
+def item_of(prompt: Prompt, key: SampleKey, text: str | None) -> Item:
+    """The item of a sample whose `judged_text` is known."""
+    return Item(key, prompt.messages, prompt.answer, text, prompt.columns)
+
+
+def judged_text(text: str | None, whole: bool = False) -> str | None:
+    """What is judged of a response."""
+    return text if text is None or whole else strip_answer(text)
 
 
 def message_text(message: dict[str, Any]) -> str:
