@@ -371,6 +371,11 @@ BAD = {
         ["a/s", "b/s"],
         "a/s: two folders are called 's'; give each a name of its own: NAME=a/s",
     ),
+    "a report that cannot be made": (
+        lambda p: small(p / "s"),
+        ["s", "--report", "/proc/nowhere"],
+        "/proc/nowhere: --report: cannot be made: No such file",
+    ),
     "a report in a file": (
         lambda p: (small(p / "s"), (p / "r").write_text("x")),
         ["s", "--report", "r"],

@@ -290,6 +290,13 @@ def test_a_mode_that_is_always_refused_ends_the_run(prompts, tmp_path, capsys):
 # --- going on ---
 
 
+def test_engines_logs_are_no_other_files(prompts, tmp_path):
+    """launch/sample.sbatch makes them before the first answer."""
+    (tmp_path / "out" / "logs" / "slurm-7-0").mkdir(parents=True)
+    with Served() as server:
+        assert sample(prompts, tmp_path / "out", server) == 0
+
+
 def test_more_samples_and_modes_are_added(prompts, tmp_path):
     out = tmp_path / "out"
     with Served() as server:

@@ -74,6 +74,7 @@ def test_the_engine_s_command(job):
         ("engine: {port: 3}\n", "engine.port: is set by launch/sample.sbatch"),
         ("engine: {model: m}\n", "write `model: NAME` outside of engine"),
         ("a: [\n", "is no valid YAML"),
+        ("model: m\n", "prompts: is missing; add `prompts: FILE`"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path, text, told):

@@ -27,7 +27,7 @@ from megatron_bvpo.sampling.asking.journal import known_rows, last_number
 from megatron_bvpo.sampling.asking.modes import CHAT, COMPLETIONS, Asking, Request
 from megatron_bvpo.sampling.asking.prompts import PromptBook
 from megatron_bvpo.sampling.asking.server_replies import choice_of, refusal_text
-from megatron_bvpo.sampling.samples import SAMPLES, Sample, SampleKey, write_shard
+from megatron_bvpo.sampling.samples import SAMPLES, Sample, SampleKey, write_shard, writing
 
 BATCH = "batch"
 RAW_TEMPLATE = "{{ messages[0]['content'] }}"
@@ -222,7 +222,8 @@ def batch_command(args: argparse.Namespace, asking: Asking, book: PromptBook, ro
         lines = read_batch(args.out, asking, book, run.account)
         lines.append(f"{run.account.count:,} of {progress.total:,} samples in {args.out}; {_next(args)}")
     else:
-        lines = write_batch(args.out, asking, book, _works(run, rounds))
+        with writing(args.out / BATCH):
+            lines = write_batch(args.out, asking, book, _works(run, rounds))
     for line in lines:
         print(line, file=sys.stderr)
     return 0

@@ -70,6 +70,10 @@ def unroll(arguments: list[str], known: Iterable[str]) -> list[str]:
     # those of the command line take their place.
     own = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
     prompts, given = (given[:own] or prompts), given[own:]
+    if not prompts and not {"-h", "--help"} & set(given):
+        raise UserError(
+            "is missing", file=file, field=PROMPTS, remedy="add `prompts: FILE`, or give the file behind this one"
+        )
     return [*prompts, *_flags(values), *given]
 
 

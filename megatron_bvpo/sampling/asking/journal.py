@@ -13,7 +13,16 @@ from pathlib import Path
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.judging.judge_items import FAILED_REQUEST
-from megatron_bvpo.sampling.samples import JOURNAL, JUDGEMENTS, SAMPLES, Judgement, Sample, read_journal, write_shard
+from megatron_bvpo.sampling.samples import (
+    JOURNAL,
+    JUDGEMENTS,
+    SAMPLES,
+    Judgement,
+    Sample,
+    read_journal,
+    write_shard,
+    writing,
+)
 
 # A journal ends at so many bytes or lines: what compacting it holds in memory.
 _BYTES = 32 * 2**20
@@ -24,11 +33,12 @@ class FolderLock:
     """Keeps a second `bvpo sample` out of a folder. The kernel lets go of it when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or nothing can be written there.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(folder / ".lock"):
+            self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -137,14 +147,7 @@ def compact(journal: Path) -> None:
     if not shard.exists():
         samples = list({sample.key: sample for sample in read_journal(journal)}.values())
         if samples:
-            try:
-                write_shard(shard, samples, Sample)
-            except OSError as error:
-                raise UserError(
-                    f"cannot be written: {error.strerror or error}",
-                    file=str(shard),
-                    remedy="make room and give the same command again",
-                ) from None
+            write_shard(shard, samples, Sample)
     journal.unlink()
 
 

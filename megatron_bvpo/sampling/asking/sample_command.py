@@ -232,9 +232,11 @@ def _judging(args: argparse.Namespace, book, progress, stack) -> tuple[Any, Any]
     try:
         judge = make_judge(args.judge, **{name: getattr(args, f"judge_{name}") for name in judge_command.OPTIONS})
     except UserError as error:
-        if error.field != "--with":
-            raise
-        raise UserError(error.message, field="--judge", remedy=error.remedy) from None
+        # The same options have other names here.
+        named = {"--with": "--judge"} | {f"--{name}": f"--judge_{name}" for name in judge_command.OPTIONS}
+        raise UserError(
+            error.message, file=error.file, field=named.get(error.field, error.field), remedy=error.remedy
+        ) from None
     stack.callback(judge.close)
     if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
         raise UserError("no prompt has an answer to compare with", field="--judge", remedy="give rows with `answer`")

@@ -1,5 +1,6 @@
 """What a judge is given, what it must be able to do, and what is said of answers that no judge need see."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,11 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("time_limit", 0), ("concurrency", 1), ("max_tokens", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # a NaN, too
                 raise UserError(f"must be {least} or more, found {getattr(self, name)}", field=f"--{name}")
+        for name in ("time_limit", "threshold"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise UserError(f"must be a finite number, found {getattr(self, name)}", field=f"--{name}")
 
     @property
     def processes(self) -> int:
