@@ -47,7 +47,7 @@ def sampled(tmp_path_factory) -> Path:
             asked = f"sample {name}.jsonl --out {name} --server {address} --model reasoner {how} --concurrency 64"
             bvpo(*asked.split(), *short, "--modes", *modes, cwd=home)
     for name in ("samples", "more"):
-        bvpo("judge", name, "--with", "megatron_bvpo.rehearsal.reasoner.judge:score", "--name", "gym", cwd=home)
+        bvpo("judge", name, "--with", "megatron_bvpo.sampling.judging.gym_judge:score", "--name", "gym", cwd=home)
     bvpo(*"pairs samples more --out pairs.jsonl --heldout 0.25".split(), cwd=home)
     return home
 

@@ -21,6 +21,7 @@ from megatron_bvpo.sampling.samples import (
     SampleKey,
     read_judgements,
     write_shard,
+    writing,
 )
 
 SHARD_ROWS = 4096
@@ -46,7 +47,8 @@ class JudgementFolder:
             raise UserError(f"{name!r} cannot name a judge: letters, digits, dots, dashes are expected", field="--name")
         self.samples, self.name = folder, name
         self.path = folder / JUDGEMENTS / name
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._hold()
         self._waiting: list[Judgement] = []
         self._written = time.monotonic()
@@ -99,7 +101,8 @@ class JudgementFolder:
         return sorted(self.path.glob("*.parquet"))
 
     def _hold(self):
-        lock = open(self.path / ".lock", "w")
+        with writing(self.path):
+            lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -113,8 +116,9 @@ class JudgementFolder:
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
         aside = self.path / f".{SETTINGS}.{os.getpid()}"
-        aside.write_text(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(aside, self.path / SETTINGS)
+        with writing(self.path / SETTINGS):
+            aside.write_text(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+            os.replace(aside, self.path / SETTINGS)
 
     def _compare(self, settings: dict[str, Any]) -> None:
         path = self.path / SETTINGS
