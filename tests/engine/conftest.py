@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,21 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "tests/engine/" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory) -> Path:
+    """The folder that `sample_and_pair` filled."""
+    from tests.engine.reasoner_pairs import sample_and_pair
+
+    home = tmp_path_factory.mktemp("vllm")
+    sample_and_pair(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained(sampled):
+    """The run on its pairs."""
+    from tests.engine.reasoner_pairs import train
+
+    return train(sampled)

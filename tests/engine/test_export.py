@@ -18,7 +18,7 @@ from tests.distributed import oracle_runs
 from tests.distributed.cells import run_cells
 from tests.distributed.hf_oracle import STREAMS, pair_of, read_rows, tokens
 from tests.distributed.test_saved_models import last_evaluation
-from tests.engine.test_vllm import bvpo
+from tests.engine.commands import bvpo
 from tests.engine.vllm_server import serving
 
 pytestmark = pytest.mark.slow
