@@ -22,17 +22,27 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def sampled(tmp_path_factory) -> Path:
-    """The folder that `sample_and_pair` filled."""
-    from tests.engine.reasoner_pairs import sample_and_pair
+    """A folder with judged samples of three modes in `samples`."""
+    from tests.engine import reasoner_pairs as way
 
-    home = tmp_path_factory.mktemp("vllm")
-    sample_and_pair(home)
+    home = tmp_path_factory.mktemp("sampled")
+    way.sample(home, "samples", way.PROMPTS, 5, "heldout", way.SAMPLES, way.MODES)
     return home
 
 
 @pytest.fixture(scope="session")
-def trained(sampled):
-    """The run on its pairs."""
+def paired(tmp_path_factory) -> Path:
+    """A folder with pairs.jsonl and pairs_heldout.jsonl."""
+    from tests.engine.reasoner_pairs import pairs
+
+    home = tmp_path_factory.mktemp("paired")
+    pairs(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained(paired):
+    """The run on the pairs."""
     from tests.engine.reasoner_pairs import train
 
-    return train(sampled)
+    return train(paired)

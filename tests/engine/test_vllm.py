@@ -1,4 +1,4 @@
-"""A real engine: 200 prompts are sampled in three modes, judged and paired; the pairs train their model."""
+"""A real engine: 200 prompts are sampled in three modes and judged; pairs of 2,000 in two modes train their model."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_accept_rates_are_the_recipe_s(sampled, mode):
 
 
 @pytest.mark.parametrize("stream", ["", "empty/"])
-def test_accuracy_on_held_out_pairs_rises(sampled, trained, stream):
-    rows = [json.loads(line) for line in (sampled / "pairs_heldout.jsonl").read_text().splitlines()]
+def test_accuracy_on_held_out_pairs_rises(paired, trained, stream):
+    rows = [json.loads(line) for line in (paired / "pairs_heldout.jsonl").read_text().splitlines()]
     field = "empty_response" if stream else "rejected_response"
     pairs = sum(field in row for row in rows)
     assert pairs >= 40, "too few to tell"
