@@ -116,7 +116,8 @@ def _evaluate(args: argparse.Namespace, datasets: list, asking, key: str | None,
                 return 128 + stopped.number
     found = scores_file.Scores(args.model, args.suite, _settings(args, asking, extra), scores, run.missing)
     path = scores_file.write(args.out, found)
-    print("\n".join(scores_file.table(scores)))
+    if scores:
+        print("\n".join(scores_file.table(scores)))
     for missing in run.missing:
         where = f"{missing.dataset} {missing.mode}" if missing.mode else missing.dataset
         print(f"missing: {where}: {missing.why}")

@@ -236,8 +236,9 @@ def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Question
             options["rubric"].write_text(dataset.rubric, "utf-8")
     try:
         book, bad = read_prompt_files([str(dataset.path)], dataset.limit)
-    except UserError as error:
-        raise Unavailable(str(error)) from None
+    except UserError as error:  # whose field is an option of `bvpo sample`
+        where = error.file or str(dataset.path)
+        raise Unavailable(str(UserError(error.message, file=where, line=error.line, remedy=error.remedy))) from None
     try:
         judge = make_judge(spec, **options)
     except UserError as error:

@@ -98,6 +98,10 @@ BAD = {
     "a damaged file": (["before/eval", "damaged.json"], "damaged.json: is damaged"),
     "a score that is no number": (["before/eval", "texts.json"], "is damaged: .*score of math_500 is '75'"),
     "nothing in common": (["before/eval", "aime.json"], "no dataset and mode with common questions"),
+    "numbers over scores": (
+        ["before/eval", "after/eval", "--json", "after/eval/scores.json"],
+        "--json: an evaluation is named so",
+    ),
     "no place for the numbers": (
         ["before/eval", "after/eval", "--json", "nowhere/x.json"],
         "--json: cannot be written",

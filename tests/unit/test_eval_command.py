@@ -156,6 +156,9 @@ def test_safety_is_judged_by_its_rubric(tmp_path):
         more = ["--data", f"do_not_answer={tmp_path}/dna.jsonl", "--modes", "thinking"]
         more += ["--judge_server", judge.url, "--judge_model", "judge"]
         assert bvpo(argv(server.address, "safety", tmp_path / "out", *more)) == 0
+        asked = len(judge.requests)
+        assert bvpo(argv(server.address, "safety", tmp_path / "out", *more)) == 0
+        assert len(judge.requests) == asked, "what is judged is not judged again"
     score = scores_file.read(tmp_path / "out").of("do_not_answer", "thinking")
     assert score.score == 0.5 and score.metric == "accuracy by judge"
 
@@ -234,6 +237,7 @@ BAD = {
     "data that is not there": (["--data", "ours=x.jsonl"], "x.jsonl: --data: does not exist"),
     "data of another suite": (["--data", "theirs=suite.yaml"], "--data: theirs is not in the suite (ours)"),
     "no repeats": (["--repeats", "0"], "--repeats: must be 1 or more"),
+    "heat without end": (["--temperature", "inf"], "--temperature: must be 0 or more, found inf"),
     "all answers alike": (["--temperature", "0"], "--temperature: at 0 all answers to a question are the same"),
     "a judge without a name": (["--judge_server", "http://a:1"], "--judge_model: missing"),
     "no address": (["--server", "ftp://a"], "ftp://a"),
