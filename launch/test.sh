@@ -10,7 +10,7 @@
 #                               Says what it left out and why. What has passed for these very files is not run again,
 #                               so a go that was stopped goes on where it was (.test-progress/ keeps the names).
 set -euo pipefail
-BVPO_EXTRAS="eval,rehearsal,test"
+BVPO_EXTRAS="evalscope,rehearsal,test"
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 bvpo_environment
 cd "$BVPO_ROOT"
