@@ -30,11 +30,11 @@ def check_requests(args: argparse.Namespace, number: str, of: str, counts: tuple
     least = dict.fromkeys((number, "max_tokens", "concurrency", "tries", "limit", *counts), 1)
     for name, low in (least | {"temperature": 0, "patience": 0}).items():
         value = getattr(args, name)
-        if value is not None and not value >= low:
+        if value is not None and not low <= value < math.inf:
             raise UserError(f"must be {low} or more, found {value}", field=f"--{name}")
     if not 0 < args.top_p <= 1:
         raise UserError(f"must be above 0 and at most 1, found {args.top_p}", field="--top_p")
-    if not args.timeout > 0:
+    if not 0 < args.timeout < math.inf:
         raise UserError(f"must be above 0, found {args.timeout}", field="--timeout")
     for name in ("temperature", "timeout"):
         if math.isinf(getattr(args, name)):
