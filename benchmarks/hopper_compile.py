@@ -28,11 +28,15 @@ def kernels() -> list[dict]:
     for dtype in ("bf16", "fp32"):
         for write in (True, False):
             # `columns` is not aligned: an odd vocabulary.
-            signature = f"*fp32 *fp32 *i64 *fp32 *{dtype} i32 i32 i32 i32"
+            signature = f"*fp32 *fp32 *i64 *fp32 *{dtype} *fp32 fp32 i32 i32 i32 i32"
             aligned = "logits_ptr exp_ptr logits_stride exp_stride"
             form = f"{dtype}, {'writes' if write else 'reads only'}"
-            found.append(build(k._exp_pass, form, signature, aligned, k.PASS_WARPS, BLOCK=k.PASS_BLOCK, WRITE=write))
-        signature = f"*fp32 *fp32 *i64 *fp32 *fp32 *{dtype} i32 i32 i32"
+            found.append(
+                build(
+                    k._exp_pass, form, signature, aligned, k.PASS_WARPS, BLOCK=k.PASS_BLOCK, WRITE=write, MOMENT=False
+                )
+            )
+        signature = f"*fp32 *fp32 *i64 *fp32 *fp32 *{dtype} fp32 i32 i32 i32"
         aligned = "logits_ptr grad_ptr columns logits_stride grad_stride"
         found.append(build(k._grad_pass, f"{dtype}, writes", signature, aligned, k.PASS_WARPS, BLOCK=k.PASS_BLOCK))
         signature = f"*fp32 *{dtype} *i64 *fp32 *fp32 *i64 *{dtype} i32 i32 i32 i32 i32"
@@ -52,12 +56,13 @@ def fused_kernels() -> list[dict]:
     blocks = [(f.TILE_TOKENS, depth), (f.TILE_ROWS, depth), (f.TILE_TOKENS, f.TILE_ROWS // 2)]
     descriptors = [f"tensordesc<bf16[{height},{width}]>" for height, width in blocks]
     found = []
-    for write in (True, False):
+    for write, moment in ((True, False), (False, False), (True, True), (False, True)):
         # Without products the descriptor of x stands in the place of the one that is not used.
-        signature = " ".join([*descriptors[:2], descriptors[2 if write else 0], "*fp32 *i64 *fp32 i32 i32 i32 i32"])
-        form = f"bf16, {'writes' if write else 'reads only'}"
-        options = dict(stages=f.STAGES, WRITE=write, **sizes)
-        aligned = "anchor_ptr local_ptr sums_ptr hidden"
+        rest = "*fp32 *i64 *fp32 *fp32 fp32 i32 i32 i32 i32"
+        signature = " ".join([*descriptors[:2], descriptors[2 if write else 0], rest])
+        form = f"bf16, {'writes' if write else 'reads only'}{', entropy' if moment else ''}"
+        options = dict(stages=f.STAGES, WRITE=write, MOMENT=moment, **sizes)
+        aligned = "anchor_ptr local_ptr sums_ptr moments_ptr hidden"
         found.append(build(f._exp_product, form, signature, aligned, f.WARPS, **options))
     signature, sizes = "*fp32 *fp32 i32 i32", dict(TILES=f.SUM_TILES, TOKENS=f.SUM_TOKENS)
     found.append(build(f._add_partial_sums, "fp32, reads only", signature, "sums_ptr s_ptr", 4, **sizes))

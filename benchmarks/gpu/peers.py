@@ -64,6 +64,11 @@ def ours_torch(**options):
     return ours(impl="torch", **options)
 
 
+def of_whole_logits(cross_entropy):
+    """ms-swift's own way: logits in the hidden states' dtype, then a cross-entropy (logits_NV, targets_N) → [N]."""
+    return lambda x, weight, targets: -cross_entropy(x @ weight.T, targets).float()
+
+
 def plain_torch():
     """Logits in bf16, cross-entropy in float32: three [N, V] tensors."""
     return lambda x, weight, targets: -F.cross_entropy((x @ weight.T).float(), targets, reduction="none")
@@ -139,13 +144,13 @@ def transformer_engine():
     def cross_entropy(logits_NV, targets_N):
         return function(logits_NV[:, None], targets_N[:, None], 0.0, False, group_of_one()).view(-1)
 
-    return ours(impl="te", cross_entropy=cross_entropy)
+    return of_whole_logits(cross_entropy)
 
 
 def megatron_native():
     """megatron-core's fused cross-entropy over whole logits: ms-swift's default, `cross_entropy_loss_fusion`."""
     function = attribute("megatron.core.fusions.fused_cross_entropy", "fused_vocab_parallel_cross_entropy")
-    return ours(impl="te", cross_entropy=lambda logits, targets: function(logits, targets, group_of_one()))
+    return of_whole_logits(lambda logits, targets: function(logits, targets, group_of_one()))
 
 
 def megatron_unfused():
@@ -160,7 +165,7 @@ def megatron_unfused():
         # In place on its argument, after Megatron's own cast to float32.
         return function(logits_NV.float()[:, None], targets_N[:, None]).view(-1)
 
-    return ours(impl="te", cross_entropy=cross_entropy)
+    return of_whole_logits(cross_entropy)
 
 
 def first(value):

@@ -4,8 +4,9 @@ The same functions as `torch_logprob.py`, which says what they compute. Logits n
 made them:
 
     acc        = x·Wᵀ of one output tile, bf16 factors through TMA, float32 in registers
-    epilogue   e = exp2(acc·log2 e - a·log2 e), 0 in the target's column and in rows that are padding;
-               Σ e of the tile's columns per token; e in bf16 where the second product needs it
+    epilogue   e = exp2((acc - a)·log2 e / T), 0 in the target's column and in rows that are padding;
+               Σ e of the tile's columns per token (and Σ e log e, for the entropy); e in bf16 where the second
+               product needs it
     products   = e·W      vendor's library, float32 out
 
 The anchor a is known before the product, so that the epilogue needs no running maximum and no second look. A program
@@ -28,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_bvpo.kernels.torch_logprob import add_product, operand, product
 from megatron_bvpo.kernels.triton_logprob import (
+    LOG2_E,
     finish_gradient,
     grad_logits,
     target_logits,
@@ -48,23 +50,26 @@ SUM_TILES, SUM_TOKENS = 32, 64  # of partial sums that one step of `_add_partial
 
 
 @triton.jit
-def _exp_tile(acc, first, rows, anchor, local, COLUMNS: tl.constexpr):
-    """exp(acc - anchor), 0 in the target's column and past the vocabulary. `anchor` in units of log 2."""
+def _exp_tile(acc, first, rows, anchor, unit, local, MOMENT: tl.constexpr, COLUMNS: tl.constexpr):
+    """(e = exp2(acc·unit - anchor), 0 in the target's column and past the vocabulary; Σ e; Σ e log2 e or 0)."""
     column = first + tl.arange(0, COLUMNS)
     left_out = (column[None, :] == local[:, None]) | (column[None, :] >= rows)
-    return tl.where(left_out, 0.0, tl.math.exp2(acc * 1.4426950408889634 - anchor[:, None]))
+    e = tl.where(left_out, 0.0, tl.math.exp2(acc * unit - anchor[:, None]))
+    total = tl.sum(e, axis=1)
+    # The logarithm again: the powers, kept, would cost registers that are not there.
+    return e, total, tl.sum(e * tl.math.log2(tl.maximum(e, 1e-37)), axis=1) if MOMENT else total
 
 
 @triton.jit(do_not_specialize=["n", "first_tile"])
 def _exp_product(
-    x_desc, weight_desc, exp_desc, anchor_ptr, local_ptr, sums_ptr,
+    x_desc, weight_desc, exp_desc, anchor_ptr, local_ptr, sums_ptr, moments_ptr, unit,
     n, rows, hidden, first_tile,
-    WRITE: tl.constexpr, WIDEN: tl.constexpr,
+    WRITE: tl.constexpr, MOMENT: tl.constexpr, WIDEN: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output tiles of exp(x·Wᵀ - a): their sums over the rows of W, and themselves if WRITE.
+    """Output tiles of exp2((x·Wᵀ - a)·unit): their sums over the rows of W, and themselves if WRITE.
 
-    `rows` of W from output tile `first_tile` of the vocabulary on; sums_ptr [tiles of the vocabulary, n].
+    `rows` of W from output tile `first_tile` of the vocabulary on; sums_ptr, moments_ptr [tiles of the vocabulary, n].
     """
     tiles_n = tl.cdiv(n, TOKENS)
     tiles_v = tl.cdiv(rows, ROWS)
@@ -83,20 +88,22 @@ def _exp_product(
                 weight = weight.to(tl.float32)
             acc = tl.dot(x, weight.T, acc, input_precision="ieee")
         token = first_token + tl.arange(0, TOKENS)
-        anchor = tl.load(anchor_ptr + token, mask=token < n, other=0.0) * 1.4426950408889634
+        anchor = tl.load(anchor_ptr + token, mask=token < n, other=0.0) * unit
         local = (tl.load(local_ptr + token, mask=token < n, other=-1) - first_tile * ROWS).to(tl.int32)
         # In two halves, which need half the registers and half the shared memory on the way out.
         left, right = tl.split(tl.permute(tl.reshape(acc, [TOKENS, 2, ROWS // 2]), [0, 2, 1]))
         column = tile_v * ROWS
-        left = _exp_tile(left, column, rows, anchor, local, ROWS // 2)
-        total = tl.sum(left, axis=1)  # at once: held until the end, it would cost registers that are not there
+        left, total, moment = _exp_tile(left, column, rows, anchor, unit, local, MOMENT, ROWS // 2)
         if WRITE:
             exp_desc.store([first_token, column], left.to(exp_desc.dtype))
-        right = _exp_tile(right, column + ROWS // 2, rows, anchor, local, ROWS // 2)
-        total += tl.sum(right, axis=1)
+        column += ROWS // 2
+        right, right_total, right_moment = _exp_tile(right, column, rows, anchor, unit, local, MOMENT, ROWS // 2)
         if WRITE:
-            exp_desc.store([first_token, column + ROWS // 2], right.to(exp_desc.dtype))
-        tl.store(sums_ptr + (first_tile + tile_v).to(tl.int64) * n + token, total, mask=token < n)
+            exp_desc.store([first_token, column], right.to(exp_desc.dtype))
+        offsets = (first_tile + tile_v).to(tl.int64) * n + token
+        tl.store(sums_ptr + offsets, total + right_total, mask=token < n)
+        if MOMENT:
+            tl.store(moments_ptr + offsets, moment + right_moment, mask=token < n)
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])
@@ -118,21 +125,25 @@ def sum_exp(
     local_n: torch.Tensor,
     anchor_n: torch.Tensor,
     *,
+    temperature: float,
     tile_vocab: int,
     with_products: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """s [n], and products [n, H] if asked for, over this rank's rows. One product, or two.
+    with_moment: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """s [n], and moment [n] and products [n, H] if asked for, over this rank's rows. One product, or two.
 
     `tile_vocab` bounds what `with_products` stores, in whole output tiles; without, nothing is stored and all rows go
     in one launch. The tensors must be fit for TMA (`obstacle`); rows of x that are not are copied.
     """
     n, rows = x_nH.shape[0], weight_VH.shape[0]
-    s_n = torch.zeros(n, dtype=torch.float32, device=x_nH.device)
+    new = functools.partial(torch.zeros, dtype=torch.float32, device=x_nH.device)
+    s_n, moment_n = new(n), new(n) if with_moment else None
     if n == 0 or rows == 0:  # a rank whose rows are all padding
-        return s_n, torch.zeros(x_nH.shape, dtype=torch.float32, device=x_nH.device) if with_products else None
+        return s_n, moment_n, new(x_nH.shape) if with_products else None
     x_nH = x_nH if tma_fits(x_nH) else x_nH.contiguous()
     tiles = triton.cdiv(rows, TILE_ROWS)
-    sums = torch.empty(tiles, n, dtype=torch.float32, device=x_nH.device)
+    sums = torch.empty(1 + with_moment, tiles, n, dtype=torch.float32, device=x_nH.device)
+    unit = LOG2_E / temperature
     step = max(tile_vocab // TILE_ROWS, 1) * TILE_ROWS if with_products else rows
     exp, products_nH = None, None
     if with_products:
@@ -140,18 +151,21 @@ def sum_exp(
     for start in range(0, rows, step):
         tile_vH = weight_VH[start : start + step]
         v = tile_vH.shape[0]
-        _launch(x_nH, tile_vH, local_n, anchor_n, sums, None if exp is None else exp[:, :v], start // TILE_ROWS)
+        _launch(x_nH, tile_vH, local_n, anchor_n, unit, sums, None if exp is None else exp[:, :v], start // TILE_ROWS)
         if products_nH is not None:
             add_product(products_nH, exp[:, :v], operand(tile_vH))
         elif with_products:
             products_nH = product(exp[:, :v], operand(tile_vH))
-    _add_partial_sums[(triton.cdiv(n, SUM_TOKENS),)](
-        sums, s_n, n, tiles, TILES=SUM_TILES, TOKENS=SUM_TOKENS, num_warps=4
-    )
-    return s_n, products_nH
+    for partial, out_n in zip(sums, (s_n, moment_n), strict=False):
+        _add_partial_sums[(triton.cdiv(n, SUM_TOKENS),)](
+            partial, out_n, n, tiles, TILES=SUM_TILES, TOKENS=SUM_TOKENS, num_warps=4
+        )
+    if moment_n is not None:
+        moment_n /= LOG2_E
+    return s_n, moment_n, products_nH
 
 
-def _launch(x_nH, tile_vH, local_n, anchor_n, sums, exp_nv, first_tile: int) -> None:
+def _launch(x_nH, tile_vH, local_n, anchor_n, unit: float, sums, exp_nv, first_tile: int) -> None:
     n, hidden = x_nH.shape
     rows = tile_vH.shape[0]
     depth = TILE_BYTES // x_nH.element_size()
@@ -161,9 +175,9 @@ def _launch(x_nH, tile_vH, local_n, anchor_n, sums, exp_nv, first_tile: int) -> 
     exp = TensorDescriptor.from_tensor(exp_nv, [TILE_TOKENS, TILE_ROWS // 2]) if write else x
     tiles = triton.cdiv(n, TILE_TOKENS) * triton.cdiv(rows, TILE_ROWS)
     _exp_product[(min(tiles, programs(x_nH.device)),)](
-        x, weight, exp, anchor_n, local_n, sums,
+        x, weight, exp, anchor_n, local_n, sums[0], sums[-1], unit,
         n, rows, hidden, first_tile,
-        WRITE=write, WIDEN=not x_nH.is_cuda,
+        WRITE=write, MOMENT=len(sums) > 1, WIDEN=not x_nH.is_cuda,
         TOKENS=TILE_TOKENS, ROWS=TILE_ROWS, DEPTH=depth, GROUP=GROUP, STAGES=STAGES,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import os
 import warnings
 from types import ModuleType
@@ -23,9 +24,8 @@ from megatron_bvpo.kernels import torch_logprob
 from megatron_bvpo.kernels.autograd import Plan, TargetLogps
 from megatron_bvpo.kernels.tensor_parallel import TensorParallel
 from megatron_bvpo.kernels.tile_sizes import choose_tiles
-from megatron_bvpo.kernels.vendor_logprob import CrossEntropy, vendor_logps
 
-IMPLS = ("auto", "torch", "triton", "fused", "te")
+IMPLS = ("auto", "torch", "triton", "fused")
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,9 +45,10 @@ def target_logps(
     tile_vocab: int | None = None,
     budget_bytes: int | None = None,
     shard: Shard | None = None,
-    cross_entropy: CrossEntropy | None = None,
-) -> torch.Tensor:
-    """log softmax(hidden · weightᵀ)[target] of every token, without the [N, V] logits.
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(hidden · weightᵀ / temperature)[target] of every token, without the [N, V] logits.
 
     Differentiable once in `hidden_NH`, and in `weight_VH` if it requires a gradient, for any upstream
     gradient per token. No grad: one product; frozen head: two, all in the forward pass, which keeps dlogp/dx
@@ -65,7 +66,6 @@ def target_logps(
         impl: "torch" (any device), "triton" (CUDA: the library's product, then one pass over float32 logits),
             "fused" (Hopper and newer: exponentials in the product's epilogue), or "auto": on CUDA fused for bf16
             where it can run, else triton where that can, else torch.
-            "te" is the stock way, for comparison: whole logits, then `cross_entropy`.
         vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
             no part. Default: all.
         block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from `budget_bytes` on a
@@ -73,11 +73,12 @@ def target_logps(
         budget_bytes: on a GPU, what a tile of logits may take (default 1 GiB, whatever is free: two runs are
             bit-identical).
         shard: what `vocabulary_shard` returned for this weight: sizes are not gathered again.
-        cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
-            `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
+        temperature: what the logits are divided by, a number above 0.
+        return_entropy: the entropy of each token's distribution too, of the same pass over the logits.
 
     Returns:
-        logps_N: [N] float32 (float64 for float64 inputs), whole and identical on every rank.
+        logps_N: [N] float32 (float64 for float64 inputs), whole and identical on every rank. With `return_entropy`
+        (logps_N, entropies_N): nats, [N] like logps_N, 0 for ignored tokens; it has no gradient.
 
     Tensor parallelism, against Megatron's `ColumnParallelLinear`: this function stands in place of that layer
     and of the vocabulary-parallel cross-entropy behind it, and does both of their reductions. The upstream
@@ -96,23 +97,14 @@ def target_logps(
     Source: MATH.md §4.
     """
     check_tensors(hidden_NH, weight_VH, targets_N)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"target_logps: temperature is {temperature}, expected a number above 0")
     hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
     tp = TensorParallel(tp_group, sequence_parallel)
     check_shapes(hidden_NH, weight_VH, targets_N, tp)
-    shard = shard or vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
+    shard = shard or find_shard(weight_VH, targets_N, vocab_size, tp)
     check_targets(targets_N, shard.vocab_size, ignore_index)
     passes = choose_passes(impl, hidden_NH, weight_VH)
-    if impl == "te":
-        check_cross_entropy(cross_entropy, shard)
-        return vendor_logps(
-            hidden_NH,
-            weight_VH,
-            targets_N,
-            tp=tp,
-            rows=shard.rows,
-            ignore_index=ignore_index,
-            cross_entropy=cross_entropy,
-        )
     if not torch.is_grad_enabled():  # autograd.Function would still see requires_grad, and compute gradients
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     frozen = hidden_NH.requires_grad and not weight_VH.requires_grad
@@ -132,13 +124,16 @@ def target_logps(
         first_row=shard.first_row,
         rows=shard.rows,
         ignore_index=ignore_index,
+        temperature=float(temperature),
+        entropy=return_entropy,
         **sizes,
     )
-    return TargetLogps.apply(hidden_NH, weight_VH, targets_N, plan)
+    logps_N, entropies_N = TargetLogps.apply(hidden_NH, weight_VH, targets_N, plan)
+    return (logps_N, entropies_N) if return_entropy else logps_N
 
 
 class Shard(NamedTuple):
-    """This rank's part of the vocabulary, and what all ranks hold together."""
+    """This rank's part of the vocabulary, and what all ranks hold together; from `vocabulary_shard`."""
 
     first_row: int  # vocabulary id of weight_VH[0]
     rows: int  # rows of weight_VH that are no padding
@@ -212,8 +207,21 @@ def check_shapes(hidden_NH, weight_VH, targets_N, tp: TensorParallel) -> None:
         )
 
 
-def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:
-    """The shards as the ranks report them (one small all-gather), so that nobody has to configure them."""
+def vocabulary_shard(
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> Shard:
+    """The shards as the ranks report them, for calls of `target_logps` with this weight that need not ask again.
+
+    One small all-gather over `tp_group`; arguments and errors are those of `target_logps`.
+    """
+    return find_shard(weight_VH, targets_N, vocab_size, TensorParallel(tp_group, False))
+
+
+def find_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:
     everyone = tp.gather_ints([weight_VH.shape[0], targets_N.shape[0]], weight_VH.device)
     sizes = [rows for rows, _ in everyone]
     tokens = [count for _, count in everyone]
@@ -242,20 +250,11 @@ def check_targets(targets_N, vocab_size: int, ignore_index: int) -> None:
         )
 
 
-def check_cross_entropy(cross_entropy, shard: Shard) -> None:
-    if cross_entropy is None:
-        raise ValueError("target_logps: impl 'te' needs cross_entropy=(logits_NV, targets_N) -> losses_N, got None")
-    if len(set(shard.sizes)) > 1:
-        raise ValueError(
-            f"target_logps: impl 'te' takes equal vocabulary shards only, got {shard.sizes} rows; use 'auto'"
-        )
-
-
 def choose_passes(impl: str, hidden_NH, weight_VH) -> ModuleType:
     """The module that runs the tiles: what was asked for, or the fastest that can take these tensors."""
     if impl not in IMPLS:
         raise ValueError(f"target_logps: impl {impl!r}, expected one of {IMPLS}")
-    if impl in ("torch", "te") or (impl == "auto" and not hidden_NH.is_cuda):
+    if impl == "torch" or (impl == "auto" and not hidden_NH.is_cuda):
         return torch_logprob
     for name in ("fused", "triton") if impl == "auto" else (impl,):
         obstacle = triton_obstacle(hidden_NH) or (name == "fused" and fused_obstacle(impl, hidden_NH, weight_VH))

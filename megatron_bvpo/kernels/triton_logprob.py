@@ -17,6 +17,8 @@ Importing this module needs Triton; running it needs CUDA tensors, or TRITON_INT
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -26,35 +28,44 @@ from megatron_bvpo.kernels.torch_logprob import add_product, operand, product, t
 
 PASS_BLOCK = 2048  # 40 registers a thread (sm_90, triton 3.6), so that 6 programs of 8 warps share a multiprocessor
 PASS_WARPS = 8
+LOG2_E = 1 / math.log(2)
 ROW_ALIGNMENT = 16  # elements; keeps rows of an odd vocabulary on 16-byte boundaries for both factors
 
 
 @triton.jit
 def _exp_pass(
     logits_ptr, anchor_ptr, local_ptr, s_ptr, exp_ptr,
+    moment_ptr, unit,
     first, columns, logits_stride, exp_stride,
-    WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE: tl.constexpr, MOMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: s += Σ exp(l - a) without the target's column, and exp(l - a), 0 there, if WRITE."""
+    """One row: s += Σ e with e = exp2((l - a)·unit), 0 in the target's column; e if WRITE, Σ e log2 e if MOMENT."""
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 from 14k tokens × 152k words on
     anchor = tl.load(anchor_ptr + row)
     target = tl.load(local_ptr + row) - first
     logits_ptr += row * logits_stride
     exp_ptr += row * exp_stride
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    moment = tl.zeros([BLOCK], dtype=tl.float32)
     # No mask on whole blocks: a bound that is no multiple of 16 would make every load and store a scalar one.
     whole = columns // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits_ptr + column)
-        value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
+        power = (tl.load(logits_ptr + column) - anchor) * unit
+        value = tl.where(column == target, 0.0, tl.math.exp2(power))
         total += value
+        if MOMENT:
+            moment += value * power
         if WRITE:
             tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty))
     column = whole + tl.arange(0, BLOCK)
     logit = tl.load(logits_ptr + column, mask=column < columns, other=float("-inf"))
-    value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
+    power = (logit - anchor) * unit
+    value = tl.where(column == target, 0.0, tl.math.exp2(power))
     total += value
+    if MOMENT:
+        moment += tl.where(column < columns, value * power, 0.0)
+        tl.store(moment_ptr + row, tl.load(moment_ptr + row) + tl.sum(moment, axis=0))
     if WRITE:
         tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty), mask=column < columns)
     tl.store(s_ptr + row, tl.load(s_ptr + row) + tl.sum(total, axis=0))
@@ -63,15 +74,15 @@ def _exp_pass(
 @triton.jit
 def _grad_pass(
     logits_ptr, anchor_ptr, local_ptr, scale_ptr, s_ptr, grad_ptr,
-    columns, logits_stride, grad_stride,
+    unit, columns, logits_stride, grad_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row: scale · exp(l - a), and -scale · s in the target's column."""
+    """One block of a row: scale · exp2((l - a)·unit), and -scale · s in the target's column."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(local_ptr + row)
     logit = tl.load(logits_ptr + row * logits_stride + column, mask=column < columns, other=float("-inf"))
-    value = tl.exp(logit - tl.load(anchor_ptr + row))
+    value = tl.math.exp2((logit - tl.load(anchor_ptr + row)) * unit)
     value = tl.where(column == target, -tl.load(s_ptr + row), value) * tl.load(scale_ptr + row)
     out = value.to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + row * grad_stride + column, out, mask=column < columns)
@@ -144,12 +155,15 @@ def sum_exp(
     local_n: torch.Tensor,
     anchor_n: torch.Tensor,
     *,
+    temperature: float,
     tile_vocab: int,
     with_products: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """s [n], and products [n, H] if asked for, over this rank's rows. One product, or two."""
+    with_moment: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """s [n], and moment [n] and products [n, H] if asked for, over this rank's rows. One product, or two."""
     n = x_nH.shape[0]
     s_n = torch.zeros(n, dtype=torch.float32, device=x_nH.device)
+    moment_n = torch.zeros_like(s_n) if with_moment else None
     products_nH = None
     x_nH = operand(x_nH)
     logits = tile_buffer(n, min(tile_vocab, weight_VH.shape[0]), torch.float32, x_nH.device)
@@ -161,9 +175,9 @@ def sum_exp(
         v = tile_vH.shape[0]
         product(x_nH, tile_vH.T, out=logits[:, :v])
         _exp_pass[(n,)](
-            logits, anchor_n, local_n, s_n, exp,
+            logits, anchor_n, local_n, s_n, exp, s_n if moment_n is None else moment_n, LOG2_E / temperature,
             start, v, logits.stride(0), exp.stride(0),
-            WRITE=with_products, BLOCK=_pass_block(v), num_warps=PASS_WARPS,
+            WRITE=with_products, MOMENT=with_moment, BLOCK=_pass_block(v), num_warps=PASS_WARPS,
         )  # fmt: skip
         if products_nH is not None:
             add_product(products_nH, exp[:, :v], tile_vH)
@@ -171,7 +185,9 @@ def sum_exp(
             products_nH = product(exp[:, :v], tile_vH)
     if with_products and products_nH is None:  # a rank whose rows are all padding
         products_nH = torch.zeros(x_nH.shape, dtype=torch.float32, device=x_nH.device)
-    return s_n, products_nH
+    if moment_n is not None:
+        moment_n /= LOG2_E
+    return s_n, moment_n, products_nH
 
 
 def finish_gradient(
@@ -202,6 +218,7 @@ def grad_logits(
     anchor_n: torch.Tensor,
     scale_n: torch.Tensor,
     s_n: torch.Tensor,
+    temperature: float,
 ) -> torch.Tensor:
     """scale·e_v for v ≠ t, -scale·s at the target, for one vocabulary tile. [n, v] in the operand dtype."""
     n, v = x_nH.shape[0], tile_vH.shape[0]
@@ -212,7 +229,7 @@ def grad_logits(
     block = _pass_block(v)
     _grad_pass[(n, triton.cdiv(v, block))](
         logits, anchor_n, local_n, scale_n, s_n, grad,
-        v, logits.stride(0), grad.stride(0),
+        LOG2_E / temperature, v, logits.stride(0), grad.stride(0),
         BLOCK=block, num_warps=PASS_WARPS,
     )  # fmt: skip
     return grad[:, :v]

@@ -298,3 +298,40 @@ def test_no_grad_equals_grad_bit_for_bit(impl):
     assert not plain.requires_grad
     for frozen in (True, False):
         assert torch.equal(plain, run(case, frozen=frozen, impl=impl, block_tokens=64, tile_vocab=128)[0])
+
+
+def softmax_at(case: Case, temperature: float):
+    """(logps, entropies, d hidden, d weight) in float64 by log_softmax, 0 for ignored tokens."""
+    hidden = case.hidden_NH.double().requires_grad_()
+    weight = case.weight_VH.double().requires_grad_()
+    all_logps = torch.log_softmax(hidden @ weight[: case.vocab_size].T / temperature, dim=1)
+    kept = case.targets_N != -100
+    logps = all_logps.gather(1, case.targets_N.clamp(min=0)[:, None]).squeeze(1) * kept
+    entropies = -(all_logps.exp() * all_logps).sum(1) * kept
+    grads = torch.autograd.grad(logps, (hidden, weight), case.upstream_N.double())
+    return logps.detach(), entropies.detach(), *grads
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # before the token is anchored anew
+def test_temperature_and_entropy(gpu_rounding, impl, dtype, temperature, frozen):
+    case = random_case(30, 24, 607, dtype, spread=2.0, padding=7)
+    case.hidden_NH[3] *= 60  # a token that is anchored at its row's maximum
+    case.targets_N[3] = 5
+    truth, true_entropy, true_hidden, true_weight = softmax_at(case, temperature)
+    assert truth[3] < -90
+    hidden = case.hidden_NH.detach().clone().requires_grad_()
+    weight = case.weight_VH.detach().clone().requires_grad_(not frozen)
+    options = dict(impl=impl, vocab_size=case.vocab_size, temperature=temperature, block_tokens=17, tile_vocab=300)
+    logps, entropy = target_logps(hidden, weight, case.targets_N, return_entropy=True, **options)
+    assert not entropy.requires_grad
+    assert (logps - truth).abs().max() <= logp_bound(dtype, truth)
+    assert (entropy - true_entropy).abs().max() <= 1e-5 * true_entropy.max()
+    logps.backward(case.upstream_N)
+    assert relative(hidden.grad, true_hidden) <= GRAD_BOUND[dtype]
+    assert frozen or relative(weight.grad, true_weight) <= GRAD_BOUND[dtype]
+    with torch.no_grad():  # the entropy costs logps no digit, nor does its absence
+        assert torch.equal(target_logps(hidden, weight, case.targets_N, **options), logps)

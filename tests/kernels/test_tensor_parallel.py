@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_bvpo.kernels import target_logps
 from tests.distributed.ranks import RankError, run_ranks
 
-from .cases import plain_torch, random_case, run
+from .cases import random_case, run
 from .error_bounds import allowed, in_units
 
 VOCAB = 237
@@ -85,50 +85,6 @@ def test_ranks_are_as_good_as_one(ranks, impl, dtype):
             for whole in [torch.cat(grad_hidden)] if sp else grad_hidden:
                 errors = in_units(case, (logps[0], whole, weight))
                 assert all(e <= b for e, b in zip(errors, bounds[frozen], strict=True)), (shards, frozen, sp, errors)
-
-
-def vendor(rank, world_size):
-    """impl="te" with Megatron's kind of vocabulary-parallel cross-entropy, written with autograd."""
-    from torch.distributed.nn.functional import all_reduce
-
-    case = vendor_case()
-    start = rank * 240 // world_size
-
-    def cross_entropy(logits_NV, targets_N):
-        total = all_reduce(logits_NV.exp().sum(1))
-        local = targets_N - start
-        own = (local >= 0) & (local < logits_NV.shape[1])
-        picked = logits_NV.gather(1, local.clamp(0, logits_NV.shape[1] - 1)[:, None]).squeeze(1) * own
-        return total.log() - all_reduce(picked)
-
-    results = {}
-    for sp in (False, True):
-        hidden = case.hidden_NH.chunk(world_size)[rank] if sp else case.hidden_NH
-        hidden = hidden.clone().requires_grad_()
-        weight = case.weight_VH.chunk(world_size)[rank]
-        logps = target_logps(
-            hidden, weight, case.targets_N, tp_group=dist.group.WORLD, sequence_parallel=sp,
-            impl="te", cross_entropy=cross_entropy,
-        )  # fmt: skip
-        # Unlike Megatron's, this all_reduce adds the ranks' (equal) upstream gradients in its backward.
-        logps.backward(case.upstream_N / world_size)
-        results[sp] = logps.detach(), hidden.grad
-    return results
-
-
-def vendor_case():
-    return random_case(24, 33, 240, ignored=0.3, device="cpu")
-
-
-def test_vendor_path_reduces_as_ours_does():
-    case = vendor_case()
-    bounds = allowed(case, plain_torch)
-    everyone = run_ranks(2, vendor)
-    for sp in (False, True):
-        logps, grad_hidden = zip(*(results[sp] for results in everyone), strict=True)
-        for whole in [torch.cat(grad_hidden)] if sp else grad_hidden:
-            errors = in_units(case, (logps[0], whole, None))
-            assert errors[0] <= bounds[0] and errors[1] <= bounds[1], (sp, errors, bounds)
 
 
 def different_counts(rank, world_size):

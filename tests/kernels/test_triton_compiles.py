@@ -37,18 +37,24 @@ def test_kernels_compile_for_hopper(version):
     passes = [row for row in found if row["kernel"] in ("_exp_pass", "_grad_pass")]
     products = [row for row in found if row["kernel"] == "_exp_product"]
     rows_of_h = [row for row in found if row["kernel"] in ("_target_logit", "_finish_gradient")]
-    assert len(found) == 13 and len(passes) == 6 and len(rows_of_h) == 4
+    assert len(found) == 15 and len(passes) == 6 and len(rows_of_h) == 4
     assert all(row["wide_loads"] for row in passes + rows_of_h), f"narrow loads: {found}"
     writers = [row for row in passes + rows_of_h if row["kernel"] != "_target_logit"]
     assert all(row["wide_stores"] == row["form"].endswith("writes") for row in writers), f"narrow stores: {found}"
-    assert not any(row["stack_bytes"] or row["local_bytes"] for row in found), f"spills: {found}"
+    # With entropies and with products: half the registers of one warp's row of e, which Triton 3.9 parks for a moment.
+    assert all(row["stack_bytes"] <= (64 if "writes, entropy" in row["form"] else 0) for row in found), (
+        f"spills: {found}"
+    )
+    assert not any(row["local_bytes"] for row in found), f"spills: {found}"
     assert all(row["registers"] <= MOST_REGISTERS for row in passes), f"registers: {found}"
     # One program of 8 warps on a multiprocessor: 256 registers a thread, 227 KiB of shared memory.
-    assert [row["form"] for row in products] == ["bf16, writes", "bf16, reads only"]
+    assert [row["form"] for row in products if "entropy" not in row["form"]] == ["bf16, writes", "bf16, reads only"]
     assert all(row["matrix_instructions"] == ["m64n256k16.f32.bf16.bf16"] for row in products), products
-    assert all(row["tma_loads"] and row["registers"] <= 240 for row in products), products
+    assert all(
+        row["tma_loads"] and row["registers"] <= (255 if "entropy" in row["form"] else 240) for row in products
+    ), products
     assert all(row["shared_bytes"] <= 227 * 1024 for row in products), products
-    assert [row["tma_stores"] for row in products] == [True, False], products
+    assert [row["tma_stores"] for row in products] == [True, False] * 2, products
 
 
 def another_triton(version: str) -> Path:
