@@ -80,7 +80,7 @@ class Task:
         U = c.trace_scale * rng.normal(size=self.shapes[1])
         M = 0.7 * rng.normal(size=self.shapes[2])
         self.theta_ref_P = np.concatenate([A.ravel(), U.ravel(), M.ravel()])
-        self.reward_XY = c.judge * rng.normal(size=(X, c.answers))
+        self.reward_XY = c.judge * rng.normal(size=(c.prompts, c.answers))
 
         trace_XR, _ = self._trace_logps(self.theta_ref_P[None])
         mean_phi_XQ = np.einsum("xr,xrq->xq", np.exp(trace_XR[0]), self.phi_XRQ)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_bvpo.gradients.weights import Grams
+from megatron_bvpo.gradients.grams import Grams
 from truth_bench.exact import _scores, _weights, truth
 from truth_bench.model import Array, Batch, Task
 
@@ -90,9 +90,7 @@ def sample_short(task: Task, short: Task, rng: np.random.Generator, batch: Batch
     return Batch(batch.x, batch.plus, batch.minus, plus, minus, batch.e_plus, batch.e_minus)
 
 
-def half_gradients(
-    task: Task, short: Task, theta_SP: Array, batch: Batch, short_batch: Batch, n_first: int
-) -> Array:
+def half_gradients(task: Task, short: Task, theta_SP: Array, batch: Batch, short_batch: Batch, n_first: int) -> Array:
     """Mean gradients [S, k, 2, P] of the halves."""
     trace, empty = task.half_gradients(theta_SP, batch, n_first)
     brief, _ = short.half_gradients(theta_SP, short_batch, n_first)

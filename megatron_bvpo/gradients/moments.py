@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_bvpo.gradients.grams import Grams, pairs_of
 from megatron_bvpo.gradients.shards import Slice
-from megatron_bvpo.gradients.weights import Grams, pairs_of
 
 # Elements a float64 copy is made of at a time: 32 MiB a copy.
 CHUNK = 1 << 22
@@ -106,9 +106,7 @@ def grams_of(sums: Sequence[float], counts: StreamCounts) -> Grams:
     """Gram matrices from the whole model's sums (`_sums`)."""
     streams = counts.streams
     gaps = len(pairs_of(streams[1:]))
-    noise = [
-        counts.factor(*names) * value for names, value in zip(pairs_of(streams), sums[gaps:], strict=True)
-    ]
+    noise = [counts.factor(*names) * value for names, value in zip(pairs_of(streams), sums[gaps:], strict=True)]
     return Grams.of_triangles(streams, noise, sums[:gaps])
 
 

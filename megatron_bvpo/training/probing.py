@@ -12,7 +12,7 @@ from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY
 from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
 from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass
-from megatron_bvpo.gradients.moments import HalfCounts, measure
+from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
     clear_expert_counters,
     has_router_losses,
@@ -37,7 +37,7 @@ class Probe:
     """How a step is measured: each micro-batch item's half, and how many pairs the halves hold."""
 
     halves: list[list[str]]
-    counts: HalfCounts
+    counts: StreamCounts
     split: bool
 
 
@@ -72,8 +72,9 @@ class ProbeMixin:
         halves = half_of_items(len(items), len(items[0]), rank=self.groups.dp_rank, ranks=self.groups.dp_size)
         counts = self._count_halves(items, halves)
         if not counts.usable:
+            trace, empty = counts.members.values()
             logger.warning_once(
-                f"Step {step + 1} cannot be a probe: its halves hold {counts.trace} trace and {counts.empty} empty "
+                f"Step {step + 1} cannot be a probe: its halves hold {trace} trace and {empty} empty "
                 f"pairs, and each needs one at least. alpha stays at {self.alpha:.2f} on such steps; a larger "
                 "--global_batch_size helps.",
                 hash_id="bvpo_no_probe",
@@ -82,7 +83,7 @@ class ProbeMixin:
         virtual = self.args.virtual_pipeline_model_parallel_size is not None
         return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=virtual))
 
-    def _count_halves(self, items: list[list], halves: list[list[str]]) -> HalfCounts:
+    def _count_halves(self, items: list[list], halves: list[list[str]]) -> StreamCounts:
         counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
         for batch, sides in zip(items, halves, strict=True):
             for item, side in zip(batch, sides, strict=True):
@@ -90,7 +91,8 @@ class ProbeMixin:
                     has = [key in row for key in ("chosen_input_ids", "empty_chosen_input_ids")]
                     counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * counts.new_tensor([*has, all(has)])
         dist.all_reduce(counts, group=self.groups.dp)
-        return HalfCounts(*map(tuple, counts.tolist()))
+        trace, empty, both = map(tuple, counts.tolist())
+        return StreamCounts({"trace": trace, "empty": empty}, {("trace", "empty"): both})
 
     def _four_passes(self, chunks: list[list[dict]], probe: Probe) -> Pass:
         """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""
@@ -100,7 +102,7 @@ class ProbeMixin:
         gradients, passes = {}, []
         with router_at_rest(configs):
             for stream in STREAMS:
-                for half, n in zip(HALVES, getattr(probe.counts, stream), strict=True):
+                for half, n in zip(HALVES, probe.counts.members[stream], strict=True):
                     weights = StreamWeights(**{s: 1 / n if s == stream else 0.0 for s in STREAMS})
                     self._zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
@@ -109,7 +111,8 @@ class ProbeMixin:
                     stays = last and not router_losses
                     gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
 
-        self.moments = measure(slices, gradients, probe.counts, get_current_device(), self.groups.world)
+        device = get_current_device()
+        self.moments = measure_grams(slices, gradients, probe.counts, device, self.groups.world).moments()
         weights = self._weights_of_passes(probe.counts)
         kept = KEPT_SHARDS
         own = weights.pop(("empty", "B")) if not router_losses else 1.0
@@ -128,7 +131,7 @@ class ProbeMixin:
         whole.sums = None if sums[0] is None else sum(sums)
         return whole
 
-    def _weights_of_passes(self, counts: HalfCounts) -> dict[tuple[str, str], float]:
+    def _weights_of_passes(self, counts: StreamCounts) -> dict[tuple[str, str], float]:
         """What each pass's mean gradient counts in the update: alpha of the stream, times the half's share of pairs."""
         return {
             (stream, half): weight * fraction
