@@ -14,7 +14,7 @@ from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.alpha import Moments
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass
-from megatron_bvpo.gradients.moments import HalfCounts, measure
+from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
     clear_expert_counters,
     has_router_losses,
@@ -36,7 +36,7 @@ class Probe:
     """How a step is measured: each micro-batch item's half, and how many pairs the halves hold."""
 
     halves: list[list[str]]
-    counts: HalfCounts
+    counts: StreamCounts
     split: bool
 
 
@@ -84,8 +84,9 @@ class Probes:
         halves = half_of_items(len(items), len(items[0]), rank=self.groups.dp_rank, ranks=self.groups.dp_size)
         counts = self._count_halves(items, halves)
         if not counts.usable:
+            trace, empty = counts.members.values()
             logger.warning_once(
-                f"Step {iteration + 1} cannot be a probe: its halves hold {counts.trace} trace and {counts.empty} "
+                f"Step {iteration + 1} cannot be a probe: its halves hold {trace} trace and {empty} "
                 f"empty pairs, and each needs one at least. alpha stays at {self.mixture.alpha:.2f} on such steps; a "
                 "larger --global_batch_size helps.",
                 hash_id="bvpo_no_probe",
@@ -93,7 +94,7 @@ class Probes:
             return None
         return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=self.virtual))
 
-    def _count_halves(self, items: list[list], halves: list[list[str]]) -> HalfCounts:
+    def _count_halves(self, items: list[list], halves: list[list[str]]) -> StreamCounts:
         counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
         for batch, sides in zip(items, halves, strict=True):
             for item, side in zip(batch, sides, strict=True):
@@ -101,7 +102,8 @@ class Probes:
                     has = [key in row for key in ("chosen_input_ids", "empty_chosen_input_ids")]
                     counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * counts.new_tensor([*has, all(has)])
         dist.all_reduce(counts, group=self.groups.dp)
-        return HalfCounts(*map(tuple, counts.tolist()))
+        trace, empty, both = map(tuple, counts.tolist())
+        return StreamCounts({"trace": trace, "empty": empty}, {("trace", "empty"): both})
 
     def run(self, chunks: list[list[dict]], probe: Probe) -> tuple[Pass, Moments]:
         """Stream × half, their finalised gradients kept apart, measured, and mixed with the weights as they are."""
@@ -110,7 +112,7 @@ class Probes:
         gradients, passes = {}, []
         with router_at_rest(self.router_configs):
             for stream in STREAMS:
-                for half, n in zip(HALVES, getattr(probe.counts, stream), strict=True):
+                for half, n in zip(HALVES, probe.counts.members[stream], strict=True):
                     self.zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
                     passes.append(self.passes.run(parts, {**NOTHING, stream: 1 / n}, forward_only=False))
@@ -118,7 +120,8 @@ class Probes:
                     stays = last and not router_losses
                     gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
 
-        moments = measure(slices, gradients, probe.counts, get_current_device(), self.groups.world)
+        grams = measure_grams(slices, gradients, probe.counts, get_current_device(), self.groups.world)
+        moments = grams.moments()
         weights = self._weights_of_passes(probe.counts)
         kept = KEPT_SHARDS
         own = weights.pop(("empty", "B")) if not router_losses else 1.0
@@ -133,7 +136,7 @@ class Probes:
         logger.info_once(f"A probe keeps {kept} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept")
         return _joined(passes), moments
 
-    def _weights_of_passes(self, counts: HalfCounts) -> dict[tuple[str, str], float]:
+    def _weights_of_passes(self, counts: StreamCounts) -> dict[tuple[str, str], float]:
         """What each pass's mean gradient counts in the update: its stream's weight, times the half's share of pairs."""
         return {
             (stream, half): weight * fraction

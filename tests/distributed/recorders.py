@@ -177,7 +177,7 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
                 done = stock(chunks, probe)
             self.config.finalize_model_grads_func = finalize
             if self.of_passes and dist.get_rank() == 0:
-                counts = {name: getattr(probe.counts, name) for name in ("trace", "empty", "both")}
+                counts = {**probe.counts.members, "both": probe.counts.shared["trace", "empty"]}
                 torch.save({"passes": self.of_passes, "counts": counts}, folder / "passes.pt")
             self.of_passes = None
             return done
@@ -196,19 +196,19 @@ def measure_and_learn(mixture):
     import megatron_bvpo.training.probing as probing
 
     def run(stock, chunks, probe):
-        measure = probing.measure
+        measure = probing.measure_grams
 
         def measure_first(*args, **kwargs):
-            moments = measure(*args, **kwargs)
-            mixture.estimator.update(moments)
+            grams = measure(*args, **kwargs)
+            mixture.estimator.update(grams.moments())
             mixture.alpha = mixture.estimator.alpha
-            return moments
+            return grams
 
-        probing.measure = measure_first
+        probing.measure_grams = measure_first
         try:
             return stock(chunks, probe)
         finally:
-            probing.measure = measure
+            probing.measure_grams = measure
 
     return run
 
