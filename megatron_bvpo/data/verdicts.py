@@ -11,7 +11,8 @@ from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.streams import DEFAULT, ORDER, TABLE
 
-# The field that says of a stream's single response whether it is right.
+# Losses of single responses (objective/unpaired.py), and the field that says of a stream's one whether it is right.
+UNPAIRED = ("kto", "apo_zero_unpaired")
 LABELS = {"trace": "label", "empty": "empty_label"}
 
 

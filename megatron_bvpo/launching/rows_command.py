@@ -9,6 +9,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import path_rules, start_checks
 from megatron_bvpo.launching.run_file import read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
+from megatron_bvpo.streams import DEFAULT, ORDER, in_order
 
 # What is carried over beside the columns of the one form: where a row came from. Not `answer`: in some forms that is
 # the response.
@@ -32,7 +33,10 @@ def add_command(commands) -> None:
         "  --overwrite         over a file that is there\n"
         "  --columns JSON      the file's column names to ms-swift's, as for a run\n"
         "  --bvpo_empty WHAT   strip (default), require or own, as for a run\n"
-        "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs",
+        "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs\n"
+        "  --bvpo_streams …    as for a run: trace empty (default), short, expert\n"
+        "  --loss_type kto     as for a run: single responses with a label; also apo_zero_unpaired\n"
+        "  --bvpo_gate hpt     as for a run; --bvpo_gate_threshold SHARE (default 0)",
     )
     parser.add_argument("given", metavar="RUN|FILE", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=run_command)
@@ -82,12 +86,18 @@ def _of_run(given: list[str]) -> list[str]:
 def _of_files(given: list[str]) -> list[str]:
     from megatron_bvpo.data.handover import FileReport, Reading, judged_rows
     from megatron_bvpo.data.scan import ScanReport
-    from megatron_bvpo.data.verdicts import RowRules, require_rows
+    from megatron_bvpo.data.verdicts import UNPAIRED, RowRules, require_rows
     from megatron_bvpo.data.whole_files import require_new_file, written_whole
 
     args = _file_options(given)
-    streams = RowRules.streams_for(_alpha(args.bvpo_alpha))
-    reading = Reading(RowRules(args.bvpo_empty, streams), start_checks.read_columns(args.columns))
+    weighed = RowRules.streams_for(_alpha(args.bvpo_alpha))
+    rules = RowRules(
+        args.bvpo_empty,
+        tuple(name for name in in_order(args.bvpo_streams) if name in weighed or name not in DEFAULT),
+        unpaired=args.loss_type in UNPAIRED,
+        gate_threshold=args.bvpo_gate_threshold if args.bvpo_gate == "hpt" else None,
+    )
+    reading = Reading(rules, start_checks.read_columns(args.columns))
     report = ScanReport()
     rows = (
         row
@@ -122,6 +132,10 @@ def _file_options(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--columns", default="{}")
     parser.add_argument("--bvpo_empty", default="strip")
     parser.add_argument("--bvpo_alpha", default="auto")
+    parser.add_argument("--bvpo_streams", nargs="+", default=DEFAULT, choices=ORDER)
+    parser.add_argument("--loss_type", default="sigmoid")
+    parser.add_argument("--bvpo_gate", default="none", choices=("none", "hpt"))
+    parser.add_argument("--bvpo_gate_threshold", type=float, default=0.0)
     return parser.parse_args(given)
 
 
