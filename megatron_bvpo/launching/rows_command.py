@@ -33,7 +33,9 @@ def add_command(commands) -> None:
         "  --columns JSON      the file's column names to ms-swift's, as for a run\n"
         "  --bvpo_empty WHAT   strip (default), require or own, as for a run\n"
         "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs\n"
-        "  --bvpo_streams …, --bvpo_gate hpt, --bvpo_gate_threshold γ: as for a run",
+        "  --bvpo_streams …    as for a run: trace empty (default), short, expert\n"
+        "  --loss_type kto     as for a run: single responses with a label; also apo_zero_unpaired\n"
+        "  --bvpo_gate hpt     as for a run; --bvpo_gate_threshold SHARE (default 0)",
     )
     parser.add_argument("given", metavar="RUN|FILE", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=run_command)
@@ -121,7 +123,7 @@ def _file_options(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--out")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--columns", default="{}")
-    for name in ("--bvpo_empty", "--bvpo_alpha", "--bvpo_gate", "--bvpo_gate_threshold"):
+    for name in ("--bvpo_empty", "--bvpo_alpha", "--bvpo_gate", "--bvpo_gate_threshold", "--loss_type"):
         parser.add_argument(name)
     parser.add_argument("--bvpo_streams", nargs="+")
     return parser.parse_args(given)
