@@ -179,7 +179,7 @@ def training_rows(size: Size) -> list[Row]:
         start = time.monotonic()
         task = Task(regime.task)
         L = smoothness(task, task.theta_ref_P)
-        settings = [("sgd", e / L, e) for e in size.sgd] + [("adam", lr, float("nan")) for lr in size.adam]
+        settings = [("sgd", e / L, e) for e in size.stream_sgd] + [("adam", size.adam[0], float("nan"))]
         for optimizer, lr, eta_L in settings:
             result = train_streams(regime, optimizer, lr, size.steps, size.seeds, seed=TRAINING_SEED)
             for g, arm in enumerate(result.arms):

@@ -66,12 +66,10 @@ def stream_arms() -> list[StreamArm]:
     return [
         StreamArm("trace", (1.0, 0.0, 0.0)),
         StreamArm("half empty", (0.5, 0.5, 0.0)),
-        StreamArm("half short", (0.5, 0.0, 0.5)),
         StreamArm("half, quarter, quarter", (0.5, 0.25, 0.25)),
         StreamArm("two auto", make=lambda: TwoByAlpha(**sgd)),
         StreamArm("two by Grams", make=lambda: ByGrams(("trace", "empty"), **sgd)),
         StreamArm("three auto", make=lambda: ByGrams(**sgd)),
-        StreamArm("three auto, kappa .1", make=lambda: ByGrams(**sgd | {"kappa": 0.1})),
         StreamArm("three auto, decay .97", make=lambda: ByGrams(**sgd, moment_decay=0.97)),
         StreamArm("three, not moved up", make=lambda: ByGrams(kind=NotMovedUp, **sgd)),
     ]

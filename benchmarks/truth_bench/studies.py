@@ -48,6 +48,7 @@ class Size:
     sgd: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     adam: tuple[float, ...] = (0.01, 0.03)
     fresh: tuple[tuple[int, int], ...] = ((0, 8), (1, 4), (2, 4))
+    stream_sgd: tuple[float, ...] = (0.03, 0.3, 1.0)
 
 
 QUICK = Size(
@@ -61,6 +62,7 @@ QUICK = Size(
     sgd=(0.3,),
     adam=(0.01,),
     fresh=((0, 2), (1, 2)),
+    stream_sgd=(0.3,),
 )
 
 
