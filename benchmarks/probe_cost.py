@@ -66,17 +66,18 @@ def alternate(base, folder, interval: int):
         def train_step(self, *args):
             self.times = getattr(self, "times", [])
             fixed = self.state.iteration // interval % 2 == 0 and self.state.iteration >= interval
-            estimator = self.estimator
+            estimator = self.mixture.estimator
+            probes = estimator.probes
             if fixed:
-                self.estimator = None
+                self.mixture.estimator = None
             try:
                 _wait()
                 start = time.perf_counter()
                 found = super().train_step(*args)
                 _wait()
-                self.times.append((time.perf_counter() - start, self.moments is not None))
+                self.times.append((time.perf_counter() - start, estimator.probes > probes))
             finally:
-                self.estimator = estimator
+                self.mixture.estimator = estimator
             return found
 
         def finalize_training(self):

@@ -278,10 +278,10 @@ def _count_responses_only(inputs, responses: int):
 
 
 def _lost_when_judged(inputs) -> list[tuple[str, str]]:
-    """The empty pair of a stream's row that was judged as it was read and keeps its trace pair alone."""
+    """What a row lost that was judged as it was read."""
     said = inputs.get(VERDICT_KEY) if isinstance(inputs, dict) else None
     verdict = RowVerdict.from_json(said) if said else None
-    return [("empty", verdict.decisive.reason)] if verdict and verdict.problems else []
+    return [(stream, problem.reason) for stream, problem in verdict.lost.items()] if verdict else []
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:

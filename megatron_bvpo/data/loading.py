@@ -21,6 +21,9 @@ from megatron_bvpo.data.handover import (
     LIST_COLUMNS,
     OBJECT_COLUMNS,
     SOURCE_KEY,
+    STREAM_COLUMNS,
+    TYPES,
+    VALUE_COLUMNS,
     VERDICT_KEY,
     FileReport,
     Reading,
@@ -31,11 +34,16 @@ from megatron_bvpo.data.rows import RowProblem, RowVerdict, require_rows
 
 # Columns of ours that ms-swift must not drop as unknown.
 PACKED_KEY = "bvpo_packed"
-OUR_COLUMNS = ("empty_response", "empty_rejected_response", SOURCE_KEY, VERDICT_KEY, ROW_KEY, PACKED_KEY)
+OUR_COLUMNS = (*STREAM_COLUMNS, *VALUE_COLUMNS, SOURCE_KEY, VERDICT_KEY, ROW_KEY, PACKED_KEY)
+
+
+def _value(name: str) -> Value:
+    return Value(TYPES.get(name, "string"))
+
 
 FEATURES = Features(
     {
-        name: List(Json()) if name in LIST_COLUMNS else Json() if name in OBJECT_COLUMNS else Value("string")
+        name: List(Json()) if name in LIST_COLUMNS else Json() if name in OBJECT_COLUMNS else _value(name)
         for name in COLUMNS
     }
 )
@@ -186,7 +194,7 @@ def with_sources(dataset):
 def _lost(reason: str, detail: str) -> dict[str, Any]:
     """What stands for a row that could not be loaded."""
     problem = RowProblem("row", reason, "mend the row or leave it out", found=detail)
-    return {VERDICT_KEY: RowVerdict(False, False, None, (problem,)).to_json()}
+    return {VERDICT_KEY: RowVerdict(problems=(problem,)).to_json()}
 
 
 def length_lines(lengths: Iterable[list[int]], streams: tuple[str, ...]) -> list[str]:

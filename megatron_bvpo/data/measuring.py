@@ -15,8 +15,8 @@ from megatron_bvpo.data.batches import ROW_KEY, row_in_words
 from megatron_bvpo.data.loading import cells
 from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.pair_checks import Account, Loss
-from megatron_bvpo.data.verdicts import STREAMS
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.streams import ORDER
 
 ACCOUNT_COLUMN = "bvpo_account"
 # Raise it when rows are encoded or judged in another way: the pass may be read from a cache on disk.
@@ -24,7 +24,7 @@ _VERSION = 2
 
 
 def _by_stream() -> dict[str, Counter[str]]:
-    return {stream: Counter() for stream in STREAMS}
+    return {stream: Counter() for stream in ORDER}
 
 
 @dataclass
@@ -62,9 +62,9 @@ class MeasuredRows:
     def lines(self) -> list[str]:
         """The account for a log; nothing where nothing was lost or cut."""
         lines = [
-            f"{stream} stream: {self.cut[stream]} pairs cut to --max_length." for stream in STREAMS if self.cut[stream]
+            f"{stream} stream: {self.cut[stream]} pairs cut to --max_length." for stream in ORDER if self.cut[stream]
         ]
-        for stream in STREAMS:
+        for stream in ORDER:
             if lost := self.lost[stream].total():
                 left = self.pairs[stream]
                 lines.append(f"{stream} stream: {left + lost} pairs encoded, {left} left and {lost} lost.")

@@ -10,10 +10,9 @@ from megatron_bvpo.launching import path_rules, start_checks
 from megatron_bvpo.launching.run_file import read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
 
-# What is carried over beside the columns of the one form: fields of further streams, and where a row came from. Not
-# `answer`: in some forms that is the response.
-CARRIED = ("short_response", "short_rejected_response", "expert_response")
-CARRIED += ("accept_rate", "empty_accept_rate", "short_accept_rate", "prompt_id", "judge", "numbers", "folders")
+# What is carried over beside the columns of the one form: where a row came from. Not `answer`: in some forms that is
+# the response.
+CARRIED = ("empty_accept_rate", "short_accept_rate", "prompt_id", "judge", "numbers", "folders")
 _OURS = ("bvpo_source", "bvpo_verdict")
 _RUNS = (".yaml", ".yml")
 

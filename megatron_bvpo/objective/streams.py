@@ -8,6 +8,7 @@ weigh a pair by the company it was packed with.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -18,28 +19,14 @@ from megatron_bvpo.objective.preference import PairLogps, PairLosses
 STREAMS = ("trace", "empty")
 
 
-@dataclass(frozen=True)
-class PairCounts:
-    """Number of pairs of each stream in the global batch: N_t and N_e (weights of 0 do not count)."""
+def mixing_factors(weights: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    """Factor of each stream's **sum** of pair losses in the mixed loss: weight/N, or 0 without pairs in this batch.
 
-    trace: float
-    empty: float
-
-
-@dataclass(frozen=True)
-class StreamWeights:
-    """Factor of each stream's **sum** of pair losses in the mixed loss."""
-
-    trace: float
-    empty: float
-
-
-def mixing_weights(alpha: float, counts: PairCounts) -> StreamWeights:
-    """w_t = alpha/N_t and w_e = (1 − alpha)/N_e; a stream without pairs in this batch gets 0."""
-    return StreamWeights(
-        trace=alpha / counts.trace if counts.trace else 0.0,
-        empty=(1 - alpha) / counts.empty if counts.empty else 0.0,
-    )
+    Args:
+        weights: each stream's.
+        counts: N_s, pairs of each stream in the global batch; pairs of weight 0 do not count.
+    """
+    return {name: weight / counts[name] if counts[name] else 0.0 for name, weight in weights.items()}
 
 
 @dataclass
@@ -87,16 +74,17 @@ class StreamSums:
         return torch.stack([getattr(self, f.name).detach().double() for f in fields(self)])
 
 
-def stream_metrics(trace: StreamSums, empty: StreamSums, alpha: float, *, rpo: bool) -> dict[str, tuple]:
+def stream_metrics(
+    trace: StreamSums, empty: StreamSums, weights: Mapping[str, float], *, rpo: bool
+) -> dict[str, tuple]:
     """Log names to (sum, count); the trace stream keeps ms-swift's DPO names, the empty one adds `empty/`.
 
-    `loss` is L_c of these pairs at `alpha`. A stream without pairs reports nothing.
+    `loss` is L_c of these pairs at `weights`. A stream without pairs reports nothing.
     """
     metrics: dict[str, tuple] = {}
     means = {name: s.loss / s.pairs for name, s in (("trace", trace), ("empty", empty)) if s.pairs > 0}
     if means:
-        weight = {"trace": alpha, "empty": 1 - alpha}
-        metrics["loss"] = (sum(weight[name] * mean for name, mean in means.items()), 1)
+        metrics["loss"] = (sum(weights[name] * mean for name, mean in means.items()), 1)
     for name, sums, prefix in (("trace", trace, ""), ("empty", empty, "empty/")):
         if name not in means:
             continue

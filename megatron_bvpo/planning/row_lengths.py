@@ -9,7 +9,7 @@ from typing import Any
 from megatron_bvpo.data.empty_trace import strip_answer
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import has_empty_pair_alone
+from megatron_bvpo.data.row_shape import has_no_trace_responses
 from megatron_bvpo.data.verdicts import RowRules
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning.settings import RunSettings
@@ -69,7 +69,7 @@ def _encoder(model: str):
 def _sequences(row: dict[str, Any], streams: tuple[str, ...]) -> list[list[str]]:
     """The texts of each sequence: prompt messages and a response."""
     messages = [str(message["content"]) for message in row["messages"]]
-    if has_empty_pair_alone(row):
+    if has_no_trace_responses(row):
         return [[*messages, row[name]] for name in ("empty_response", "empty_rejected_response")]
     prompt, chosen = messages[:-1], messages[-1]
     rejected = row["rejected_response"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from swift.utils import get_current_device, get_logger
 
 from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY
 from megatron_bvpo.gradients import shards
-from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
+from megatron_bvpo.gradients.alpha import Moments
+from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass
 from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
@@ -18,18 +20,15 @@ from megatron_bvpo.host.router import (
     has_router_losses,
     router_at_rest,
 )
-from megatron_bvpo.objective.streams import STREAMS, StreamWeights
-from megatron_bvpo.training.passes import Pass
+from megatron_bvpo.objective.streams import STREAMS
+from megatron_bvpo.training.mixture import FIRST_PROBES, Mixture
+from megatron_bvpo.training.passes import NOTHING, Pass, Passes
 
 logger = get_logger()
 
-# Every step measures until there is evidence for an alpha.
-FIRST_PROBES = 8
 # Copies of a rank's gradient shard that a probe keeps: of its four passes the last one's stays in the buffers.
-# One more where the router has losses of its own (`_four_passes`).
+# One more where the router has losses of its own (`Probes.run`).
 KEPT_SHARDS = 3
-# Beyond these the other stream costs more than it gives.
-LOPSIDED = (0.05, 0.95)
 
 
 @dataclass
@@ -41,28 +40,41 @@ class Probe:
     split: bool
 
 
-class ProbeMixin:
-    """Goes in front of the trainer; uses its passes, groups and configuration."""
+class Probes:
+    """Measures a step's gradients by stream and half, and leaves their mixture in Megatron's buffers.
 
-    def _start_alpha(self) -> None:
-        config = self.bvpo
-        self.estimator = None
-        if config.alpha is None:
-            self.estimator = AlphaEstimator(
-                prior=config.alpha_prior,
-                criterion=config.criterion,
-                kappa=config.kappa,
-                moment_decay=config.moment_decay,
-            )
-        self.alpha = config.alpha_prior if config.alpha is None else config.alpha
-        self.moments: Moments | None = None  # of this step, if it was a probe
+    Args:
+        mixture: what is learnt, and with what a step is mixed.
+        passes: run the micro-batches.
+        models: this rank's wrapped model chunks.
+        groups: process groups.
+        router_configs: configurations of the model's routers.
+        collate: rows → a micro-batch.
+        zero_gradients: clears Megatron's buffers.
+        interval: steps between two probes.
+        virtual: the pipeline has virtual stages.
+    """
 
-    # ---- a probe
+    def __init__(
+        self,
+        mixture: Mixture,
+        passes: Passes,
+        models: list,
+        groups: ParallelGroups,
+        *,
+        router_configs: list,
+        collate: Callable,
+        zero_gradients: Callable[[], None],
+        interval: int,
+        virtual: bool,
+    ):
+        self.mixture, self.passes, self.models, self.groups = mixture, passes, models, groups
+        self.router_configs, self.collate, self.zero_gradients = router_configs, collate, zero_gradients
+        self.interval, self.virtual = interval, virtual
 
-    def _plan_probe(self, batches: list[dict]) -> Probe | None:
-        """The step's halves, or None: not a probe, or the batch is too small to be halved."""
-        step = self.state.iteration
-        if self.estimator is None or (step >= FIRST_PROBES and step % self.bvpo.probe_interval):
+    def plan(self, batches: list[dict], iteration: int) -> Probe | None:
+        """The halves of the step behind `iteration`, or None: no probe, or the batch is too small to be halved."""
+        if self.mixture.estimator is None or (iteration >= FIRST_PROBES and iteration % self.interval):
             return None
         items = [batch[ITEMS_KEY] for batch in batches]
         # The last batch of a stream can be short, and on one rank only.
@@ -74,14 +86,13 @@ class ProbeMixin:
         if not counts.usable:
             trace, empty = counts.members.values()
             logger.warning_once(
-                f"Step {step + 1} cannot be a probe: its halves hold {trace} trace and {empty} empty "
-                f"pairs, and each needs one at least. alpha stays at {self.alpha:.2f} on such steps; a larger "
-                "--global_batch_size helps.",
+                f"Step {iteration + 1} cannot be a probe: its halves hold {trace} trace and {empty} "
+                f"empty pairs, and each needs one at least. alpha stays at {self.mixture.alpha:.2f} on such steps; a "
+                "larger --global_batch_size helps.",
                 hash_id="bvpo_no_probe",
             )
             return None
-        virtual = self.args.virtual_pipeline_model_parallel_size is not None
-        return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=virtual))
+        return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=self.virtual))
 
     def _count_halves(self, items: list[list], halves: list[list[str]]) -> StreamCounts:
         counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
@@ -94,83 +105,54 @@ class ProbeMixin:
         trace, empty, both = map(tuple, counts.tolist())
         return StreamCounts({"trace": trace, "empty": empty}, {("trace", "empty"): both})
 
-    def _four_passes(self, chunks: list[list[dict]], probe: Probe) -> Pass:
-        """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""
-        slices = shards.gradient_slices(self.wrapped_models, tp_rank=self.groups.tp_rank)
-        configs = self._router_configs
-        router_losses = has_router_losses(configs)
+    def run(self, chunks: list[list[dict]], probe: Probe) -> tuple[Pass, Moments]:
+        """Stream × half, their finalised gradients kept apart, measured, and mixed with the weights as they are."""
+        slices = shards.gradient_slices(self.models, tp_rank=self.groups.tp_rank)
+        router_losses = has_router_losses(self.router_configs)
         gradients, passes = {}, []
-        with router_at_rest(configs):
+        with router_at_rest(self.router_configs):
             for stream in STREAMS:
                 for half, n in zip(HALVES, probe.counts.members[stream], strict=True):
-                    weights = StreamWeights(**{s: 1 / n if s == stream else 0.0 for s in STREAMS})
-                    self._zero_gradients()
+                    self.zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
-                    passes.append(self._run_pass(parts, weights, forward_only=False))
+                    passes.append(self.passes.run(parts, {**NOTHING, stream: 1 / n}, forward_only=False))
                     last = len(passes) == len(STREAMS) * len(HALVES)
                     stays = last and not router_losses
                     gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
 
-        device = get_current_device()
-        self.moments = measure_grams(slices, gradients, probe.counts, device, self.groups.world).moments()
+        grams = measure_grams(slices, gradients, probe.counts, get_current_device(), self.groups.world)
+        moments = grams.moments()
         weights = self._weights_of_passes(probe.counts)
         kept = KEPT_SHARDS
         own = weights.pop(("empty", "B")) if not router_losses else 1.0
         if router_losses:
             # They enter the update once, as a one-pass step has them: from both streams' tokens together.
             kept += 1
-            clear_expert_counters(self.unwrapped_models)
-            self._zero_gradients()
-            self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=False)
+            clear_expert_counters(self.models)
+            self.zero_gradients()
+            self.passes.run(chunks, forward_only=False)
         shards.mix_in(slices, own, [(weight, gradients[key]) for key, weight in weights.items()])
         held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * kept / 2**30
         logger.info_once(f"A probe keeps {kept} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept")
-
-        sums = [done.sums for done in passes]
-        whole = Pass(StreamWeights(0.0, 0.0), 1.0, [row for done in passes for row in done.bad_rows])
-        whole.sums = None if sums[0] is None else sum(sums)
-        return whole
+        return _joined(passes), moments
 
     def _weights_of_passes(self, counts: StreamCounts) -> dict[tuple[str, str], float]:
-        """What each pass's mean gradient counts in the update: alpha of the stream, times the half's share of pairs."""
+        """What each pass's mean gradient counts in the update: its stream's weight, times the half's share of pairs."""
         return {
             (stream, half): weight * fraction
-            for stream, weight in (("trace", self.alpha), ("empty", 1 - self.alpha))
+            for stream, weight in self.mixture.weights.items()
             for half, fraction in zip(HALVES, counts.fractions(stream), strict=True)
         }
 
     def _batches_of_pass(self, batches: list[dict], probe: Probe, stream: str, half: str) -> list[dict]:
         items = [batch[ITEMS_KEY] for batch in batches]
         rows = rows_of_pass(items, probe.halves, stream, half, split=probe.split)
-        return [self.data_collator(batch) for batch in rows]
+        return [self.collate(batch) for batch in rows]
 
-    def _learn_alpha(self, moments: Moments) -> None:
-        ignored = self.estimator.ignored
-        self.estimator.update(moments)
-        if self.estimator.ignored > ignored:
-            logger.warning(f"The probe at step {self.state.iteration + 1} is ignored: {self.estimator.last_ignored}.")
-        self.alpha = self.estimator.alpha
-        low, high = LOPSIDED
-        if self.estimator.probes >= 2 * FIRST_PROBES and not low <= self.alpha <= high:
-            stream = "empty" if self.alpha > high else "trace"
-            logger.warning_once(
-                f"alpha is {self.alpha:.2f}: the {stream} stream costs a forward and a backward pass and hardly "
-                f"counts. Consider --bvpo_alpha {round(self.alpha)}, which does not run it.",
-                hash_id="bvpo_lopsided_alpha",
-            )
 
-    def _probe_metrics(self, moments: Moments) -> dict[str, tuple]:
-        found = {f"moments/{name}": (getattr(moments, name), 1) for name in ("D", "X", "W", "V_t")}
-        found["alpha/stderr"] = (self.estimator.stderr, 1)
-        for name, end in zip(("alpha/low", "alpha/high"), self.estimator.band, strict=True):
-            found[name] = (end, 1)
-        predicted = self.estimator.predicted_mse()
-        if predicted is not None:
-            for name in ("trace_only", "empty_only", "half", "chosen"):
-                found[f"mse/{name}"] = (getattr(predicted, name), 1)
-        return found
-
-    def finalize_training(self):
-        super().finalize_training()
-        if self.estimator is not None:
-            logger.info(self.estimator.summary())
+def _joined(passes: list[Pass]) -> Pass:
+    """What the passes of one step found, as if they were one."""
+    whole = Pass(NOTHING, 1.0, [row for done in passes for row in done.bad_rows])
+    sums = [done.sums for done in passes]
+    whole.sums = None if sums[0] is None else sum(sums)
+    return whole
