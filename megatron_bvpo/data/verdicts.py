@@ -246,6 +246,21 @@ class RowTally:
             ),
         ]
 
+    def empty_line(self) -> str | None:
+        """Where the empty stream's answers come from, in shares of the kept rows; None without any row."""
+        if not self.kept:
+            return None
+        absent = self.kept - self.own - self.stripped
+        shares = ((self.own, "own answers"), (self.stripped, "stripped ones"), (absent, "none"))
+        line = f"empty stream: of {_count(self.kept, 'row')} "
+        line += ", ".join(f"{100 * number / self.kept:.0f} % have {what}" for number, what in shares) + "."
+        if self.stripped:
+            line += (
+                " A stripped answer was written behind a trace: another distribution than the paper's, whose answers "
+                "without a trace were generated and ranked for themselves."
+            )
+        return line
+
     def _noun(self, stream: str) -> str:
         return member_of(stream, unpaired=self.right is not None)
 

@@ -9,7 +9,6 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching import path_rules, start_checks
 from megatron_bvpo.launching.run_file import read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
-from megatron_bvpo.streams import DEFAULT, ORDER, in_order
 
 # What is carried over beside the columns of the one form: where a row came from. Not `answer`: in some forms that is
 # the response.
@@ -86,18 +85,12 @@ def _of_run(given: list[str]) -> list[str]:
 def _of_files(given: list[str]) -> list[str]:
     from megatron_bvpo.data.handover import FileReport, Reading, judged_rows
     from megatron_bvpo.data.scan import ScanReport
-    from megatron_bvpo.data.verdicts import UNPAIRED, RowRules, require_rows
+    from megatron_bvpo.data.verdicts import require_rows
     from megatron_bvpo.data.whole_files import require_new_file, written_whole
+    from megatron_bvpo.launching.stream_flags import rules_of_command
 
     args = _file_options(given)
-    weighed = RowRules.streams_for(_alpha(args.bvpo_alpha))
-    rules = RowRules(
-        args.bvpo_empty,
-        tuple(name for name in in_order(args.bvpo_streams) if name in weighed or name not in DEFAULT),
-        unpaired=args.loss_type in UNPAIRED,
-        gate_threshold=args.bvpo_gate_threshold if args.bvpo_gate == "hpt" else None,
-    )
-    reading = Reading(rules, start_checks.read_columns(args.columns))
+    reading = Reading(rules_of_command(given), start_checks.read_columns(args.columns))
     report = ScanReport()
     rows = (
         row
@@ -130,25 +123,10 @@ def _file_options(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--out")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--columns", default="{}")
-    parser.add_argument("--bvpo_empty", default="strip")
-    parser.add_argument("--bvpo_alpha", default="auto")
-    parser.add_argument("--bvpo_streams", nargs="+", default=DEFAULT, choices=ORDER)
-    parser.add_argument("--loss_type", default="sigmoid")
-    parser.add_argument("--bvpo_gate", default="none", choices=("none", "hpt"))
-    parser.add_argument("--bvpo_gate_threshold", type=float, default=0.0)
+    for name in ("--bvpo_empty", "--bvpo_alpha", "--bvpo_gate", "--bvpo_gate_threshold", "--loss_type"):
+        parser.add_argument(name)
+    parser.add_argument("--bvpo_streams", nargs="+")
     return parser.parse_args(given)
-
-
-def _alpha(text: str) -> float | str:
-    if text.lower() == "auto":
-        return "auto"
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UserError(f"expected auto or a number from 0 to 1, found {text!r}", field="--bvpo_alpha")
-    return value
 
 
 def _files(given: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.streams import PairCounts, StreamSums, mixing_weights, stream_metrics
+from megatron_bvpo.objective.streams import StreamSums, mixing_factors, stream_metrics
 
 PAIRS = 64
 
@@ -220,11 +220,15 @@ def test_weights_and_metrics_are_means_over_pairs():
     # The last pair of the empty stream only fills a batch: weight 0.
     trace, empty = added(part(0, 3), part(3, 4)), added(part(4, 6), part(6, 8, [1.0, 0.0]))
     means = {"trace": losses.loss[:4].mean().item(), "empty": losses.loss[4:7].mean().item()}
-    weights = mixing_weights(alpha, PairCounts(float(trace.pairs), float(empty.pairs)))
-    mixed = weights.trace * trace.loss + weights.empty * empty.loss
+    weights = {"trace": alpha, "empty": 1 - alpha}
+    factors = mixing_factors(weights, {"trace": float(trace.pairs), "empty": float(empty.pairs)})
+    mixed = factors["trace"] * trace.loss + factors["empty"] * empty.loss
     assert mixed.item() == pytest.approx(alpha * means["trace"] + (1 - alpha) * means["empty"], rel=1e-12)
 
-    metrics = {name: float(s / n) for name, (s, n) in stream_metrics(trace, empty, alpha, rpo=True).items()}
+    metrics = {
+        name: float(s / n)
+        for name, (s, n) in stream_metrics({"trace": trace, "empty": empty}, weights, rpo=True).items()
+    }
     assert metrics["loss"] == pytest.approx(mixed.item(), rel=1e-12)
     for name, mean in means.items():
         assert metrics[f"loss/{name}"] == pytest.approx(mean, rel=1e-12)
@@ -236,10 +240,10 @@ def test_weights_and_metrics_are_means_over_pairs():
 
 
 def test_a_stream_without_pairs_has_no_weight_and_no_metrics():
-    assert mixing_weights(0.3, PairCounts(0.0, 4.0)).trace == 0.0
+    assert mixing_factors({"trace": 0.3, "empty": 0.7}, {"trace": 0.0, "empty": 4.0}) == {"trace": 0.0, "empty": 0.175}
     none = StreamSums(*torch.zeros(StreamSums.width(), dtype=torch.float64))
     some = StreamSums(*torch.ones(StreamSums.width(), dtype=torch.float64))
-    metrics = stream_metrics(some, none, 1.0, rpo=False)
+    metrics = stream_metrics({"trace": some, "empty": none}, {"trace": 1.0, "empty": 0.0}, rpo=False)
     assert not any(name.startswith("empty/") or name == "loss/empty" for name in metrics)
 
 
