@@ -113,3 +113,10 @@ def grams(triangles: Array) -> Grams:
     """One probe as the estimator takes it."""
     six = len(STREAMS) * (len(STREAMS) + 1) // 2
     return Grams.of_triangles(STREAMS, [float(v) for v in triangles[:six]], [float(v) for v in triangles[six:]])
+
+
+def part_of(whole: Grams, streams: tuple[str, ...]) -> Grams:
+    """The probe of some of its streams, the first among them."""
+    at = [whole.streams.index(s) for s in streams]
+    C = tuple(tuple(whole.C[i][j] for j in at) for i in at)
+    return Grams(streams, C, tuple(tuple(whole.D[i - 1][j - 1] for j in at[1:]) for i in at[1:]))

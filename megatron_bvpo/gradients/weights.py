@@ -28,6 +28,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,21 @@ _KEPT = 512
 # A half of the probes has this much more weight than usual and the others less. At 1 a few probes could all be left
 # out at once.
 _TILT = 0.95
+# 63 halves of 63 probes: a Hadamard matrix without its row and column of ones.
+_SIGNS = reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * 6)[1:, 1:]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What the kept probes say: weights [k], their errors [k] and bands [k, 2]."""
+class _Evidence:
+    """n kept probes: their shares [n], numbers [n, k²], mean [k²], the halves' means [126, k²], the degrees of
+    freedom, and the factor from the halves' spread to the mean's error."""
 
-    weights: Array
-    stderr: Array
-    bands: Array
+    shares: Array
+    kept: Array
+    mean: Array
+    halves: Array
+    dof: float
+    widening: float
 
 
 class WeightEstimator:
@@ -106,7 +113,8 @@ class WeightEstimator:
         self.last_ignored = ""
         self._kept: list[list[float]] = []  # scaled triangles of C and D, the newest last
         self._log_scale = 0.0
-        self._found: _Found | None = None
+        self._weights: Array | None = None
+        self._bands: Array | None = None
 
     # ------------------------------------------------------------------ one probe
 
@@ -141,7 +149,7 @@ class WeightEstimator:
         # As alpha's: the mean of the logs, with a gain that corrects for the averages' empty start.
         gain = (1 - self.moment_decay) / (1 - self.moment_decay**self.probes)
         self._log_scale += gain * min(max(log_D - self._log_scale, -MAX_LOG_STEP), MAX_LOG_STEP)
-        self._found = None
+        self._weights = self._bands = None
 
     def _ignore(self, reason: str) -> None:
         self.ignored += 1
@@ -161,13 +169,10 @@ class WeightEstimator:
         return shares / shares.sum()
 
     def _halves(self, shares: Array) -> Array:
-        """The probes' weights with halves of them nearly left out [126, n]. Of the 63 columns of a Hadamard matrix
-        any two are balanced; a probe keeps its column, and probes that share one are left out together."""
-        signs = np.ones((1, 1))
-        for _ in range(6):
-            signs = np.block([[signs, signs], [signs, -signs]])
-        column = 1 + np.arange(self.probes - len(shares), self.probes) % 63
-        tilt = _TILT * signs[1:, column]
+        """The probes' weights with halves of them nearly left out [126, n]. Any two of the 63 columns of signs are
+        balanced; a probe keeps its column, and probes that share one are left out together."""
+        column = np.arange(self.probes - len(shares), self.probes) % 63
+        tilt = _TILT * _SIGNS[:, column]
         tilted = shares * (1 + np.concatenate([tilt, -tilt]))
         return tilted / tilted.sum(1, keepdims=True)
 
@@ -197,41 +202,50 @@ class WeightEstimator:
         B[:, 1:, 1:] = np.einsum("rai,ri,rbi->rab", vectors, eigenvalues, vectors)
         return simplex_minimum(B + self.kappa * nearest_psd(C))
 
-    def _solve(self) -> _Found:
-        if self._found is None:
-            self._found = self._solved()
-        return self._found
-
-    def _solved(self) -> _Found:
-        k, shares = len(self.streams), self._shares()
-        unknown = _Found(self.prior, np.full(k, self.prior_sd), np.tile([0.0, 1.0], (k, 1)))
+    def _evidence(self) -> _Evidence | None:
+        """What the kept probes say together; None without evidence."""
         dof = self.effective_probes - 1
         if self.probes < 2 or dof <= 0:
-            return unknown  # one probe shows no spread
-        kept = np.array(self._kept)
+            return None  # one probe shows no spread
+        shares, kept = self._shares(), np.array(self._kept)
         mean = shares @ kept
         C, B = self._matrices(mean)
-        apart = np.trace(nearest_psd(B)) + self.kappa * (np.trace(C) + k * C[0, 0] - 2 * C[0].sum())
+        apart = np.trace(nearest_psd(B)) + self.kappa * (np.trace(C) + len(C) * C[0, 0] - 2 * C[0].sum())
         if apart <= _TINY:
-            return unknown
-        each = self._matrices(kept)[1][:, 1:, 1:].reshape(len(kept), -1)
-        away = each - shares @ each
-        spread = np.einsum("n,na,nb->ab", shares, away, away) / dof
-        halves = self._halves(shares) @ kept
+            return None
         widening = small_sample_widening(dof) * math.sqrt((dof + 1) / dof) / _TILT
+        return _Evidence(shares, kept, mean, self._halves(shares) @ kept, dof, widening)
 
-        weights = self.expected_weights(mean[None], spread)[0]
-        errors = np.sqrt(((self.expected_weights(halves, spread) - weights) ** 2).mean(0)) * widening
+    def _solved(self) -> Array:
+        """The weights [k], solved once a probe."""
+        if self._weights is None:
+            evidence = self._evidence()
+            self._weights = self.prior if evidence is None else self._shrunk(evidence)
+        return self._weights
+
+    def _shrunk(self, evidence: _Evidence) -> Array:
+        each = self._matrices(evidence.kept)[1][:, 1:, 1:].reshape(len(evidence.kept), -1)
+        away = each - evidence.shares @ each
+        spread = np.einsum("n,na,nb->ab", evidence.shares, away, away) / evidence.dof
+        weights = self.expected_weights(evidence.mean[None], spread)[0]
+        apart_sq = ((self.expected_weights(evidence.halves, spread) - weights) ** 2).mean(0)
         # For two streams this is alpha's: both weights have the same error.
-        trust = self.prior_sd**2 / (self.prior_sd**2 + (errors**2).sum() / 2)
-        weights = self.prior + trust * (weights - self.prior)
+        error_sq = evidence.widening**2 * apart_sq.sum() / 2
+        trust = self.prior_sd**2 / (self.prior_sd**2 + error_sq)
+        return self.prior + trust * (weights - self.prior)
 
-        middle = self.clipped_weights(mean[None])[0]
-        low, high = np.quantile(self.clipped_weights(halves), [0.0228, 0.9772], axis=0)
-        low, high = middle - widening * (middle - low), middle + widening * (high - middle)
-        bands = np.stack([np.minimum(low, weights), np.maximum(high, weights)], 1).clip(0.0, 1.0)
-        stderr = np.sqrt(((bands - weights[:, None]) ** 2).mean(1)) / 2
-        return _Found(weights, stderr, bands)
+    def _ends(self) -> Array:
+        """The bands [k, 2], solved once a probe."""
+        if self._bands is None:
+            evidence, weights = self._evidence(), self._solved()
+            if evidence is None:
+                self._bands = np.tile([0.0, 1.0], (len(self.streams), 1))
+            else:
+                middle = self.clipped_weights(evidence.mean[None])[0]
+                ends = np.quantile(self.clipped_weights(evidence.halves), [0.0228, 0.9772], axis=0)
+                low, high = middle + evidence.widening * (ends - middle)
+                self._bands = np.stack([np.minimum(low, weights), np.maximum(high, weights)], 1).clip(0.0, 1.0)
+        return self._bands
 
     def _named(self, values: Array) -> dict[str, float]:
         return {s: float(v) for s, v in zip(self.streams, values, strict=True)}
@@ -239,18 +253,20 @@ class WeightEstimator:
     @property
     def weights(self) -> dict[str, float]:
         """Weights for the steps after the last probe; not negative, and 1 together."""
-        return self._named(self._solve().weights)
+        return self._named(self._solved())
 
     @property
     def bands(self) -> dict[str, tuple[float, float]]:
         """For each weight what the probes do not contradict at two standard errors."""
-        return {s: (float(low), float(high)) for s, (low, high) in zip(self.streams, self._solve().bands, strict=True)}
+        return {s: (float(low), float(high)) for s, (low, high) in zip(self.streams, self._ends(), strict=True)}
 
     @property
     def stderr(self) -> dict[str, float]:
         """Standard errors: half a weight's root mean square distance from the ends of its band. `prior_sd` without
         evidence."""
-        return self._named(self._solve().stderr)
+        if self._evidence() is None:
+            return dict.fromkeys(self.streams, self.prior_sd)
+        return self._named(np.sqrt(((self._ends() - self._solved()[:, None]) ** 2).mean(1)) / 2)
 
     def log_numbers(self, grams: Grams) -> dict[str, float]:
         """A probe's own numbers and the bands after it, by the names of the log."""
@@ -265,7 +281,7 @@ class WeightEstimator:
     def summary(self) -> str:
         """One line in words for the end of a run; +- is one standard error."""
         ignored = f"; {self.ignored} probes ignored, the last because {self.last_ignored}" if self.ignored else ""
-        if self._solve().weights is self.prior:
+        if self._evidence() is None:
             stayed = ", ".join(f"{s} {v:.2f}" for s, v in self._named(self.prior).items())
             return f"the weights stayed at their prior ({stayed}): {self.probes} probes are no evidence{ignored}"
         settled = ", ".join(f"{s} {w:.2f} ± {self.stderr[s]:.2f}" for s, w in self.weights.items())
@@ -309,4 +325,5 @@ class WeightEstimator:
             raise ValueError("state of the weights holds numbers that are not finite")
         self.probes, self.ignored = probes, int(state["ignored"])
         self.last_ignored = str(state["last_ignored"])
-        self._kept, self._log_scale, self._found = kept, log_scale, None
+        self._kept, self._log_scale = kept, log_scale
+        self._weights = self._bands = None

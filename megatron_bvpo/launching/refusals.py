@@ -100,7 +100,8 @@ def adapts(args: Any) -> bool:
 def silent_refusals(args: Any) -> list[tuple]:
     """Settings of the stock stack that would train something else than was asked for, without a word."""
     leave = "leave the flag out"
-    no_reference = args.reference_free or args.loss_type == "simpo"
+    streams = read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha)
+    no_reference = args.reference_free or args.loss_type == "simpo" or not streams.weights
     return [
         (
             args.cp_partition_mode != "zigzag",

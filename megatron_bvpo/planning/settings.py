@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_bvpo.launching.stream_flags import StreamSettings, read_streams
-from megatron_bvpo.streams import DEFAULT, TABLE
+from megatron_bvpo.streams import DEFAULT, TABLE, estimators
 
 # What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
 NOT_PLANNED = (
@@ -198,7 +198,8 @@ class RunSettings:
 
     @property
     def uses_reference(self) -> bool:
-        return not (self.reference_free or self.loss_type == "simpo")
+        pairs = self.rlhf_type != "bvpo" or bool(estimators(self.streams))
+        return pairs and not (self.reference_free or self.loss_type == "simpo")
 
     @property
     def runs_reference(self) -> bool:

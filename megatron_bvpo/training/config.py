@@ -75,6 +75,9 @@ class BvpoConfig:
         return self.start_weights or dict.fromkeys(self.streams, 1.0)
 
 
+STREAM_FLAGS = ("bvpo_streams", "bvpo_weights", "bvpo_alpha")
+
+
 def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
     """The frozen configuration from argument values (`vars(args)`) whose ranges `check_values` has checked.
 
@@ -183,8 +186,10 @@ def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig | 
             field="--bvpo_ref_cache",
             remedy="leave the flag out",
         )
-    if values["bvpo_ref_cache"] and not preference.uses_reference:
+    demonstrations_alone = not estimators(read_streams(*(values[name] for name in STREAM_FLAGS)).streams)
+    if values["bvpo_ref_cache"] and (demonstrations_alone or not preference.uses_reference):
         flag = "reference_free" if preference.reference_free else "loss_type"
+        flag = "bvpo_streams" if demonstrations_alone else flag
         raise UserError(
             f"{flag} is {values[flag]!r}: this loss has no reference, so there is nothing to keep",
             field="--bvpo_ref_cache",

@@ -145,6 +145,18 @@ class Mixture:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a checkpoint's evidence; fixed weights stay what the run was given. ValueError: it is damaged."""
-        if self.estimator is not None and state["estimator"] is not None:
-            self.estimator.load_state_dict(state["estimator"])
+        """Go on with a checkpoint's evidence, if it is of these streams; fixed weights stay what the run was given.
+
+        Raises ValueError where it is damaged.
+        """
+        evidence = state["estimator"]
+        if self.estimator is None or evidence is None:
+            return
+        measured = tuple(evidence.get("streams", DEFAULT))
+        if measured != self.estimated:
+            logger.warning(
+                f"The checkpoint has measured the streams {', '.join(measured)}, and this run has "
+                f"{', '.join(self.estimated)}: their weights are measured anew."
+            )
+            return
+        self.estimator.load_state_dict(evidence)

@@ -218,7 +218,10 @@ class Passes:
 
         total = logps_Q.new_zeros(())
         stacked = []
-        right = {stream: torch.tensor(right, dtype=torch.bool, device=output.device) for stream, right in layout.right.items()}
+        right = {
+            stream: torch.tensor(right, dtype=torch.bool, device=output.device)
+            for stream, right in layout.right.items()
+        }
         responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q, right, self.baselines)
         for stream in layout.streams:
             sums = self.stream_sums(current, stream, layout, responses)

@@ -135,7 +135,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         return peft_models
 
     def prepare_model(self):
-        if self.bvpo.preference.uses_reference:
+        if self.bvpo.losses.uses_reference:
             super().prepare_model()
             for folder in self.args.ref_adapters:
                 name = {"flag": "ref_adapters", "adapter_name": "ref_adapter"}

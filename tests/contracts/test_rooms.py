@@ -104,6 +104,10 @@ def circle(sources: dict[str, str]) -> list[str] | None:
 OURS = modules(PACKAGE, "megatron_bvpo")
 
 
+def test_no_file_is_longer_than_a_person_reads():
+    assert {name: source.count("\n") for name, source in OURS.items() if source.count("\n") > 400} == {}
+
+
 def test_every_room_is_known():
     assert {room(name) for name in OURS if name.count(".") > 1} == MAY_USE.keys()
 

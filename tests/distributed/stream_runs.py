@@ -16,7 +16,7 @@ MU = "--bvpo_expert_loss sft_phi --bvpo_mu_peak .4 --bvpo_mu_valley .1 --bvpo_mu
 SHARES = (0.4, 0.1 + 0.3 * 0.5 * (1 + 2**-0.5), 0.25)
 LORA, FULL = "--tuner_type lora --lora_rank 4 --lora_dropout 0", "--tuner_type full"
 # Rows that lack a stream; row 11 is a demonstration alone.
-WITHOUT = {"empty": (1, 6, 8), "short": (2, 3, 8, 9), "expert": (0, 4, 5, 9, 13)}
+WITHOUT = {"empty": (1, 6, 8), "short": (2, 3, 8, 9), "expert": (0, 4, 5, 9)}
 EXPERT_ALONE = 11
 
 
@@ -59,6 +59,14 @@ def parity_flags(workshop) -> str:
 
 
 def single_flags(workshop) -> str:
-    """One step of full tuning on the dense model, over all rows."""
-    data = f"--dataset {write(workshop, 'streams', stream_rows(workshop))} --global_batch_size 16 --train_iters 1"
-    return f"{dense(workshop)} {data} {FULL} --ref_model {other_dense(workshop)}"
+    """One step of full tuning on the dense model."""
+    return f"{dense(workshop)} --dataset {write(workshop, 'streams', stream_rows(workshop))} {FULL} --train_iters 1"
+
+
+def other_reference(workshop) -> str:
+    return f"--ref_model {other_dense(workshop)}"
+
+
+def count(stream: str) -> int:
+    """Rows that have the stream: the global batch that holds each of them once."""
+    return 16 - len(WITHOUT[stream]) - (stream != "expert")
