@@ -63,6 +63,12 @@ ORDER = tuple(TABLE)
 DEFAULT = ("trace", "empty")
 
 
+def sides_of(name: str, *, unpaired: bool = False) -> tuple[str, ...]:
+    """The sequences of one row: of an estimator whose loss takes single responses, one."""
+    stream = TABLE[name]
+    return ALONE if unpaired and stream.estimates else stream.sides
+
+
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """The names, each once, in the order of the table."""
     given = set(names)

@@ -17,12 +17,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bvpo.data.encoded_rows import has_stream, right_key
 from megatron_bvpo.data.handover import SOURCE_KEY, VERDICT_KEY
 from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
 from megatron_bvpo.data.rows import ALONE_KEY, STREAMS_KEY, RowRules, RowVerdict, check_row, normalise_row
-from megatron_bvpo.data.verdicts import member_of
-from megatron_bvpo.streams import TABLE
+from megatron_bvpo.data.verdicts import LABELS, member_of
+from megatron_bvpo.streams import TABLE, sides_of
 
 LAYOUT_KEY = "bvpo_layout"
 ITEMS_KEY = "bvpo_items"
@@ -41,6 +42,7 @@ class BatchLayout:
         rows: for each stream of the run, the row numbers of its members, in the batch's order.
         weights: for each stream, 1.0 a member; 0.0 for one that only fills the batch up.
         tokens: for each stream that demonstrates, the counted tokens of its members.
+        right: for each stream of single responses, whether they are right.
         keys: for each stream that has a reference, what stands for a tokenised pair (data/reference_cache.py); only
             where wanted.
         unused: what was lost of rows that were read before these, and of these, by (`row`, or the stream of a member
@@ -51,6 +53,7 @@ class BatchLayout:
     rows: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
     tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    right: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     unused: dict[tuple[str, str], int] = field(default_factory=dict)
     members: int = 0
@@ -84,7 +87,7 @@ class BatchLayout:
         """Sequence ranges of the stream's sides: of a pair, the chosen and the rejected responses."""
         start = 0
         for name in self.rows:
-            n, sides = self.count(name), len(TABLE[name].sides)
+            n, sides = self.count(name), len(sides_of(name, unpaired=name in self.right))
             if name == stream:
                 return tuple(slice(start + i * n, start + (i + 1) * n) for i in range(sides))
             start += n * sides
@@ -191,10 +194,16 @@ class BvpoTemplateMixin:
             account = account.only(mine)
         encoded: dict[str, Any] = {ACCOUNT_KEY: account}
         for stream in streams:
-            for side in TABLE[stream].sides:
+            for side in self._sides(stream):
                 sequence = pairs[stream][side] if stream in pairs else {"length": 0}
                 encoded.update({f"{TABLE[stream].key_prefix}{side}_{key}": v for key, v in sequence.items()})
+        if self.bvpo.rules.unpaired:
+            given = inputs.chosen.extra_kwargs | {"label": inputs.chosen.label}
+            encoded.update({right_key(stream): given.get(LABELS[stream]) for stream in streams if stream in LABELS})
         return encoded
+
+    def _sides(self, stream: str) -> tuple[str, ...]:
+        return sides_of(stream, unpaired=self.bvpo.rules.unpaired)
 
     def _whole_pairs(self, inputs, streams: tuple[str, ...]) -> dict[str, Pair]:
         """What the row has for these streams; a trace pair also where only its prompts are needed."""
@@ -204,11 +213,17 @@ class BvpoTemplateMixin:
         others: dict[str, Pair] = {}
         # First, because encoding changes the messages of the trace pair.
         for stream in streams:
-            responses = [given.get(name) for name in TABLE[stream].fields]
+            sides = self._sides(stream)
+            responses = [given.get(name) for name in TABLE[stream].fields[: len(sides)]]
             if stream != "trace" and None not in responses:
-                written = zip(TABLE[stream].sides, responses, strict=True)
+                written = zip(sides, responses, strict=True)
                 others[stream] = {side: self._encode_beside(inputs.chosen, stream, text) for side, text in written}
         alone = given.get(ALONE_KEY)
+        if self.bvpo.rules.unpaired:  # the rejected side stands for nothing
+            if "trace" in streams and not alone:
+                trace = self._encode_truncated(_count_responses_only(inputs.chosen, 1))
+                return {"trace": {"response": trace}, **others}
+            return others
         one_prompt = alone or _prompt_fields(inputs.chosen) == _prompt_fields(inputs.rejected)
         if ("trace" in streams and not alone) or not one_prompt:
             sides = TABLE["trace"].sides
@@ -265,7 +280,9 @@ class BvpoTemplateMixin:
             members = [row for row in batch if has_stream(row, stream.name)]
             layout.rows[stream.name] = tuple(row.get(ROW_KEY, -1) for row in members)
             layout.weights[stream.name] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
-            names = [f"{stream.key_prefix}{side}" for side in stream.sides]
+            names = [f"{stream.key_prefix}{side}" for side in self._sides(stream.name)]
+            if self.bvpo.rules.unpaired and stream.estimates:
+                layout.right[stream.name] = tuple(bool(row[right_key(stream.name)]) for row in members)
             if not stream.estimates:
                 counted = (sum(label != -100 for name in names for label in row[f"{name}_labels"]) for row in members)
                 layout.tokens[stream.name] = tuple(counted)
@@ -310,11 +327,6 @@ def _lost_when_judged(inputs) -> list[tuple[str, str]]:
     said = inputs.get(VERDICT_KEY) if isinstance(inputs, dict) else None
     verdict = RowVerdict.from_json(said) if said else None
     return [(stream, problem.reason) for stream, problem in verdict.lost.items()] if verdict else []
-
-
-def has_stream(row: dict[str, Any], stream: str) -> bool:
-    """Whether an encoded row takes part in `stream`."""
-    return f"{TABLE[stream].key_prefix}{TABLE[stream].sides[0]}_input_ids" in row
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bvpo.data.batches import WEIGHT_KEY, has_stream
-from megatron_bvpo.streams import TABLE, Stream
+from megatron_bvpo.data.batches import WEIGHT_KEY
+from megatron_bvpo.data.encoded_rows import has_stream, sequence_names, tokens_of
+from megatron_bvpo.streams import TABLE
 
 HALVES = ("A", "B")
 
@@ -60,19 +61,18 @@ def one_stream(rows: Sequence[dict], stream: str) -> list[dict]:
     a multiple of the tensor-parallel size. Where no row has the stream, the shortest member of another stands in with
     weight 0: every rank must run the same passes.
     """
-    mine = [_only(row, stream) for row in rows if has_stream(row, stream)]
-    if mine:
-        return mine
-    others = [(row, name) for name in TABLE for row in rows if has_stream(row, name)]
-    row, other = min(others, key=lambda found: sum(len(found[0][f"{n}input_ids"]) for n in _names(TABLE[found[1]])))
-    return [{**_only(row, other), WEIGHT_KEY: 0.0}]
+    mine = [only(row, stream) for row in rows if has_stream(row, stream)]
+    return mine or [stand_in(rows)]
 
 
-def _names(stream: Stream) -> list[str]:
-    """What the names of its sequences begin with, in an encoded row."""
-    return [f"{stream.key_prefix}{side}_" for side in stream.sides]
+def stand_in(rows: Sequence[dict]) -> dict:
+    """The shortest member of any stream, with weight 0."""
+    found = [(row, name) for name in TABLE for row in rows if has_stream(row, name)]
+    row, stream = min(found, key=lambda one: tokens_of(*one))
+    return {**only(row, stream), WEIGHT_KEY: 0.0}
 
 
-def _only(row: dict, stream: str) -> dict:
-    others = tuple(name for other in TABLE.values() if other.name != stream for name in _names(other))
+def only(row: dict, stream: str) -> dict:
+    """The row with `stream`'s sequences and no others."""
+    others = tuple(name for other in TABLE if other != stream for name in sequence_names(other))
     return {key: value for key, value in row.items() if not key.startswith(others)}

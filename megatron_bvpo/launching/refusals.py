@@ -64,6 +64,12 @@ def refusals(args: Any) -> list[tuple]:
             "which rank counts a parameter is not known for 8-bit parameters",
             leave,
         ),
+        (
+            args.loss_type == "kto" and args.global_batch_size == 1 and not args.packing,
+            "global_batch_size",
+            "kto compares with what the policy does on other rows' responses, and a batch of one row has no other",
+            "raise it, or take --loss_type apo_zero_unpaired, which compares with nothing",
+        ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
         (
             # Its kernel takes no map without a token (an assertion; then it gives too few rows back).

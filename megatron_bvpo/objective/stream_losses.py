@@ -5,14 +5,15 @@ Shapes: Q sequences of a micro-batch, P members of a stream in it. All tensors a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from megatron_bvpo.objective.demonstrations import token_losses
 from megatron_bvpo.objective.preference import PairLogps, PairLosses, PreferenceConfig, pair_losses, with_rewards
-from megatron_bvpo.objective.streams import DemonstrationSums, StreamSums
+from megatron_bvpo.objective.streams import DemonstrationSums, ResponseSums, StreamSums
+from megatron_bvpo.objective.unpaired import ResponseLogps, UnpairedConfig, unpaired_losses
 from megatron_bvpo.streams import TABLE
 
 
@@ -24,12 +25,16 @@ class Responses:
         logps_Q, tokens_Q: log-prob of each response and the number of its counted tokens.
         ref_logps_Q: under the reference; None where no loss uses one.
         token_losses_Q: sums of the token losses of demonstrations; None where the micro-batch has none.
+        right: by stream, whether its single responses are right ([P] bool); none where the loss takes pairs.
+        baselines: by stream, z of the global batch; none where the loss has none.
     """
 
     logps_Q: Tensor
     ref_logps_Q: Tensor | None
     tokens_Q: Tensor
     token_losses_Q: Tensor | None = None
+    right: Mapping[str, Tensor] = field(default_factory=dict)
+    baselines: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,14 @@ class StreamLosses:
     """The losses of a run.
 
     Attributes:
-        preference: of the streams that estimate.
+        preference: of the streams that estimate: of pairs, or of single responses.
         streams: of the run.
         expert_loss: of demonstrations: a name of objective/demonstrations.py, or a function of a user's own, from
             log-probs of tokens to their losses.
         own: a user's own loss of pairs, from (PairLogps, PreferenceConfig) to [P] losses; None: `preference`'s.
     """
 
-    preference: PreferenceConfig
+    preference: PreferenceConfig | UnpairedConfig
     streams: tuple[str, ...]
     expert_loss: str | Callable[[Tensor], Tensor] = "sft"
     own: Callable[[PairLogps, PreferenceConfig], Tensor] | None = None
@@ -52,6 +57,15 @@ class StreamLosses:
     @property
     def uses_reference(self) -> bool:
         return self.preference.uses_reference and any(TABLE[stream].estimates for stream in self.streams)
+
+    @property
+    def unpaired(self) -> bool:
+        """The loss of the streams that estimate takes single responses."""
+        return isinstance(self.preference, UnpairedConfig)
+
+    @property
+    def uses_baseline(self) -> bool:
+        return self.unpaired and self.preference.uses_baseline
 
     def of_tokens(self, logps: Tensor) -> Tensor:
         """Losses of a demonstration's tokens, float64."""
@@ -61,13 +75,15 @@ class StreamLosses:
 
     def of(
         self, stream: str, responses: Responses, sides: Sequence[slice], weights_P: Tensor
-    ) -> tuple[Tensor, StreamSums | DemonstrationSums]:
+    ) -> tuple[Tensor, StreamSums | ResponseSums | DemonstrationSums]:
         """([P] losses, their sums) of a stream's members, whose sequences stand in `sides`; gradients flow."""
         if not TABLE[stream].estimates:
             (part,) = sides
             found = [t[part] for t in (responses.logps_Q, responses.tokens_Q)]
             losses_P = found[0] if responses.token_losses_Q is None else responses.token_losses_Q[part]
             return losses_P, DemonstrationSums.of(losses_P, *found, weights_P)
+        if self.unpaired:
+            return self._of_single(stream, responses, sides[0], weights_P)
         chosen, rejected = sides
         ref_logps_Q = responses.ref_logps_Q
         pairs = PairLogps(
@@ -80,6 +96,14 @@ class StreamLosses:
         )
         losses = self._of_pairs(pairs, self.preference.of(stream))
         return losses.loss, StreamSums.of(pairs, losses, weights_P)
+
+    def _of_single(
+        self, stream: str, responses: Responses, part: slice, weights_P: Tensor
+    ) -> tuple[Tensor, ResponseSums]:
+        values = (responses.logps_Q, responses.ref_logps_Q, responses.tokens_Q)
+        logps = ResponseLogps(*(values_Q[part] for values_Q in values), responses.right[stream])
+        losses = unpaired_losses(logps, responses.baselines.get(stream), self.preference.of(stream))
+        return losses.loss, ResponseSums.of(logps, losses, weights_P)
 
     def _of_pairs(self, pairs: PairLogps, config: PreferenceConfig) -> PairLosses:
         if self.own is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_bvpo.objective.preference import PairLogps, PairLosses
+from megatron_bvpo.objective.unpaired import ResponseLogps, ResponseLosses
 from megatron_bvpo.streams import TABLE
 
 
@@ -106,6 +107,54 @@ class StreamSums(_Sums):
 
 
 @dataclass
+class ResponseSums(_Sums):
+    """Of an estimator whose loss takes single responses: over all of them, and over the right and the wrong ones."""
+
+    responses: Tensor
+    loss: Tensor
+    right: Tensor
+    right_logps: Tensor
+    wrong_logps: Tensor
+    right_rewards: Tensor
+    wrong_rewards: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        return self.responses
+
+    @staticmethod
+    def of(logps: ResponseLogps, losses: ResponseLosses, weights_P: Tensor) -> ResponseSums:
+        """Weighted sums over P responses; one of weight 0 adds nothing, even if its values are not finite."""
+        right_P = torch.where(logps.desirable, weights_P, 0.0)
+
+        def total(values_P: Tensor, weights_P: Tensor) -> Tensor:
+            return torch.where(weights_P > 0, weights_P * values_P.double(), 0.0).sum()
+
+        both = (right_P, weights_P - right_P)
+        return ResponseSums(
+            weights_P.sum(),
+            total(losses.loss, weights_P),
+            right_P.sum(),
+            *(total(logps.policy.detach(), some_P) for some_P in both),
+            *(total(losses.rewards, some_P) for some_P in both),
+        )
+
+    def metrics(self, *, rpo: bool) -> dict[str, tuple]:
+        """ms-swift's names of KTO: chosen are the right ones, rejected the wrong ones."""
+        wrong = self.responses - self.right
+        found = {}
+        for side, logps, rewards, number in (
+            ("chosen", self.right_logps, self.right_rewards, self.right),
+            ("rejected", self.wrong_logps, self.wrong_rewards, wrong),
+        ):
+            if number > 0:
+                found |= {f"logps/{side}": (logps, number), f"rewards/{side}": (rewards, number)}
+        if self.right > 0 and wrong > 0:
+            found["rewards/margins"] = (self.right_rewards / self.right - self.wrong_rewards / wrong, 1)
+        return found
+
+
+@dataclass
 class DemonstrationSums(_Sums):
     """Of a stream that demonstrates: over counted tokens, and over whole responses."""
 
@@ -134,9 +183,10 @@ class DemonstrationSums(_Sums):
 WIDTH = StreamSums.width()
 
 
-def sums_of(stream: str, vector_K: Sequence[Tensor]) -> _Sums:
-    """The sums of a stream from what `stack` made of them."""
-    kind = StreamSums if TABLE[stream].estimates else DemonstrationSums
+def sums_of(stream: str, vector_K: Sequence[Tensor], *, unpaired: bool = False) -> _Sums:
+    """The sums of a stream from what `stack` made of them; `unpaired`: its loss takes single responses."""
+    estimates = ResponseSums if unpaired else StreamSums
+    kind = estimates if TABLE[stream].estimates else DemonstrationSums
     return kind(*vector_K[: len(fields(kind))])
 
 

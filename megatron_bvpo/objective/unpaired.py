@@ -50,6 +50,15 @@ class UnpairedConfig:
         """Whether the loss compares with z, which takes a pass of its own over mismatched responses."""
         return self.loss_type == "kto"
 
+    @property
+    def uses_reference(self) -> bool:
+        return True
+
+    @property
+    def rpo_alpha(self) -> float:
+        """These losses have no RPO term."""
+        return 0.0
+
     def of(self, stream: str) -> UnpairedConfig:
         """The constants of one stream, by its name."""
         own = self.empty_beta if stream == "empty" else None

@@ -37,9 +37,10 @@ from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 from megatron_bvpo.objective.own_loss import is_own
 from megatron_bvpo.objective.preference import LOSS_TYPES
+from megatron_bvpo.objective.unpaired import UNPAIRED_LOSS_TYPES
 from megatron_bvpo.training.config import BvpoConfig, bvpo_config
 
-DEFAULT_BETA = {"simpo": 2.0}
+DEFAULT_BETA = {"simpo": 2.0, "sigmoid_norm": 5.0}
 
 
 @dataclass
@@ -193,11 +194,12 @@ def check_names(args) -> None:
 
 
 def settle_preference_defaults(args) -> None:
-    """ms-swift knows no defaults for a type of ours: sigmoid, and beta 0.1 (simpo: 2.0)."""
+    """ms-swift knows no defaults for a type of ours: sigmoid, and beta 0.1 (simpo: 2, sigmoid_norm: 5)."""
     args.loss_type = args.loss_type or "sigmoid"
-    if args.loss_type not in LOSS_TYPES and not is_own(args.loss_type):
+    known = (*LOSS_TYPES, *UNPAIRED_LOSS_TYPES)
+    if args.loss_type not in known and not is_own(args.loss_type):
         raise UserError(
-            f"loss_type is {args.loss_type!r}; BVPO knows {', '.join(LOSS_TYPES)}, and module:function of your own",
+            f"loss_type is {args.loss_type!r}; BVPO knows {', '.join(known)}, and module:function of your own",
             field="--loss_type",
             remedy="sigmoid is DPO's own loss",
         )

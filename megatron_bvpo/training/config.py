@@ -13,6 +13,7 @@ from megatron_bvpo.objective.own_loss import own_function
 from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
 from megatron_bvpo.objective.schedule import MuSchedule
 from megatron_bvpo.objective.stream_losses import StreamLosses
+from megatron_bvpo.objective.unpaired import UNPAIRED_LOSS_TYPES, UnpairedConfig
 from megatron_bvpo.streams import estimators
 
 
@@ -60,11 +61,11 @@ class BvpoConfig:
     ref_cache: str | None
     refs_only: bool
     eval_on_start: bool
-    preference: PreferenceConfig
+    preference: PreferenceConfig | UnpairedConfig
 
     @property
     def losses(self) -> StreamLosses:
-        own = own_function(self.preference.loss_type, LOSS_TYPES, "--loss_type")
+        own = own_function(self.preference.loss_type, (*LOSS_TYPES, *UNPAIRED_LOSS_TYPES), "--loss_type")
         return StreamLosses(self.preference, self.streams, self.expert_loss, own if callable(own) else None)
 
     @property
@@ -85,19 +86,11 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
     prior = float(values["bvpo_alpha_prior"])
     streams = read_streams(values["bvpo_streams"], values["bvpo_weights"], values["bvpo_alpha"], prior)
     try:
-        preference = PreferenceConfig(
-            loss_type=values["loss_type"],
-            beta=float(values["beta"]),
-            label_smoothing=float(values["label_smoothing"]),
-            rpo_alpha=float(values["rpo_alpha"] or 0.0),
-            reference_free=bool(values["reference_free"]),
-            simpo_gamma=float(values["bvpo_simpo_gamma"]),
-            empty_beta=_number(values["bvpo_empty_beta"]),
-            short_beta=_number(values["bvpo_short_beta"]),
-        )
+        preference = preference_settings(values)
     except ValueError as e:
         name = str(e).split()[0]
-        raise UserError(str(e), field=f"--{name}", remedy=f"see the README's table of losses for --{name}") from None
+        flag = f"bvpo_{name}" if name in ("empty_beta", "short_beta") else name
+        raise UserError(str(e), field=f"--{flag}", remedy=f"see the README's table of losses for --{name}") from None
     refuse_useless_cache(values, preference)
     return BvpoConfig(
         streams=streams.streams,
@@ -117,6 +110,34 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
         refs_only=bool(values["bvpo_refs_only"]),
         eval_on_start=bool(values["bvpo_eval_on_start"]),
         preference=preference,
+    )
+
+
+def preference_settings(values: dict[str, Any]) -> PreferenceConfig | UnpairedConfig:
+    """The loss of the streams that estimate; raises ValueError, or UserError for settings of the other kind of loss."""
+    single = values["loss_type"] in UNPAIRED_LOSS_TYPES
+    unused = {"label_smoothing": 0.0, "rpo_alpha": 0.0, "reference_free": False, "bvpo_short_beta": None}
+    unused = unused if single else {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+    for name, default in unused.items():
+        if (values[name] or default) != default:
+            kinds = ("single responses", "pairs") if single else ("pairs", "single responses (kto)")
+            raise UserError(
+                f"is {values[name]}, and --loss_type {values['loss_type']} is a loss of {kinds[0]}",
+                field=f"--{name}",
+                remedy=f"leave the flag out: it belongs to losses of {kinds[1]}",
+            )
+    betas = {"beta": float(values["beta"]), "empty_beta": _number(values["bvpo_empty_beta"])}
+    if single:
+        weights = {name: float(values[name]) for name in ("desirable_weight", "undesirable_weight")}
+        return UnpairedConfig(values["loss_type"], **betas, **weights)
+    return PreferenceConfig(
+        loss_type=values["loss_type"],
+        **betas,
+        short_beta=_number(values["bvpo_short_beta"]),
+        label_smoothing=float(values["label_smoothing"]),
+        rpo_alpha=float(values["rpo_alpha"] or 0.0),
+        reference_free=bool(values["reference_free"]),
+        simpo_gamma=float(values["bvpo_simpo_gamma"]),
     )
 
 
@@ -145,7 +166,7 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig) -> None:
+def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig | UnpairedConfig) -> None:
     """A cache that nothing would be read from, or values that nobody would keep."""
     if values["bvpo_refs_only"] and not values["bvpo_ref_cache"]:
         raise UserError(
@@ -158,6 +179,12 @@ def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig) -
             "a stream has no end that is known ahead",
             field="--streaming",
             remedy="train with --bvpo_ref_cache: the run writes the values itself",
+        )
+    if values["bvpo_ref_cache"] and isinstance(preference, UnpairedConfig):
+        raise UserError(
+            f"is given, and --loss_type {preference.loss_type} takes single responses: the cache keeps pairs",
+            field="--bvpo_ref_cache",
+            remedy="leave the flag out",
         )
     demonstrations_alone = not estimators(read_streams(*(values[name] for name in STREAM_FLAGS)).streams)
     if values["bvpo_ref_cache"] and (demonstrations_alone or not preference.uses_reference):

@@ -77,6 +77,7 @@ class Passes:
 
     Attributes:
         overheard: while it is a list, the log-probs of all passes are put there.
+        baselines: by stream, z of the global batch that the passes are of (training/baselines.py).
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Passes:
         self.losses, self.references = losses, references
         self.reference_models, self.next_batch = reference_models, next_batch
         self.overheard: list[Heard] | None = None
+        self.baselines: dict[str, torch.Tensor] = {}
 
     def run(
         self,
@@ -128,14 +130,15 @@ class Passes:
 
     def listen(self, chunks: list[list[dict]]) -> list[Heard]:
         """Log-probs of the micro-batches as policy and reference are now, without dropout; empty off the last stage."""
+        training = [model.training for model in self.models]
         for model in self.models:
             model.eval()
         try:
             with torch.no_grad():
                 return self.run(chunks, forward_only=True, listening=True).heard
         finally:
-            for model in self.models:
-                model.train()
+            for model, was in zip(self.models, training, strict=True):
+                model.train(was)
 
     def forward(self, current: Pass, data_iterator, model):
         """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline.
@@ -215,8 +218,12 @@ class Passes:
 
         total = logps_Q.new_zeros(())
         stacked = []
+        right = {
+            stream: torch.tensor(right, dtype=torch.bool, device=output.device)
+            for stream, right in layout.right.items()
+        }
+        responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q, right, self.baselines)
         for stream in layout.streams:
-            responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q)
             sums = self.stream_sums(current, stream, layout, responses)
             total = total + current.factors.get(stream, 0.0) * sums.loss
             stacked.append(sums.stack())

@@ -47,7 +47,12 @@ class BvpoPipeline(MegatronRLHF):
     @property
     def rules(self) -> RowRules:
         config = self.args.bvpo
-        return RowRules(empty=config.empty, streams=config.streams, gate_threshold=config.gate_threshold)
+        return RowRules(
+            empty=config.empty,
+            streams=config.streams,
+            unpaired=config.losses.unpaired,
+            gate_threshold=config.gate_threshold,
+        )
 
     @property
     def reading(self) -> Reading:
@@ -66,7 +71,7 @@ class BvpoPipeline(MegatronRLHF):
         settings = TemplateSettings(
             rules=self.rules,
             block=block,
-            keep_items=config.probes,
+            keep_items=config.probes or config.losses.uses_baseline,
             pair_keys=config.ref_cache is not None,
             count_unused=bool(args.streaming or args.lazy_tokenize),
         )

@@ -32,6 +32,7 @@ from megatron_bvpo.host.router import (
     update_expert_bias,
 )
 from megatron_bvpo.objective.streams import mixing_factors
+from megatron_bvpo.training.baselines import Baselines
 from megatron_bvpo.training.canary_questions import CanaryQuestions
 from megatron_bvpo.training.mixture import Mixture
 from megatron_bvpo.training.passes import Pass, Passes
@@ -52,7 +53,7 @@ class Step:
         args: ms-swift's arguments: `fp16` and `global_batch_size`.
         models: this rank's wrapped model chunks, their router configurations, and what moves them.
         groups: process groups.
-        mixture, passes, probes, references, canaries: what a step is made of.
+        mixture, passes, baselines, probes, references, canaries: what a step is made of.
         zero_gradients: clears Megatron's buffers.
     """
 
@@ -67,6 +68,7 @@ class Step:
         *,
         mixture: Mixture,
         passes: Passes,
+        baselines: Baselines,
         probes: Probes,
         references: References,
         canaries: CanaryQuestions,
@@ -74,7 +76,7 @@ class Step:
     ):
         self.args, self.models, self.router_configs, self.groups = args, models, router_configs, groups
         self.optimizer, self.scheduler, self.zero_gradients = optimizer, scheduler, zero_gradients
-        self.mixture, self.passes, self.probes = mixture, passes, probes
+        self.mixture, self.passes, self.baselines, self.probes = mixture, passes, baselines, probes
         self.references, self.canaries = references, canaries
         self.skipped_in_a_row = 0
 
@@ -88,6 +90,7 @@ class Step:
             (metrics, gradient norm, whether it was taken), as ms-swift's `train_step`.
         """
         self.references.begin_step()
+        self.baselines.measure(chunks)
         self.passes.overheard = heard = [] if self.canaries.due else None
         probe = self.probes.plan(chunks[0], iteration)
         loss_sums = router_loss_sums()
@@ -183,11 +186,11 @@ class Step:
     # ---- metrics
 
     def _metrics(self, done: Pass, grams: Grams | None, iteration: int) -> list[dict[str, torch.Tensor]]:
-        weights, rpo = self.mixture.weights(iteration), bool(self.passes.losses.preference.rpo_alpha)
-        metrics = reduced_metrics(done.sums, self.mixture.streams, weights, self.groups.dp, rpo=rpo)
+        weights = self.mixture.weights(iteration)
+        metrics = reduced_metrics(done.sums, self.passes.losses, weights, self.groups.dp)
         if not metrics:
             return []
-        metrics |= self.mixture.metrics(iteration)
+        metrics |= self.mixture.metrics(iteration) | self.baselines.metrics()
         if self.references.table is not None:
             metrics["ref_cache/hits"] = self.references.hits
         if grams is not None:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from swift.utils import get_current_device
 from torch import Tensor
 
+from megatron_bvpo.objective.stream_losses import StreamLosses
 from megatron_bvpo.objective.streams import stream_metrics, sums_of
 
 
 def reduced_metrics(
     sums: Tensor | None,
-    streams: Sequence[str],
+    losses: StreamLosses,
     weights: Mapping[str, float],
     group: dist.ProcessGroup,
-    *,
-    rpo: bool,
 ) -> dict[str, tuple]:
     """Log names to (sum, count) over `group`; empty off the last stage.
 
     Args:
         sums: [S, K] float64, each stream's sums on this rank; None off the last stage.
-        streams: of the run, S names.
+        losses: of the run's S streams.
         weights: each stream's, in the mixed loss that is logged.
         group: the data-parallel ranks.
-        rpo: the loss has an RPO term.
     """
     if sums is None:
         return {}
     sums = sums.clone()
     dist.all_reduce(sums, group=group)
-    found = {stream: sums_of(stream, row) for stream, row in zip(streams, sums, strict=True)}
-    return stream_metrics(found, weights, rpo=rpo)
+    streams = zip(losses.streams, sums, strict=True)
+    found = {stream: sums_of(stream, row, unpaired=losses.unpaired) for stream, row in streams}
+    return stream_metrics(found, weights, rpo=bool(losses.preference.rpo_alpha))
 
 
 def as_tensors(metrics: Mapping[str, tuple]) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ from megatron_bvpo.host.router import router_configs
 from megatron_bvpo.host.saving import Checkpoints, write_peft_forms
 from megatron_bvpo.host.stop_signal import StopCallback
 from megatron_bvpo.host.tuner_names import check_tuner_names, require_something_to_train
+from megatron_bvpo.streams import estimators
+from megatron_bvpo.training.baselines import Baselines
 from megatron_bvpo.training.canary_questions import CanaryQuestions
 from megatron_bvpo.training.early_stop import EarlyStopCallback
 from megatron_bvpo.training.mixture import Mixture
@@ -48,7 +50,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         bvpo: the configuration.
         groups: process groups.
         mixture: the streams' weights.
-        passes, probes, references, canaries, step: a step and its parts.
+        passes, baselines, probes, references, canaries, step: a step and its parts.
         checkpoints, base_weights, replicas: saving.
         patience: when a run that gets no better ends.
         row_counts: rows that are encoded while training, or None.
@@ -93,6 +95,13 @@ class BvpoTrainer(MegatronRLHFTrainer):
             interval=bvpo.probe_interval,
             virtual=args.virtual_pipeline_model_parallel_size is not None,
         )
+        self.baselines = Baselines(
+            self.passes,
+            estimators(bvpo.streams) if bvpo.losses.uses_baseline else (),
+            groups,
+            collate=self.data_collator,
+            max_length=args.max_length,
+        )
         self.canaries = CanaryQuestions(args, self.config, self.unwrapped_models, self.passes, self.references, groups)
         self.step = Step(
             args,
@@ -103,6 +112,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
             groups,
             mixture=self.mixture,
             passes=self.passes,
+            baselines=self.baselines,
             probes=self.probes,
             references=self.references,
             canaries=self.canaries,
@@ -248,12 +258,14 @@ class BvpoTrainer(MegatronRLHFTrainer):
         totals = None
         with torch.no_grad():
             for _ in range(self.args.eval_iters):
-                done = self.passes.run(self._take_global_batch(val_data_iterator), forward_only=True)
+                chunks = self._take_global_batch(val_data_iterator)
+                self.baselines.measure(chunks, dealt_in_turn=False)
+                done = self.passes.run(chunks, forward_only=True)
                 if done.sums is not None:
                     totals = done.sums if totals is None else totals + done.sums
                 self.call_event("on_eval_step")
-        rpo, streams, weights = bool(self.bvpo.preference.rpo_alpha), self.bvpo.streams, self.bvpo.eval_weights
-        metrics: dict[str, Any] = as_tensors(reduced_metrics(totals, streams, weights, self.groups.dp, rpo=rpo))
+        found = reduced_metrics(totals, self.passes.losses, self.bvpo.eval_weights, self.groups.dp)
+        metrics: dict[str, Any] = as_tensors(found)
         self.references.flush()
         metrics["n_steps"] = self.args.eval_iters
         self.on_log(logs=metrics, prefix="eval_")
