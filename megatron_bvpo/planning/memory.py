@@ -16,11 +16,9 @@ from megatron_bvpo.planning.layout import Cluster, Groups, groups_of, stage_laye
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.tensors import Split, Tensor, chunk_tensors, lora_modules
+from megatron_bvpo.streams import kept_shards
 
 GIB = 2**30
-# Copies of this rank's gradient shard that a probe step keeps (megatron_bvpo/training/probing.py).
-KEPT_SHARDS = 3
-KEPT_FOR_ROUTER_LOSSES = 1
 # Allowances. A CUDA context with its libraries, and NCCL's channels for each communicator.
 CUDA_CONTEXT = 0.8 * GIB
 NCCL_PER_GROUP = 0.15 * GIB
@@ -180,7 +178,7 @@ def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *
     owned = sum(b.owned_elements(edp_rank if b.expert else dp_rank) for b in buffers)
     kept = 0
     if run.probes:
-        copies = KEPT_SHARDS + (KEPT_FOR_ROUTER_LOSSES if shape.experts and run.router_losses else 0)
+        copies = kept_shards(run.streams, router_losses=bool(shape.experts and run.router_losses))
         kept = copies * sum(b.shard_elements for b in buffers) * run.grad_bytes
     has_reference = not run.lora and run.uses_reference
     return {

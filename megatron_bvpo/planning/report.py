@@ -13,6 +13,7 @@ from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM, Suggestion
 from megatron_bvpo.planning.waiting import Waiting
+from megatron_bvpo.streams import estimators, kept_shards
 
 COLUMNS = (
     ("params", "parameters"),
@@ -198,9 +199,13 @@ def _step(plan: Plan) -> list[str]:
     costs, run = plan.costs, plan.run
     probe = ""
     if run.probes:
-        probe = f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic"
+        copies = kept_shards(run.streams, router_losses=bool(plan.shape.experts and run.router_losses))
+        probe = (
+            f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic in "
+            f"{2 * len(estimators(run.streams))} passes that keep {copies} gradient shards"
+        )
         if costs.bubble:
-            probe += f" in four passes, and a bubble of {costs.probe_bubble:.0%}"
+            probe += f", and a bubble of {costs.probe_bubble:.0%}"
     lines = [
         f"A step: {run.global_batch_size} {'packs' if run.packing else 'rows'} in {costs.micro_batches} "
         f"micro-batches a replica, {costs.tokens:,.0f} tokens if all are as long; {costs.flops / 1e15:,.1f} PFLOP; "

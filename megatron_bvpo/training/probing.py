@@ -21,14 +21,11 @@ from megatron_bvpo.host.router import (
     router_at_rest,
 )
 from megatron_bvpo.objective.streams import STREAMS
+from megatron_bvpo.streams import kept_shards
 from megatron_bvpo.training.mixture import FIRST_PROBES, Mixture
 from megatron_bvpo.training.passes import NOTHING, Pass, Passes
 
 logger = get_logger()
-
-# Copies of a rank's gradient shard that a probe keeps: of its four passes the last one's stays in the buffers.
-# One more where the router has losses of its own (`Probes.run`).
-KEPT_SHARDS = 3
 
 
 @dataclass
@@ -123,11 +120,10 @@ class Probes:
         grams = measure_grams(slices, gradients, probe.counts, get_current_device(), self.groups.world)
         moments = grams.moments()
         weights = self._weights_of_passes(probe.counts)
-        kept = KEPT_SHARDS
+        kept = kept_shards(STREAMS, router_losses=router_losses)
         own = weights.pop(("empty", "B")) if not router_losses else 1.0
         if router_losses:
             # They enter the update once, as a one-pass step has them: from both streams' tokens together.
-            kept += 1
             clear_expert_counters(self.models)
             self.zero_gradients()
             self.passes.run(chunks, forward_only=False)
