@@ -72,14 +72,3 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 def estimators(names: Iterable[str]) -> tuple[str, ...]:
     """Those of them that estimate the marginal gradient."""
     return tuple(name for name in names if TABLE[name].estimates)
-
-
-def kept_shards(names: Iterable[str], *, router_losses: bool) -> int:
-    """Copies of a rank's gradient shard that a probe of these streams keeps.
-
-    It has a pass for each half of each estimator. What the last of them finds stays in Megatron's buffers, unless a
-    pass follows that no probe measures: of the router's own losses, or of demonstrations.
-    """
-    names = tuple(names)
-    measured = estimators(names)
-    return 2 * len(measured) - (0 if router_losses or len(measured) < len(names) else 1)

@@ -31,6 +31,7 @@ from megatron_bvpo.data.handover import (
 )
 from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.rows import RowProblem, RowVerdict, require_rows
+from megatron_bvpo.streams import TABLE
 
 # Columns of ours that ms-swift must not drop as unknown.
 PACKED_KEY = "bvpo_packed"
@@ -201,16 +202,19 @@ def length_lines(lengths: Iterable[list[int]], streams: tuple[str, ...]) -> list
     """Distribution of sequence lengths (tokens, prompt included) of each stream, one line a stream."""
     by_stream: dict[str, list[int]] = {s: [] for s in streams}
     for row in lengths:
-        # `lengths` lists the row's sequences in encoding order: the trace pair first, where there is one.
-        parts = [row] if len(streams) == 1 else [row[:2], row[2:]]
-        for stream, part in zip(streams, parts, strict=True):
-            by_stream[stream] += [length for length in part if length]  # 0: a pair that was lost
+        # `lengths` lists the row's sequences in encoding order: stream by stream, side by side.
+        first = 0
+        for stream in streams:
+            after = first + len(TABLE[stream].sides)
+            by_stream[stream] += [length for length in row[first:after] if length]  # 0: what was lost
+            first = after
     lines = []
     for stream, values in by_stream.items():
         if values:
             q = np.percentile(values, [5, 50, 95]).astype(int)
+            members = f"{len(values) // len(TABLE[stream].sides)} {TABLE[stream].members}"
             lines.append(
-                f"{stream} stream: {len(values) // 2} pairs, tokens a sequence: mean {np.mean(values):.0f}, "
+                f"{stream} stream: {members}, tokens a sequence: mean {np.mean(values):.0f}, "
                 f"5 % {q[0]}, median {q[1]}, 95 % {q[2]}, longest {max(values)}, all {sum(values)}"
             )
     return lines

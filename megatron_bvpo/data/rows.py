@@ -143,15 +143,22 @@ def _check_fields(row: dict[str, Any], stream: str, tags: ThinkTags) -> list[Row
     given = {name: row.get(name) for name in TABLE[stream].fields}
     if all(map(is_blank, given.values())):
         return []
+    if odd := _no_text(given, stream):
+        return odd
     missing = [name for name, text in given.items() if text is None]
     if missing:
         remedy = f"give both {stream} responses or neither"
         return [RowProblem(missing[0], f"missing, the other {stream} response is there", remedy, stream)]
-    odd = [name for name, text in given.items() if not isinstance(text, str)]
-    if odd:
-        kind = kind_of(given[odd[0]])
-        return [RowProblem(odd[0], "expected text", LEAVE_OUT, stream, found=kind, structural=True)]
     return [replace(problem, drops=stream) for problem in whole_problems(list(given.items()), tags)]
+
+
+def _no_text(given: dict[str, Any], drops: str) -> list[RowProblem]:
+    """At most one problem: the first value that is there and no text."""
+    odd = [(name, value) for name, value in given.items() if not (value is None or isinstance(value, str))]
+    return [
+        RowProblem(name, "expected text", LEAVE_OUT, drops, found=kind_of(value), structural=True)
+        for name, value in odd[:1]
+    ]
 
 
 def _check_empty(row: dict[str, Any], found: Responses | None, rules: RowRules) -> tuple[str | None, list[RowProblem]]:
@@ -168,6 +175,8 @@ def _check_empty(row: dict[str, Any], found: Responses | None, rules: RowRules) 
             remedy = f"--bvpo_empty {rules.empty} needs {both}; add {'it' if rules.unpaired else 'them'}, or use strip"
             return None, [RowProblem(names[0], "missing", remedy, "row" if rules.empty == "require" else "empty")]
         source, problems = "stripped", stripped_problems(found.sides, rules.tags)
+    elif odd := _no_text(answers, "empty"):
+        return None, odd
     elif missing:
         remedy = "give both empty answers or neither"
         return None, [RowProblem(missing[0], "missing, the other empty answer is there", remedy, "empty")]

@@ -11,7 +11,8 @@ from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.streams import DEFAULT, ORDER, TABLE
 
-# The field that says of a stream's single response whether it is right.
+# Losses of single responses (objective/unpaired.py), and the field that says of a stream's one whether it is right.
+UNPAIRED = ("kto", "apo_zero_unpaired")
 LABELS = {"trace": "label", "empty": "empty_label"}
 
 
@@ -244,6 +245,21 @@ class RowTally:
                 for line in _reasons(f"kept without the {self._noun(stream)}", self.lost[stream])
             ),
         ]
+
+    def empty_line(self) -> str | None:
+        """Where the empty stream's answers come from, in shares of the kept rows; None without any row."""
+        if not self.kept:
+            return None
+        absent = self.kept - self.own - self.stripped
+        shares = ((self.own, "own answers"), (self.stripped, "stripped ones"), (absent, "none"))
+        line = f"empty stream: of {_count(self.kept, 'row')} "
+        line += ", ".join(f"{100 * number / self.kept:.0f} % have {what}" for number, what in shares) + "."
+        if self.stripped:
+            line += (
+                " A stripped answer was written behind a trace: another distribution than the paper's, whose answers "
+                "without a trace were generated and ranked for themselves."
+            )
+        return line
 
     def _noun(self, stream: str) -> str:
         return member_of(stream, unpaired=self.right is not None)

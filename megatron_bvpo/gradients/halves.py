@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bvpo.data.batches import SIDES, WEIGHT_KEY
+from megatron_bvpo.data.batches import WEIGHT_KEY, has_stream
+from megatron_bvpo.streams import TABLE, Stream
 
 HALVES = ("A", "B")
 
@@ -56,22 +57,22 @@ def one_stream(rows: Sequence[dict], stream: str) -> list[dict]:
     """The rows with `stream`'s sequences only.
 
     Each stream is collated for itself, because cutting it out of a collated pack would break the padding to
-    a multiple of the tensor-parallel size. Where no row has the stream, the shortest other pair stands in with
+    a multiple of the tensor-parallel size. Where no row has the stream, the shortest member of another stands in with
     weight 0: every rank must run the same passes.
     """
-    mine = [_only(row, stream) for row in rows if f"{_prefix(stream)}chosen_input_ids" in row]
+    mine = [_only(row, stream) for row in rows if has_stream(row, stream)]
     if mine:
         return mine
-    other = "empty" if stream == "trace" else "trace"
-    prefix = _prefix(other)
-    shortest = min(rows, key=lambda row: sum(len(row[f"{prefix}{side}_input_ids"]) for side in SIDES))
-    return [{**_only(shortest, other), WEIGHT_KEY: 0.0}]
+    others = [(row, name) for name in TABLE for row in rows if has_stream(row, name)]
+    row, other = min(others, key=lambda found: sum(len(found[0][f"{n}input_ids"]) for n in _names(TABLE[found[1]])))
+    return [{**_only(row, other), WEIGHT_KEY: 0.0}]
 
 
-def _prefix(stream: str) -> str:
-    return "empty_" if stream == "empty" else ""
+def _names(stream: Stream) -> list[str]:
+    """What the names of its sequences begin with, in an encoded row."""
+    return [f"{stream.key_prefix}{side}_" for side in stream.sides]
 
 
 def _only(row: dict, stream: str) -> dict:
-    other = tuple(f"{_prefix('empty' if stream == 'trace' else 'trace')}{side}_" for side in SIDES)
-    return {key: value for key, value in row.items() if not key.startswith(other)}
+    others = tuple(name for other in TABLE.values() if other.name != stream for name in _names(other))
+    return {key: value for key, value in row.items() if not key.startswith(others)}

@@ -5,29 +5,11 @@ Nothing here loads torch or ms-swift: a plan answers on a login node in under a 
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-
-
-def parse_alpha(value: Any) -> float | None:
-    """`auto` to None, else a number in [0, 1]; raises UserError."""
-    text = str(value).strip().lower()
-    if text == "auto":
-        return None
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not 0 <= alpha <= 1:
-        raise UserError(
-            f"alpha is {value!r}; expected a number in [0, 1], or auto",
-            field="--bvpo_alpha",
-            remedy="0.5 is the paper's value; 1 trains on the traces alone, 0 on the empty traces alone",
-        )
-    return alpha
+from megatron_bvpo.launching.stream_flags import read_streams
 
 
 def refusals(args: Any) -> list[tuple]:
@@ -98,7 +80,7 @@ def refusals(args: Any) -> list[tuple]:
     found += counting_refusals(args)
     if args.optimizer_cpu_offload:
         found += offload_refusals(args)
-    if parse_alpha(args.bvpo_alpha) is None:
+    if read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha).measured:
         found += auto_refusals(args)
     return found
 

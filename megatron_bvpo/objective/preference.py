@@ -27,7 +27,7 @@ class PreferenceConfig:
     """Which preference loss, and its constants.
 
     Attributes:
-        loss_type: one of LOSS_TYPES.
+        loss_type: one of LOSS_TYPES, or module:function of a user's own, which own_loss.py loads.
         beta: the DPO temperature; for ipo the regularisation tau, for simpo the reward scale.
         label_smoothing: probability that a pair's label is wrong, in [0, 0.5); sigmoid, sigmoid_norm and simpo only.
         rpo_alpha: weight of the chosen response's mean negative log-likelihood, or 0.
@@ -46,7 +46,7 @@ class PreferenceConfig:
     short_beta: float | None = None
 
     def __post_init__(self):
-        if self.loss_type not in LOSS_TYPES:
+        if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
             raise ValueError(f"loss_type is {self.loss_type!r}; BVPO knows {', '.join(LOSS_TYPES)}")
         for name in ("beta", "empty_beta", "short_beta"):
             beta = getattr(self, name)
@@ -64,7 +64,7 @@ class PreferenceConfig:
     @property
     def length_normalised(self) -> bool:
         """True where the number of counted tokens changes the loss, so that shared tokens do not cancel."""
-        return self.loss_type in _BY_TOKENS or bool(self.rpo_alpha)
+        return self.loss_type in _BY_TOKENS or bool(self.rpo_alpha) or ":" in self.loss_type
 
     def of(self, stream: str) -> PreferenceConfig:
         """The constants of one stream, by its name."""
@@ -116,3 +116,12 @@ def pair_losses(pairs: PairLogps, config: PreferenceConfig) -> PairLosses:
     if config.rpo_alpha:
         loss = loss + config.rpo_alpha * nll
     return PairLosses(loss, (beta * chosen).detach(), (beta * rejected).detach(), nll)
+
+
+def with_rewards(loss: Tensor, pairs: PairLogps, config: PreferenceConfig) -> PairLosses:
+    """A loss of a user's own, with DPO's implicit rewards beside it."""
+    chosen, rejected = pairs.chosen, pairs.rejected
+    if config.uses_reference:
+        chosen, rejected = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
+    rewards = (config.beta * side.detach() for side in (chosen, rejected))
+    return PairLosses(loss.double(), *rewards, -pairs.chosen / pairs.chosen_tokens.clamp(min=1))

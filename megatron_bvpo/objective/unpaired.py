@@ -74,14 +74,6 @@ class ResponseLosses:
     rewards: Tensor
 
 
-def mismatched_order(n: int) -> list[int]:
-    """Whose response stands behind each prompt in the pass for z: the next one's in global order, cyclic.
-
-    One response alone has no other, and gives none: its own would be the reward that z is compared with.
-    """
-    return [(i + 1) % n for i in range(n)] if n > 1 else []
-
-
 def kl_sums(policy_M: Tensor, reference_M: Tensor, weights_M: Tensor) -> Tensor:
     """[2] float64: sum of the log-ratios of mismatched responses, and their number; add these up over all ranks.
 

@@ -13,6 +13,7 @@ from megatron_bvpo.data.row_shape import has_no_trace_responses
 from megatron_bvpo.data.verdicts import RowRules
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning.settings import RunSettings
+from megatron_bvpo.streams import DEFAULT, TABLE
 
 # A few thousand rows say enough, and take seconds.
 MOST_ROWS = 2000
@@ -75,7 +76,13 @@ def _sequences(row: dict[str, Any], streams: tuple[str, ...]) -> list[list[str]]
     rejected = row["rejected_response"]
     if rejected is None:
         rejected = str(row["rejected_messages"][-1]["content"])
-    found = []
+    found = [
+        [*prompt, row[name]]
+        for stream in streams
+        if stream not in DEFAULT
+        for name in TABLE[stream].fields
+        if row.get(name)
+    ]
     if "trace" in streams:
         found += [[*prompt, chosen], [*prompt, rejected]]
     if "empty" in streams:

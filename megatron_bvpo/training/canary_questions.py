@@ -31,7 +31,7 @@ class CanaryQuestions:
     def __init__(self, args, config, models: list, passes: Passes, references: References, groups: ParallelGroups):
         self.args, self.config, self.models = args, config, models
         self.passes, self.references, self.groups = passes, references, groups
-        self.due = passes.preference.uses_reference
+        self.due = passes.losses.uses_reference
 
     def ask(self, chunks: list[list[dict]], step: list[canaries.Heard], *, resumed: bool) -> None:
         """Before the first update: warn of what canaries.py describes. Collective.

@@ -1,9 +1,9 @@
-"""One pass of a step: reference and policy forward of each micro-batch, and the weighted loss of its pairs.
+"""One pass of a step: reference and policy forward of each micro-batch, and the weighted loss of its members.
 
 Megatron's schedule calls `forward` on every stage and `loss` on the last one. The reference's and the policy's
 activations go through the pipeline joined along dim 0, so that one schedule serves both.
 
-Shapes: P pairs of a stream in a micro-batch, Q sequences of it, K sums of a stream (StreamSums).
+Shapes: P members of a stream in a micro-batch, Q sequences of it, S streams, K sums of a stream (objective/streams.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, BatchLayout
 from megatron_bvpo.gradients.groups import ParallelGroups
-from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.sequence import sequence_logps
-from megatron_bvpo.objective.streams import STREAMS, StreamSums
+from megatron_bvpo.objective.sequence import sequence_logps, sequence_losses
+from megatron_bvpo.objective.stream_losses import Responses, StreamLosses
+from megatron_bvpo.objective.streams import WIDTH
 from megatron_bvpo.training.canaries import Heard
 from megatron_bvpo.training.referencing import REFERENCE_KEY, References
 
-NOTHING = dict.fromkeys(STREAMS, 0.0)
+NOTHING: dict[str, float] = {}
 
 
 @dataclass
@@ -33,13 +33,13 @@ class Pass:
     """What one forward (and backward) over the micro-batches needs to know, and what it found.
 
     Attributes:
-        factors: factor of each stream's sum of pair losses.
+        factors: factor of each stream's sum of losses; of those that it lacks, 0.
         loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
         bad_rows: rows with a loss that is not finite, found on the last stage.
         reference_only: only the reference runs, to fill its cache.
         listening: the log-probs are wanted, for the canaries, and no loss; the reference runs even where it is known.
         heard: where log-probs of policy and reference are put, if somebody wants them.
-        sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
+        sums: [S, K] float64, each stream's sums on this rank; None off the last stage.
     """
 
     factors: Mapping[str, float]
@@ -70,7 +70,7 @@ class Passes:
         args: ms-swift's arguments: `seq_length` and `micro_batch_size`.
         models: this rank's wrapped model chunks.
         groups: process groups.
-        preference: the loss.
+        losses: of each stream.
         references: log-probs of the reference that are known.
         reference_models: context in which the reference's model chunks are ready, as ms-swift's `null_ref_context`.
         next_batch: (iterator, virtual stage) → a micro-batch as the model takes it, as ms-swift's `get_batch`.
@@ -84,13 +84,13 @@ class Passes:
         args,
         models: list,
         groups: ParallelGroups,
-        preference: PreferenceConfig,
+        losses: StreamLosses,
         references: References,
         reference_models: Callable[[], AbstractContextManager[list]],
         next_batch: Callable,
     ):
         self.args, self.models, self.groups = args, models, groups
-        self.preference, self.references = preference, references
+        self.losses, self.references = losses, references
         self.reference_models, self.next_batch = reference_models, next_batch
         self.overheard: list[Heard] | None = None
 
@@ -122,7 +122,7 @@ class Passes:
             micro_batch_size=self.args.micro_batch_size,
             forward_only=forward_only,
         )
-        current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
+        current.sums = sum(found) if found else None  # [S, K] float64, on the last stage
         current.name_bad_rows()
         return current
 
@@ -151,7 +151,7 @@ class Passes:
 
         if current.reference_only:
             known_Q, output = None, self.reference_forward(unwrapped.vp_stage, input_tensor, data)
-        elif known_Q is not None or not self.preference.uses_reference:
+        elif known_Q is not None or not self.losses.uses_reference:
             output = model(**data)
         else:
             ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
@@ -183,19 +183,19 @@ class Passes:
         *,
         labels,
         packed_seq_params,
-        layout: PairLayout,
+        layout: BatchLayout,
         known_Q: list[float] | None,
     ):
-        """Weighted loss of one micro-batch, and its StreamSums as one [2, K] tensor. Last stage only.
+        """Weighted loss of one micro-batch, and its streams' sums as one [S, K] tensor. Last stage only.
 
         `known_Q` are the reference's log-probs of the sequences, where the cache holds them all.
         """
         seq_lens = None if packed_seq_params is None else own_lengths(packed_seq_params, self.groups.cp_size)
-        no_sums = output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
+        nothing = output.new_zeros(()), output.new_zeros(len(layout.streams), WIDTH, dtype=torch.float64)
         if current.reference_only:
             self.references.keep(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
-            return output.new_zeros(()), no_sums
-        joined = self.preference.uses_reference and known_Q is None
+            return nothing
+        joined = self.losses.uses_reference and known_Q is None
         ref_losses, losses = output.chunk(2, dim=0) if joined else (None, output)
         logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
         ref_logps_Q = None
@@ -204,35 +204,31 @@ class Passes:
         elif known_Q is not None:
             ref_logps_Q = logps_Q.new_tensor(known_Q)
         if current.heard is not None and ref_logps_Q is not None:
-            current.heard.append(Heard(logps_Q.detach(), ref_logps_Q, tokens_Q))
+            current.heard.append(Heard(*layout.compared(logps_Q.detach(), ref_logps_Q, tokens_Q)))
         if current.listening:
-            return output.new_zeros(()), no_sums
+            return nothing
         if joined:
             self.references.keep(layout, ref_logps_Q)
+        token_losses_Q = None
+        if any(layout.rows[stream] for stream in layout.tokens):
+            token_losses_Q = sequence_losses(-losses, labels, seq_lens, self.groups.cp, self.losses.of_tokens)
 
         total = logps_Q.new_zeros(())
         stacked = []
-        for stream in STREAMS:
-            sums = self.stream_sums(current, stream, layout, logps_Q, ref_logps_Q, tokens_Q)
-            total = total + current.factors[stream] * sums.loss
+        for stream in layout.streams:
+            responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q)
+            sums = self.stream_sums(current, stream, layout, responses)
+            total = total + current.factors.get(stream, 0.0) * sums.loss
             stacked.append(sums.stack())
         return (total * current.loss_scale).float(), torch.stack(stacked)
 
-    def stream_sums(self, current: Pass, stream: str, layout: PairLayout, logps_Q, ref_logps_Q, tokens_Q) -> StreamSums:
-        chosen, rejected = layout.slices(stream)
-        pairs = PairLogps(
-            chosen=logps_Q[chosen],
-            rejected=logps_Q[rejected],
-            ref_chosen=None if ref_logps_Q is None else ref_logps_Q[chosen],
-            ref_rejected=None if ref_logps_Q is None else ref_logps_Q[rejected],
-            chosen_tokens=tokens_Q[chosen],
-            rejected_tokens=tokens_Q[rejected],
-        )
-        losses = pair_losses(pairs, self.preference)
-        weights_P = logps_Q.new_tensor(layout.weights[stream])
-        finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
+    def stream_sums(self, current: Pass, stream: str, layout: BatchLayout, responses: Responses):
+        """Sums of one stream's members; notes whether their losses are finite."""
+        weights_P = responses.logps_Q.new_tensor(layout.weights[stream])
+        losses_P, sums = self.losses.of(stream, responses, layout.slices(stream), weights_P)
+        finite_P = torch.isfinite(losses_P) | (weights_P == 0)
         current.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
-        return StreamSums.of(pairs, losses, weights_P)
+        return sums
 
 
 def own_lengths(packed_seq_params, cp_size: int) -> torch.Tensor:

@@ -1,27 +1,26 @@
-"""Probe steps: where alpha comes from. The estimator is gradients/alpha.py; here it meets Megatron's passes."""
+"""Probe steps: where weights come from. The estimators are in gradients/; here they meet Megatron's passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
 from swift.utils import get_current_device, get_logger
 
-from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY
+from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY, has_stream
 from megatron_bvpo.gradients import shards
-from megatron_bvpo.gradients.alpha import Moments
+from megatron_bvpo.gradients.grams import Grams
 from megatron_bvpo.gradients.groups import ParallelGroups
-from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass
+from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, one_stream, rows_of_pass
 from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
     clear_expert_counters,
     has_router_losses,
     router_at_rest,
 )
-from megatron_bvpo.objective.streams import STREAMS
-from megatron_bvpo.streams import kept_shards
 from megatron_bvpo.training.mixture import FIRST_PROBES, Mixture
 from megatron_bvpo.training.passes import NOTHING, Pass, Passes
 
@@ -30,7 +29,7 @@ logger = get_logger()
 
 @dataclass
 class Probe:
-    """How a step is measured: each micro-batch item's half, and how many pairs the halves hold."""
+    """How a step is measured: each micro-batch item's half, and how many members the halves hold."""
 
     halves: list[list[str]]
     counts: StreamCounts
@@ -38,7 +37,7 @@ class Probe:
 
 
 class Probes:
-    """Measures a step's gradients by stream and half, and leaves their mixture in Megatron's buffers.
+    """Measures a step's gradients by estimator and half, and leaves the mixture of all in Megatron's buffers.
 
     Args:
         mixture: what is learnt, and with what a step is mixed.
@@ -81,62 +80,83 @@ class Probes:
         halves = half_of_items(len(items), len(items[0]), rank=self.groups.dp_rank, ranks=self.groups.dp_size)
         counts = self._count_halves(items, halves)
         if not counts.usable:
-            trace, empty = counts.members.values()
+            held = " and ".join(f"{halves} {stream}" for stream, halves in counts.members.items())
             logger.warning_once(
-                f"Step {iteration + 1} cannot be a probe: its halves hold {trace} trace and {empty} "
-                f"empty pairs, and each needs one at least. alpha stays at {self.mixture.alpha:.2f} on such steps; a "
-                "larger --global_batch_size helps.",
+                f"Step {iteration + 1} cannot be a probe: its halves hold {held} pairs, and each needs one at least. "
+                f"{self.mixture.as_it_is} on such steps; a larger --global_batch_size helps.",
                 hash_id="bvpo_no_probe",
             )
             return None
         return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=self.virtual))
 
     def _count_halves(self, items: list[list], halves: list[list[str]]) -> StreamCounts:
-        counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
+        """Rows that have each stream, and each two streams: one all-reduce of k(k + 1) numbers."""
+        streams = self.mixture.estimated
+        both = list(combinations(streams, 2))
+        counts = torch.zeros(len(streams) + len(both), len(HALVES), dtype=torch.float64, device=get_current_device())
         for batch, sides in zip(items, halves, strict=True):
             for item, side in zip(batch, sides, strict=True):
                 for row in item if isinstance(item, list) else [item]:
-                    has = [key in row for key in ("chosen_input_ids", "empty_chosen_input_ids")]
-                    counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * counts.new_tensor([*has, all(has)])
+                    has = {stream: has_stream(row, stream) for stream in streams}
+                    found = counts.new_tensor([*has.values(), *(has[s] and has[t] for s, t in both)])
+                    counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * found
         dist.all_reduce(counts, group=self.groups.dp)
-        trace, empty, both = map(tuple, counts.tolist())
-        return StreamCounts({"trace": trace, "empty": empty}, {("trace", "empty"): both})
+        found = [tuple(halves) for halves in counts.tolist()]
+        k = len(streams)
+        return StreamCounts(dict(zip(streams, found[:k], strict=True)), dict(zip(both, found[k:], strict=True)))
 
-    def run(self, chunks: list[list[dict]], probe: Probe) -> tuple[Pass, Moments]:
-        """Stream × half, their finalised gradients kept apart, measured, and mixed with the weights as they are."""
+    def run(
+        self, chunks: list[list[dict]], probe: Probe, iteration: int, apart: Mapping[str, float]
+    ) -> tuple[Pass, Grams]:
+        """Estimator × half, their finalised gradients kept apart, measured, and mixed with the weights as they are.
+
+        Args:
+            apart: streams that are not measured, with what their sums of losses count in this step.
+        """
         slices = shards.gradient_slices(self.models, tp_rank=self.groups.tp_rank)
+        streams, gradients, passes = self.mixture.estimated, {}, []
         router_losses = has_router_losses(self.router_configs)
-        gradients, passes = {}, []
+        stays = not router_losses and not apart  # the last pass's gradient in the buffers
         with router_at_rest(self.router_configs):
-            for stream in STREAMS:
+            for stream in streams:
                 for half, n in zip(HALVES, probe.counts.members[stream], strict=True):
                     self.zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
-                    passes.append(self.passes.run(parts, {**NOTHING, stream: 1 / n}, forward_only=False))
-                    last = len(passes) == len(STREAMS) * len(HALVES)
-                    stays = last and not router_losses
-                    gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
+                    passes.append(self.passes.run(parts, {stream: 1 / n}, forward_only=False))
+                    last = len(passes) == len(streams) * len(HALVES)
+                    gradients[stream, half] = [s.grad_E for s in slices] if stays and last else shards.take(slices)
 
         grams = measure_grams(slices, gradients, probe.counts, get_current_device(), self.groups.world)
-        moments = grams.moments()
-        weights = self._weights_of_passes(probe.counts)
-        kept = kept_shards(STREAMS, router_losses=router_losses)
-        own = weights.pop(("empty", "B")) if not router_losses else 1.0
-        if router_losses:
-            # They enter the update once, as a one-pass step has them: from both streams' tokens together.
-            clear_expert_counters(self.models)
-            self.zero_gradients()
-            self.passes.run(chunks, forward_only=False)
+        weights = self._weights_of_passes(probe.counts, iteration)
+        own = weights.pop((streams[-1], HALVES[-1])) if stays else 1.0
+        if not stays:
+            passes += self._rest(chunks, apart, router_losses)
         shards.mix_in(slices, own, [(weight, gradients[key]) for key, weight in weights.items()])
+        kept = len(weights)
         held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * kept / 2**30
         logger.info_once(f"A probe keeps {kept} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept")
-        return _joined(passes), moments
+        return _joined(passes), grams
 
-    def _weights_of_passes(self, counts: StreamCounts) -> dict[tuple[str, str], float]:
+    def _rest(self, chunks: list[list[dict]], apart: Mapping[str, float], router_losses: bool) -> list[Pass]:
+        """What is not measured, left in the buffers as a one-pass step has it: the router's losses, once and from all
+        streams' tokens together, and demonstrations."""
+        self.zero_gradients()
+        if router_losses:
+            clear_expert_counters(self.models)
+            done = self.passes.run(chunks, apart, forward_only=False)
+            if done.sums is not None:  # the estimators' members have been counted
+                done.sums[[i for i, s in enumerate(self.mixture.streams) if s not in apart]] = 0.0
+            return [done] if apart else []
+        (stream,) = apart  # the table has one that demonstrates
+        parts = [[self.collate(one_stream(_rows(batch), stream)) for batch in batches] for batches in chunks]
+        return [self.passes.run(parts, apart, forward_only=False)]
+
+    def _weights_of_passes(self, counts: StreamCounts, iteration: int) -> dict[tuple[str, str], float]:
         """What each pass's mean gradient counts in the update: its stream's weight, times the half's share of pairs."""
+        weights = self.mixture.weights(iteration)
         return {
-            (stream, half): weight * fraction
-            for stream, weight in self.mixture.weights.items()
+            (stream, half): weights[stream] * fraction
+            for stream in self.mixture.estimated
             for half, fraction in zip(HALVES, counts.fractions(stream), strict=True)
         }
 
@@ -144,6 +164,11 @@ class Probes:
         items = [batch[ITEMS_KEY] for batch in batches]
         rows = rows_of_pass(items, probe.halves, stream, half, split=probe.split)
         return [self.collate(batch) for batch in rows]
+
+
+def _rows(batch: dict) -> list[dict]:
+    """The rows of a micro-batch, out of their packs."""
+    return [row for item in batch[ITEMS_KEY] for row in (item if isinstance(item, list) else [item])]
 
 
 def _joined(passes: list[Pass]) -> Pass:

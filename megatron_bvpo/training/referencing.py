@@ -19,12 +19,12 @@ import torch.distributed as dist
 from swift.utils import get_current_device, get_logger, is_master
 from torch import Tensor
 
-from megatron_bvpo.data.batches import LAYOUT_KEY, PairLayout
+from megatron_bvpo.data.batches import LAYOUT_KEY, BatchLayout
 from megatron_bvpo.data.reference_cache import ReferenceShards, Values
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.reference_key import reference_key
-from megatron_bvpo.objective.streams import STREAMS
+from megatron_bvpo.streams import TABLE
 from megatron_bvpo.training.canaries import Heard
 
 logger = get_logger()
@@ -52,7 +52,7 @@ class References:
         self.table: dict[bytes, Values] | None = None
         self.shards: ReferenceShards | None = None
         self.hits = (0, 0)
-        self._new: list[tuple[PairLayout, Tensor]] = []  # with sequence log-probs [Q]
+        self._new: list[tuple[BatchLayout, Tensor]] = []  # with sequence log-probs [Q]
         self._unflushed = 0  # micro-batches computed since the last flush, the same on all ranks
         self._keeps = not (groups.tp_rank or groups.cp_rank)
         if folder is not None:
@@ -102,24 +102,28 @@ class References:
         self.hits = (self.hits[0] + hits, self.hits[1] + len(known))
         return hits
 
-    def _values_of(self, layout: PairLayout) -> list[float]:
-        """Reference log-probs of a micro-batch's sequences, in its own order."""
+    def _values_of(self, layout: BatchLayout) -> list[float]:
+        """Reference log-probs of a micro-batch's sequences, in its own order; 0 for those that no loss asks of it."""
         values: list[float] = []
-        for stream in STREAMS:
-            pairs = [self.table[key] for key in layout.keys[stream]]
-            values += [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        for stream in layout.streams:
+            if stream in layout.keys:
+                pairs = [self.table[key] for key in layout.keys[stream]]
+                values += [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+            else:
+                values += [0.0] * (layout.count(stream) * len(TABLE[stream].sides))
         return values
 
     def beside_new(self, batches: list[dict], heard: list[Heard]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(cached, new) reference log-probs and token counts of those micro-batches that are known on this rank."""
         layouts = [batch[LAYOUT_KEY] for batch in batches[: len(heard)]]
-        return [
-            (new.reference_Q.new_tensor(self._values_of(layout)), new.reference_Q, new.tokens_Q)
-            for layout, new in zip(layouts, heard, strict=True)
-            if self.table is not None and all(key in self.table for key in layout.all_keys())
-        ]
+        found = []
+        for layout, new in zip(layouts, heard, strict=True):
+            if self.table is not None and all(key in self.table for key in layout.all_keys()):
+                (known_Q,) = layout.compared(new.reference_Q.new_tensor(self._values_of(layout)))
+                found.append((known_Q, new.reference_Q, new.tokens_Q))
+        return found
 
-    def keep(self, layout: PairLayout, ref_logps_Q: Tensor) -> None:
+    def keep(self, layout: BatchLayout, ref_logps_Q: Tensor) -> None:
         """Remember computed values; on the device, because a copy to the host would wait for the forward."""
         if self.table is not None and self._keeps:
             self._new.append((layout, ref_logps_Q.detach().clone()))
@@ -150,10 +154,10 @@ class References:
         new: dict[bytes, Values] = {}
         lost: list[int] = []
         for layout, logps_Q in self._new:
-            for stream in STREAMS:
+            for stream, keys in layout.keys.items():
                 chosen, rejected = layout.slices(stream)
                 values = zip(logps_Q[chosen].tolist(), logps_Q[rejected].tolist(), strict=True)
-                for key, row, pair in zip(layout.keys[stream], layout.rows[stream], values, strict=True):
+                for key, row, pair in zip(keys, layout.rows[stream], values, strict=True):
                     if all(math.isfinite(v) for v in pair):
                         new.setdefault(key, pair)
                     else:

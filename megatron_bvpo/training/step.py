@@ -3,10 +3,9 @@
 A step has the whole global batch from the start, because the weight of a pair is 1 over the number of pairs of its
 stream in the **global** batch, and that is known only then. Then
 
-- most steps: both streams go through the model in one pass, each pair's loss weighted with alpha/N_t or
-  (1 − alpha)/N_e;
-- a probe step: the same pairs go through it as stream × half, four passes; their finalised gradients are kept
-  apart, D, X and W are measured from them for later steps' alpha, and they are mixed with the current one.
+- most steps: all streams go through the model in one pass, each member's loss weighted with its stream's weight/N;
+- a probe step: the same rows go through it as estimator × half; the finalised gradients of these passes are kept
+  apart, their Gram matrices are measured for later steps' weights, and they are mixed with the current ones.
 
 The step is taken only if every rank's loss and gradient are finite.
 """
@@ -23,7 +22,7 @@ from swift.utils import get_current_device, get_logger
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.gradients.alpha import Moments
+from megatron_bvpo.gradients.grams import Grams
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.router import (
     clear_expert_counters,
@@ -32,7 +31,7 @@ from megatron_bvpo.host.router import (
     router_loss_sums,
     update_expert_bias,
 )
-from megatron_bvpo.objective.streams import STREAMS, mixing_factors
+from megatron_bvpo.objective.streams import mixing_factors
 from megatron_bvpo.training.canary_questions import CanaryQuestions
 from megatron_bvpo.training.mixture import Mixture
 from megatron_bvpo.training.passes import Pass, Passes
@@ -93,7 +92,10 @@ class Step:
         probe = self.probes.plan(chunks[0], iteration)
         loss_sums = router_loss_sums()
         with expert_bias_at_rest(self.router_configs):
-            done, moments = (self.one_pass(chunks), None) if probe is None else self.probes.run(chunks, probe)
+            if probe is None:
+                done, grams = self.one_pass(chunks, iteration), None
+            else:
+                done, grams = self.probes.run(chunks, probe, iteration, self._apart(chunks, iteration))
         self.references.flush_now_and_then(iteration + 1)
         self.passes.overheard = None
         if not self._all_finite(done):
@@ -106,27 +108,35 @@ class Step:
             self.canaries.ask(chunks, heard, resumed=iteration > 0)
         update_expert_bias(self.models, self.router_configs)
         grad_norm, successful = self._update(iteration + 1)
-        metrics = self._metrics(done, moments)
-        if moments is not None:  # later steps use it; this one was mixed with what was known before
-            self.mixture.learn(moments, iteration + 1)
+        metrics = self._metrics(done, grams, iteration)
+        if grams is not None:  # later steps use it; this one was mixed with what was known before
+            self.mixture.learn(grams, iteration + 1)
         return metrics, grad_norm, successful
 
-    def one_pass(self, chunks: list[list[dict]]) -> Pass:
+    def one_pass(self, chunks: list[list[dict]], iteration: int) -> Pass:
         """The gradient of the mixed loss, in Megatron's buffers."""
+        factors = self._factors(chunks, iteration)
         self.zero_gradients()
-        factors = mixing_factors(self.mixture.weights, self._count_pairs(chunks[0]))
         return self.passes.run(chunks, factors, forward_only=False)
 
-    def _count_pairs(self, batches: list[dict]) -> dict[str, float]:
-        """N_t and N_e of the global batch: one all-reduce of two numbers over data parallelism."""
-        layouts = [batch[LAYOUT_KEY] for batch in batches]
+    def _apart(self, chunks: list[list[dict]], iteration: int) -> dict[str, float]:
+        """The factors of streams that no probe measures."""
+        factors = self._factors(chunks, iteration) if self.mixture.apart else {}
+        return {stream: factor for stream, factor in factors.items() if stream not in self.mixture.estimated}
+
+    def _factors(self, chunks: list[list[dict]], iteration: int) -> dict[str, float]:
+        """What each stream's sum of losses counts: its weight over its number in the global batch.
+
+        One all-reduce of a number a stream over data parallelism.
+        """
+        layouts, streams = [batch[LAYOUT_KEY] for batch in chunks[0]], self.mixture.streams
         counts = torch.tensor(
-            [sum(layout.real_pairs(s) for layout in layouts) for s in STREAMS],
+            [sum(layout.real_count(s) for layout in layouts) for s in streams],
             dtype=torch.float64,
             device=get_current_device(),
         )
         dist.all_reduce(counts, group=self.groups.dp)
-        return dict(zip(STREAMS, counts.tolist(), strict=True))
+        return mixing_factors(self.mixture.weights(iteration), dict(zip(streams, counts.tolist(), strict=True)))
 
     def _update(self, step: int) -> tuple[float, bool]:
         """Move the parameters: (gradient norm, whether they moved)."""
@@ -155,7 +165,7 @@ class Step:
     def _report_skipped(self, done: Pass, batches: list[dict], step: int) -> None:
         self.skipped_in_a_row += 1
         found: list = [None] * dist.get_world_size()
-        rows = sorted({row for batch in batches for s in STREAMS for row in batch[LAYOUT_KEY].rows[s]})
+        rows = sorted({row for batch in batches for rows in batch[LAYOUT_KEY].rows.values() for row in rows})
         dist.all_gather_object(found, (done.bad_rows, rows))
         bad = sorted({row for bad_rows, _ in found for row in bad_rows})
         step_rows = sorted({row for _, rows in found for row in rows})
@@ -172,14 +182,14 @@ class Step:
 
     # ---- metrics
 
-    def _metrics(self, done: Pass, moments: Moments | None) -> list[dict[str, torch.Tensor]]:
-        rpo = bool(self.passes.preference.rpo_alpha)
-        metrics = reduced_metrics(done.sums, self.mixture.weights, self.groups.dp, rpo=rpo)
+    def _metrics(self, done: Pass, grams: Grams | None, iteration: int) -> list[dict[str, torch.Tensor]]:
+        weights, rpo = self.mixture.weights(iteration), bool(self.passes.losses.preference.rpo_alpha)
+        metrics = reduced_metrics(done.sums, self.mixture.streams, weights, self.groups.dp, rpo=rpo)
         if not metrics:
             return []
-        metrics["alpha"] = (self.mixture.alpha, 1)
+        metrics |= self.mixture.metrics(iteration)
         if self.references.table is not None:
             metrics["ref_cache/hits"] = self.references.hits
-        if moments is not None:
-            metrics.update(self.mixture.probe_metrics(moments))
+        if grams is not None:
+            metrics.update(self.mixture.probe_metrics(grams))
         return [as_tensors(metrics)]

@@ -1,24 +1,30 @@
-"""What is logged of a step and of an evaluation: sums over pairs, brought together over the data-parallel ranks."""
+"""What is logged of a step and of an evaluation: sums over members, brought together over the data-parallel ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from swift.utils import get_current_device
 from torch import Tensor
 
-from megatron_bvpo.objective.streams import StreamSums, stream_metrics
+from megatron_bvpo.objective.streams import stream_metrics, sums_of
 
 
 def reduced_metrics(
-    sums: Tensor | None, weights: Mapping[str, float], group: dist.ProcessGroup, *, rpo: bool
+    sums: Tensor | None,
+    streams: Sequence[str],
+    weights: Mapping[str, float],
+    group: dist.ProcessGroup,
+    *,
+    rpo: bool,
 ) -> dict[str, tuple]:
     """Log names to (sum, count) over `group`; empty off the last stage.
 
     Args:
-        sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
+        sums: [S, K] float64, each stream's sums on this rank; None off the last stage.
+        streams: of the run, S names.
         weights: each stream's, in the mixed loss that is logged.
         group: the data-parallel ranks.
         rpo: the loss has an RPO term.
@@ -27,8 +33,8 @@ def reduced_metrics(
         return {}
     sums = sums.clone()
     dist.all_reduce(sums, group=group)
-    trace, empty = (StreamSums(*row) for row in sums)
-    return stream_metrics(trace, empty, weights, rpo=rpo)
+    found = {stream: sums_of(stream, row) for stream, row in zip(streams, sums, strict=True)}
+    return stream_metrics(found, weights, rpo=rpo)
 
 
 def as_tensors(metrics: Mapping[str, tuple]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """ms-swift's Megatron trainer with the BVPO objective: its life cycle, in which our parts are made and called.
 
-A step is step.py's, which is where to read on: pass → loss, or probe → passes → moments.
+A step is step.py's, which is where to read on: pass → loss, or probe → passes → Gram matrices.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_bvpo.host.stop_signal import StopCallback
 from megatron_bvpo.host.tuner_names import check_tuner_names, require_something_to_train
 from megatron_bvpo.training.canary_questions import CanaryQuestions
 from megatron_bvpo.training.early_stop import EarlyStopCallback
-from megatron_bvpo.training.mixture import Mixture, stream_weights
+from megatron_bvpo.training.mixture import Mixture
 from megatron_bvpo.training.passes import Passes
 from megatron_bvpo.training.patience import Patience
 from megatron_bvpo.training.probing import Probes
@@ -63,7 +63,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         self.patience = Patience(args.early_stop_interval, bool(args.greater_is_better))
         self.base_weights = BaseWeights()
         self._val_dataloaders: list = []
-        self.row_counts = RowCounts() if args.streaming or args.lazy_tokenize else None
+        self.row_counts = RowCounts(self.bvpo.streams) if args.streaming or args.lazy_tokenize else None
         with timed("building and reading the model"):
             super().__init__(args, template)
         self.step_times = StepTimes(self)
@@ -81,9 +81,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
         routers = router_configs(self.unwrapped_models)
         self.references = References(args, bvpo.ref_cache, groups)
-        self.passes = Passes(
-            args, models, groups, bvpo.preference, self.references, self.null_ref_context, self.get_batch
-        )
+        self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
         self.probes = Probes(
             self.mixture,
             self.passes,
@@ -240,7 +238,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         return better
 
     def evaluate(self, val_data_iterator):
-        """Every held-out pair once; `eval_loss` mixes the streams at a fixed alpha."""
+        """Every held-out row once; `eval_loss` mixes the streams at fixed weights."""
         for model in self.wrapped_models:
             model.eval()
         if self._val_dataloaders:
@@ -254,9 +252,8 @@ class BvpoTrainer(MegatronRLHFTrainer):
                 if done.sums is not None:
                     totals = done.sums if totals is None else totals + done.sums
                 self.call_event("on_eval_step")
-        rpo = bool(self.bvpo.preference.rpo_alpha)
-        weights = stream_weights(self.bvpo.eval_alpha)
-        metrics: dict[str, Any] = as_tensors(reduced_metrics(totals, weights, self.groups.dp, rpo=rpo))
+        rpo, streams, weights = bool(self.bvpo.preference.rpo_alpha), self.bvpo.streams, self.bvpo.eval_weights
+        metrics: dict[str, Any] = as_tensors(reduced_metrics(totals, streams, weights, self.groups.dp, rpo=rpo))
         self.references.flush()
         metrics["n_steps"] = self.args.eval_iters
         self.on_log(logs=metrics, prefix="eval_")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_bvpo"
 STAND_INS = PACKAGE / "rehearsal" / "stand_ins"
 
-# Room → rooms it may import. `errors`, `streams` and the package itself are everybody's; the command line may use them all.
+# Room → rooms it may import. `errors`, `streams` and the package itself are everybody's; the command line may use all.
 MAY_USE = {
     "launching": {"data"},
     "planning": {"data", "launching", "sampling"},

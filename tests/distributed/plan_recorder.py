@@ -31,7 +31,7 @@ def record_memory(base, folder):
             probe = stock(batches, iteration)
             return None if iteration == 0 else probe
 
-        def _one_pass(self, stock, chunks):
+        def _one_pass(self, stock, chunks, iteration):
             batches = chunks[0]
             self.weighed = {
                 "kept_shards": 0,
@@ -40,7 +40,7 @@ def record_memory(base, folder):
             }
             saved = SavedTensors(_storages(self._stored()))
             with saved:
-                done = stock(chunks)
+                done = stock(chunks, iteration)
             self.weighed |= {"activations": saved.peak, "left": saved.live, "kept_shards": 0}
             return done
 
@@ -54,7 +54,7 @@ def record_memory(base, folder):
         def _buffers(self):
             return [b for m in self.wrapped_models for b in (*m.buffers, *m.expert_parallel_buffers)]
 
-        def _probe(self, stock, chunks, probe):
+        def _probe(self, stock, *args):
             taken = []
             take = shards.take
 
@@ -65,7 +65,7 @@ def record_memory(base, folder):
 
             shards.take = counting_take
             try:
-                return stock(chunks, probe)
+                return stock(*args)
             finally:
                 shards.take = take
                 self.weighed["kept_shards"] = sum(taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,13 +53,14 @@ def poisoned(
             )
             return super().train_step(train_data_iterator)
 
-        def _poison_logp(self, stock, current, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
-            chosen, _ = layout.slices(stream)
+        def _poison_logp(self, stock, current, stream, layout, responses):
+            chosen, *_ = layout.slices(stream)
             if where == stream and chosen.stop > chosen.start and self._here():
-                logps_Q = logps_Q.clone()
+                logps_Q = responses.logps_Q.clone()
                 logps_Q[chosen.start] = value
+                responses = replace(responses, logps_Q=logps_Q)
                 self._write(poisoned=layout.rows[stream][0])
-            return stock(current, stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
         def _poison_gradient(self, stock, *args, forward_only, **more):
             done = stock(*args, forward_only=forward_only, **more)

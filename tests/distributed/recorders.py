@@ -133,13 +133,13 @@ def record_reference(base, folder, save: bool = True):
             else:
                 self.state.last_model_checkpoint = str(folder)
 
-        def _keep(self, stock, current, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
+        def _keep(self, stock, current, stream, layout, responses):
             chosen, rejected = layout.slices(stream)
-            for what, values in (("reference", ref_logps_Q), ("policy", logps_Q.detach())):
+            for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
                 pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
                 for row, pair in zip(layout.rows[stream], pairs, strict=True):
                     self.recorded[what].setdefault((row, stream), []).append(pair)
-            return stock(current, stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
         def finalize_training(self):
             super().finalize_training()
@@ -165,16 +165,16 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
             around(self.probes, "run", self._probe)
             around(self.passes, "run", self._pass)
             if mutation == "same batch's alpha":
-                self.mixture.learn = lambda moments, step: None
+                self.mixture.learn = lambda grams, step: None
                 around(self.probes, "run", measure_and_learn(self.mixture))
 
-        def _probe(self, stock, chunks, probe):
+        def _probe(self, stock, chunks, probe, *rest):
             self.of_passes = [] if self.state.iteration == at_step else None
             finalize = self.config.finalize_model_grads_func
             if mutation == "local gradients":
                 self.config.finalize_model_grads_func = lambda *args, **kwargs: None
             with mutated(mutation):
-                done = stock(chunks, probe)
+                done = stock(chunks, probe, *rest)
             self.config.finalize_model_grads_func = finalize
             if self.of_passes and dist.get_rank() == 0:
                 counts = {**probe.counts.members, "both": probe.counts.shared["trace", "empty"]}
@@ -195,18 +195,17 @@ def measure_and_learn(mixture):
     """The fault that MATH.md §3 warns of: alpha from the very gradients that it mixes."""
     import megatron_bvpo.training.probing as probing
 
-    def run(stock, chunks, probe):
+    def run(stock, *args):
         measure = probing.measure_grams
 
         def measure_first(*args, **kwargs):
             grams = measure(*args, **kwargs)
             mixture.estimator.update(grams.moments())
-            mixture.alpha = mixture.estimator.alpha
             return grams
 
         probing.measure_grams = measure_first
         try:
-            return stock(chunks, probe)
+            return stock(*args)
         finally:
             probing.measure_grams = measure
 

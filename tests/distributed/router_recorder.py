@@ -124,11 +124,11 @@ def record_over_seeds(base, folder, seeds: int, lora_scale: float = 0.3):
 
             one_pass, four = [], []
             for seed in range(seeds):
-                one_pass.append(after(self.step.one_pass, chunks, seed=2 * seed))
-                four.append(after(self.probes.run, chunks, probe, seed=2 * seed + 1))
+                one_pass.append(after(self.step.one_pass, chunks, 0, seed=2 * seed))
+                four.append(after(self.probes.run, chunks, probe, 0, {}, seed=2 * seed + 1))
             with dropout_off(self.wrapped_models):
-                plain = after(self.step.one_pass, chunks, seed=0)
-                broken = torch.stack([after(self.probes.run, chunks, probe, seed=seed) for seed in range(2)])
+                plain = after(self.step.one_pass, chunks, 0, seed=0)
+                broken = torch.stack([after(self.probes.run, chunks, probe, 0, {}, seed=seed) for seed in range(2)])
             found = {"one_pass": torch.stack(one_pass), "probe": torch.stack(four), "plain": plain, "broken": broken}
             torch.save(found, folder / "seeds.pt")
             return [], 0.0, False

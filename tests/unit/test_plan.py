@@ -244,24 +244,17 @@ def test_shards_of_all_ranks_are_all_parameters():
         assert sum(buffer.owned_elements(rank) for rank in range(buffer.ranks)) == filled > 0
 
 
-@pytest.mark.parametrize(
-    ("names", "plain", "with_router_losses"),
-    [
-        (("trace", "empty"), 3, 4),
-        (("trace", "empty", "short"), 5, 6),
-        (("trace", "empty", "short", "expert"), 6, 6),  # demonstrations are trained on and not measured
-    ],
-)
-def test_kept_shards_are_as_many_as_a_probe_keeps(monkeypatch, names, plain, with_router_losses):
-    """training/probing.py asks the same function; test_plan_memory.py weighs a probe's shards to the byte."""
-
-    def kept(coeff: float) -> float:
-        run = settings(expert_model_parallel_size=8, global_batch_size=16, moe_aux_loss_coeff=(coeff,))
-        return memory.static_memory(model_shape(MOE), run, 8, 0)["kept_shards"]
-
-    one = kept(0.0) / 3  # the default: trace and empty
-    monkeypatch.setattr(type(settings()), "streams", property(lambda run: names))
-    assert [kept(0.0) / one, kept(0.01) / one] == [plain, with_router_losses]
+def test_kept_shards_are_as_many_as_a_probe_keeps():
+    """Held against a run's own shards by tests/distributed/test_plan_memory.py."""
+    copies = {
+        ("trace", "empty"): (3, 4),
+        ("trace", "empty", "short"): (5, 6),
+        ("trace", "empty", "expert"): (4, 4),
+    }
+    for streams, (plain, router) in copies.items():
+        run = settings(bvpo_streams=streams)
+        assert memory.kept_copies(run, experts=True) == plain
+        assert memory.kept_copies(dataclasses.replace(run, moe_aux_loss_coeff=(0.01,)), experts=True) == router
 
 
 # ---- memory

@@ -225,7 +225,10 @@ def test_weights_and_metrics_are_means_over_pairs():
     mixed = factors["trace"] * trace.loss + factors["empty"] * empty.loss
     assert mixed.item() == pytest.approx(alpha * means["trace"] + (1 - alpha) * means["empty"], rel=1e-12)
 
-    metrics = {name: float(s / n) for name, (s, n) in stream_metrics(trace, empty, weights, rpo=True).items()}
+    metrics = {
+        name: float(s / n)
+        for name, (s, n) in stream_metrics({"trace": trace, "empty": empty}, weights, rpo=True).items()
+    }
     assert metrics["loss"] == pytest.approx(mixed.item(), rel=1e-12)
     for name, mean in means.items():
         assert metrics[f"loss/{name}"] == pytest.approx(mean, rel=1e-12)
@@ -240,7 +243,7 @@ def test_a_stream_without_pairs_has_no_weight_and_no_metrics():
     assert mixing_factors({"trace": 0.3, "empty": 0.7}, {"trace": 0.0, "empty": 4.0}) == {"trace": 0.0, "empty": 0.175}
     none = StreamSums(*torch.zeros(StreamSums.width(), dtype=torch.float64))
     some = StreamSums(*torch.ones(StreamSums.width(), dtype=torch.float64))
-    metrics = stream_metrics(some, none, {"trace": 1.0, "empty": 0.0}, rpo=False)
+    metrics = stream_metrics({"trace": some, "empty": none}, {"trace": 1.0, "empty": 0.0}, rpo=False)
     assert not any(name.startswith("empty/") or name == "loss/empty" for name in metrics)
 
 

@@ -520,3 +520,13 @@ def test_nothing_left_is_an_error():
 @pytest.mark.parametrize("blank", [{"empty_response": ""}, {"empty_rejected_response": "", "empty_response": None}])
 def test_a_blank_cell_beside_a_missing_column_is_no_answer(blank):
     assert check_row(row(**blank), RULES).empty_source == "stripped"
+
+
+def test_where_the_empty_answers_come_from_is_told_in_shares():
+    tally = RowTally(rows=8, own=2, stripped=1)
+    tally.dropped["a reason"] = 4
+    said = tally.empty_line()
+    assert said.startswith(
+        "empty stream: of 4 rows 50 % have own answers, 25 % have stripped ones, 25 % have none. A st"
+    )
+    assert RowTally(rows=2, own=2).empty_line().endswith("0 % have none.") and RowTally().empty_line() is None
