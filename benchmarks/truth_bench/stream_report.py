@@ -33,8 +33,8 @@ def fresh_part(rows: list[Row]) -> list[str]:
     return [
         "## The criteria on fresh seeds",
         "κ was chosen on the pairs of the table above. Here the same regimes and settings are trained on pairs that "
-        "had no part in that: of the same tasks (8 seeds), and of tasks with other tables (two, 4 seeds each). Columns as "
-        "above; the arms are fewer, so that the best of them may be another.",
+        "had no part in that: of the same tasks (8 seeds), and of tasks with other tables (two, 4 seeds each). Columns "
+        "as above; the arms are fewer, so that the best of them may be another.",
         table(head, lines),
     ]
 
