@@ -64,6 +64,11 @@ class BvpoConfig:
     preference: PreferenceConfig | UnpairedConfig
 
     @property
+    def unpaired(self) -> bool:
+        """The loss takes single responses with a label."""
+        return isinstance(self.preference, UnpairedConfig)
+
+    @property
     def losses(self) -> StreamLosses:
         own = own_function(self.preference.loss_type, (*LOSS_TYPES, *UNPAIRED_LOSS_TYPES), "--loss_type")
         return StreamLosses(self.preference, self.streams, self.expert_loss, own if callable(own) else None)

@@ -50,7 +50,7 @@ class BvpoPipeline(MegatronRLHF):
         return RowRules(
             empty=config.empty,
             streams=config.streams,
-            unpaired=config.losses.unpaired,
+            unpaired=config.unpaired,
             gate_threshold=config.gate_threshold,
         )
 

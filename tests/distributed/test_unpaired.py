@@ -44,10 +44,11 @@ def single_rows(workshop) -> list[dict]:
 def runs(workshop, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unpaired")
     file = runs_of.write(workshop, "single", single_rows(workshop))
-    one = f"{runs_of.single_flags(workshop)} --dataset {file} {KTO}"
+    single = f"{runs_of.single_flags(workshop)} {runs_of.other_reference(workshop)} --global_batch_size 16"
+    one = f"{single} --dataset {file} {KTO}"
     held_out = f"--val_dataset {file} --bvpo_eval_on_start true --eval_iters -1"
     many = f"{moe(workshop)} --dataset {file} --global_batch_size 8 --train_iters 2 {KTO} {LORA} {held_out}"
-    pairs = f"{runs_of.single_flags(workshop)} --dataset {workshop.train} --bvpo_alpha 0.4 --beta {BETA}"
+    pairs = f"{single} --dataset {workshop.train} --bvpo_alpha 0.4 --beta {BETA}"
     found = run_cells(
         1,
         [

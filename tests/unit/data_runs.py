@@ -26,6 +26,7 @@ class Bvpo:
     empty: str = "strip"
     streams: tuple[str, ...] = ("trace", "empty")
     gate_threshold: float | None = None
+    unpaired: bool = False
 
 
 @dataclasses.dataclass
