@@ -1,6 +1,6 @@
 """The truth bench: does the alpha estimator find the truth, and does its alpha train better?
 
-    python benchmarks/truth_bench.py            everything, about fifteen minutes on one idle core
+    python benchmarks/truth_bench.py            everything, about half an hour on one idle core
     python benchmarks/truth_bench.py --quick    small samples, under a minute; to output/truth_bench
     python benchmarks/truth_bench.py --only frozen | training | fresh | streams | report
 

@@ -22,7 +22,7 @@ from megatron_bvpo.data.handover import SOURCE_KEY, VERDICT_KEY
 from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
 from megatron_bvpo.data.rows import ALONE_KEY, STREAMS_KEY, RowRules, RowVerdict, check_row, normalise_row
-from megatron_bvpo.data.verdicts import LABELS
+from megatron_bvpo.data.verdicts import LABELS, member_of
 from megatron_bvpo.streams import TABLE, sides_of
 
 LAYOUT_KEY = "bvpo_layout"
@@ -145,7 +145,7 @@ class BvpoTemplateMixin:
             self._tell(inputs, account)
         if not account.pairs:
             counts[WHOLE_ROW, next(iter(account.lost.values())).reason] += 1
-            raise MaxLengthError("; ".join(f"{stream} pair: {loss}" for stream, loss in account.lost.items()))
+            raise MaxLengthError("; ".join(f"{member_of(stream)}: {loss}" for stream, loss in account.lost.items()))
         if self.bvpo.count_unused:
             counts.update((stream, loss.reason) for stream, loss in account.lost.items())
             counts.update(_lost_when_judged(inputs))
@@ -180,7 +180,7 @@ class BvpoTemplateMixin:
         if self._told > 10 and self._told % 1000:
             return
         name = row_in_words(inputs) if isinstance(inputs, dict) else "a row"
-        losses = "; ".join(f"its {stream} pair is not trained: {loss}" for stream, loss in account.lost.items())
+        losses = "; ".join(f"its {member_of(stream)} is not trained: {loss}" for stream, loss in account.lost.items())
         # `_if`: ms-swift's logger is quiet on all but the first rank of a node, and each rank reads rows of its own.
         get_logger().warning_if(f"{name}: {losses} ({self._told} such rows in this process so far)", cond=True)
 

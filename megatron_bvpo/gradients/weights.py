@@ -220,7 +220,8 @@ class WeightEstimator:
         """The weights [k], solved once a probe."""
         if self._weights is None:
             evidence = self._evidence()
-            self._weights = self.prior if evidence is None else self._shrunk(evidence)
+            # Every rank solves for itself; linear algebra on another kind of CPU differs in the last bits.
+            self._weights = self.prior if evidence is None else self._shrunk(evidence).round(12)
         return self._weights
 
     def _shrunk(self, evidence: _Evidence) -> Array:
@@ -273,9 +274,9 @@ class WeightEstimator:
         k, names = len(self.streams), self.streams
         found = {f"gram/C_{names[i]}_{names[j]}": grams.C[i][j] for i, j in pairs_of(range(k))}
         found |= {f"gram/D_{names[i + 1]}_{names[j + 1]}": grams.D[i][j] for i, j in pairs_of(range(k - 1))}
+        stderr = self.stderr
         for name, (low, high) in self.bands.items():
-            found |= {f"weight/{name}/low": low, f"weight/{name}/high": high}
-            found[f"weight/{name}/stderr"] = self.stderr[name]
+            found |= {f"weight/{name}/low": low, f"weight/{name}/high": high, f"weight/{name}/stderr": stderr[name]}
         return found
 
     def summary(self) -> str:

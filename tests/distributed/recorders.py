@@ -178,7 +178,8 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
             self.config.finalize_model_grads_func = finalize
             if self.of_passes and dist.get_rank() == 0:
                 counts = {**probe.counts.members, "both": probe.counts.shared["trace", "empty"]}
-                torch.save({"passes": self.of_passes, "counts": counts}, folder / "passes.pt")
+                found = {"passes": self.of_passes, "counts": counts, "shared": probe.counts.shared}
+                torch.save(found, folder / "passes.pt")
             self.of_passes = None
             return done
 
@@ -217,17 +218,26 @@ def mutated(mutation: str | None):
     """Faults that a person could make in gradients/, for tests that must notice them."""
     from megatron_bvpo.gradients import moments, shards
 
-    saved = (shards._counted_here, moments._sums, shards.gradient_slices)
+    saved = (shards._counted_here, moments._sums, shards.gradient_slices, moments.StreamCounts.factor)
     if mutation == "replicas counted on every rank":
         shards._counted_here = lambda param, tp_rank: not getattr(param, "shared", False)
     elif mutation == "cross term dropped":
 
-        def without_cross_term(g, counts):
+        def without_cross_terms(g, counts):
             sums = saved[1](g, counts).clone()
-            sums[2] = 0
+            pairs = moments.pairs_of(counts.streams)
+            for place, (one, other) in enumerate(pairs, start=len(sums) - len(pairs)):
+                if one != other:
+                    sums[place] = 0
             return sums
 
-        moments._sums = without_cross_term
+        moments._sums = without_cross_terms
+    elif mutation == "a stream turned around":
+        moments._sums = lambda g, counts: saved[1](
+            {key: -value if key[0] == counts.streams[-1] else value for key, value in g.items()}, counts
+        )
+    elif mutation == "one factor for all":
+        moments.StreamCounts.factor = lambda counts, one, other: saved[3](counts, counts.streams[0], counts.streams[0])
     elif mutation == "experts forgotten":
 
         def dense_only(models, *, tp_rank):
@@ -246,7 +256,7 @@ def mutated(mutation: str | None):
     try:
         yield
     finally:
-        shards._counted_here, moments._sums, shards.gradient_slices = saved
+        shards._counted_here, moments._sums, shards.gradient_slices, moments.StreamCounts.factor = saved
 
 
 def _in_dense_buffer(s, models) -> bool:

@@ -260,6 +260,16 @@ def test_kept_shards_are_as_many_as_a_probe_keeps():
 # ---- memory
 
 
+def test_a_micro_batch_holds_every_streams_sequences():
+    """Shortened traces and demonstrations are taken to be as long as traces; a demonstration is one sequence."""
+    run, lengths = settings(micro_batch_size=1, max_length=1000), Lengths(1000, 100)
+    assert micro_batch(run, lengths).tokens == 2 * 1000 + 2 * 100
+    four = dataclasses.replace(run, bvpo_streams=("trace", "empty", "short", "expert"))
+    assert micro_batch(four, lengths).tokens == 2 * 1000 + 2 * 100 + 2 * 1000 + 1000 and four.sequences == 7
+    alone = dataclasses.replace(run, bvpo_streams=("expert",))
+    assert micro_batch(alone, lengths).tokens == 1000 and not alone.uses_reference and not alone.probes
+
+
 def test_what_makes_memory_smaller():
     shape, cluster = model_shape(MOE), Cluster(1, 8)
 

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +213,28 @@ def test_the_bands_cover(settings):
                 inside.append(((bands[:, 0] <= target) & (target <= bands[:, 1]))[between])
                 within.append((bands[:, 0] <= w) & (w <= bands[:, 1]))
     assert 0.90 <= np.mean(inside) <= 0.985 and np.all(within)
+
+
+@pytest.mark.parametrize("empty_answers", ["own", "strip"])
+def test_the_benchs_truth_agrees_with_its_own_samples(monkeypatch, empty_answers):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    from truth_bench import exact, model, streams
+
+    task = model.Task(model.TaskConfig(length=2, prompts=3, empty_answers=empty_answers))
+    short, rng = task.shortened(), np.random.default_rng(22)
+    theta = task.theta_ref_P + 0.3 * rng.normal(size=task.theta_ref_P.size)
+    true, two = streams.streams_truth(task, short, theta), exact.truth(task, theta)
+    np.testing.assert_allclose(true.mean_kP[:2], [two.mean_t, two.mean_e], atol=1e-12)
+    np.testing.assert_allclose(true.one_row_kk[:2, :2], [[two.var_t, two.cov], [two.cov, two.var_e]], rtol=1e-9)
+
+    batch = task.sample(rng, 6_000, 8)
+    g = streams.half_gradients(task, short, theta[None], batch, streams.sample_short(task, short, rng, batch), 3)
+    triangles = streams.gram_triangles(g, 3, 8)
+    C, bias = true.one_row_kk / 8, true.mean_kP - true.mean_kP[0]
+    D = bias @ bias.T + C - C[:1] - C[:, :1] + C[0, 0]
+    right = np.concatenate([C[np.triu_indices(3)], D[1:, 1:][np.triu_indices(2)]])
+    assert (np.abs(triangles.mean(0) - right) < 4 * triangles.std(0) / len(triangles) ** 0.5).all()
+    assert bias[2] @ bias[2] > 1e-6 and not np.isclose(C[0, 2], 0, atol=1e-6)
 
 
 # ---------------------------------------------------------------------- rules, each with its mutant
