@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from swift.utils import get_current_device, get_logger
 
-from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY, has_stream
+from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY
+from megatron_bvpo.data.encoded_rows import has_stream
 from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.grams import Grams
 from megatron_bvpo.gradients.groups import ParallelGroups
