@@ -66,17 +66,17 @@ def alternate(base, folder, interval: int):
         def train_step(self, *args):
             self.times = getattr(self, "times", [])
             fixed = self.state.iteration // interval % 2 == 0 and self.state.iteration >= interval
-            estimator = self.estimator
+            probes, plan = self.mixture.estimator.probes, self.probes.plan
             if fixed:
-                self.estimator = None
+                self.probes.plan = lambda *args: None
             try:
                 _wait()
                 start = time.perf_counter()
                 found = super().train_step(*args)
                 _wait()
-                self.times.append((time.perf_counter() - start, self.moments is not None))
+                self.times.append((time.perf_counter() - start, self.mixture.estimator.probes > probes))
             finally:
-                self.estimator = estimator
+                self.probes.plan = plan
             return found
 
         def finalize_training(self):

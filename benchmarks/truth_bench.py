@@ -1,8 +1,8 @@
 """The truth bench: does the alpha estimator find the truth, and does its alpha train better?
 
-    python benchmarks/truth_bench.py            everything, about fifteen minutes on one idle core
+    python benchmarks/truth_bench.py            everything, about half an hour on one idle core
     python benchmarks/truth_bench.py --quick    small samples, under a minute; to output/truth_bench
-    python benchmarks/truth_bench.py --only frozen | training | report
+    python benchmarks/truth_bench.py --only frozen | training | fresh | streams | report
 
 A reasoning model small enough to enumerate (truth_bench/model.py) gives the marginal loss and its gradient exactly,
 so that bias, variance and the true optimum are known. Seeds are fixed. Tables and plots go to
@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from truth_bench import studies
+from truth_bench import stream_studies, studies
 from truth_bench.report import write_report
 
 RESULTS = Path(__file__).parent / "results" / "truth_bench"
@@ -36,7 +36,7 @@ def write_csv(path: Path, rows: list[studies.Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small samples")
-    parser.add_argument("--only", choices=["frozen", "training", "report"], help="one part")
+    parser.add_argument("--only", choices=["frozen", "training", "fresh", "streams", "report"], help="one part")
     parser.add_argument("--out", type=Path, help="folder of the tables")
     args = parser.parse_args()
     size = studies.QUICK if args.quick else studies.Size()
@@ -53,6 +53,12 @@ def main() -> None:
         rows, curves = studies.training_rows(size)
         write_csv(out / "training.csv", rows)
         write_csv(out / "curves.csv", curves)
+    if args.only in (None, "fresh"):
+        write_csv(out / "fresh.csv", studies.fresh_rows(size))
+    if args.only in (None, "streams"):
+        for name, rows in stream_studies.rows(size).items():
+            write_csv(out / f"{name}.csv", rows)
+        write_csv(out / "stream_training.csv", stream_studies.training_rows(size))
     print(write_report(out))
 
 

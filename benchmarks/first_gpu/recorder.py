@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 NAME = "first-gpu-{rank}.json"
@@ -19,6 +20,10 @@ def record(base, folder: Path, starve: bool = False, save: bool = False, fault: 
     import torch.distributed as dist
 
     class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.passes.stream_sums = partial(self._keep_logps, self.passes.stream_sums)
+
         def save_checkpoint(self):
             if save:
                 super().save_checkpoint()
@@ -35,12 +40,13 @@ def record(base, folder: Path, starve: bool = False, save: bool = False, fault: 
                     if model.post_process:
                         model.decoder.final_layernorm.weight.data.mul_(1 + fault)
 
-        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
+        def _keep_logps(self, stock, current, stream, layout, responses):
+            logps_Q, ref_logps_Q = responses.logps_Q, responses.ref_logps_Q
             chosen, rejected = layout.slices(stream)
             kept = [logps_Q[chosen], logps_Q[rejected], ref_logps_Q[chosen], ref_logps_Q[rejected]]
             for row, *values in zip(layout.rows[stream], *(k.detach().tolist() for k in kept), strict=True):
                 self.logps[f"{row} {stream}"] = values
-            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
         def train_step(self, train_data_iterator):
             self.logps = {}

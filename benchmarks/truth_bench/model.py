@@ -12,6 +12,7 @@ Y answers, F prompt features, Q answer features, P parameters (A, U, M flat), h 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import product
 
@@ -31,6 +32,8 @@ class TaskConfig:
     prompt_spread: how different prompts are from each other.
     empty_answers: `own` or `strip`.
     judge: scale of the rewards; large means labels without noise.
+    short: letters of the shortened stream's traces.
+    short_offset: how far its features lie off the right ones, as a part of the way of the empty stream's.
     """
 
     length: int = 3
@@ -47,6 +50,8 @@ class TaskConfig:
     features: int = 4
     hidden: int = 5
     seed: int = 0
+    short: int = 1
+    short_offset: float = 0.5
 
 
 def log_softmax(logits: Array) -> Array:
@@ -65,20 +70,9 @@ class Task:
         self.u_XF = (shared + c.prompt_spread * own) / np.sqrt(F)
 
         traces = list(product(range(K), repeat=c.length))
-        self.counts_RCK = np.zeros((len(traces), K + 1, K))
-        for i, trace in enumerate(traces):
-            for previous, letter in zip((K, *trace), trace, strict=False):
-                self.counts_RCK[i, previous, letter] += 1
-        histogram_RK = self.counts_RCK.sum(1) / c.length
-        last_RK = np.eye(K)[[t[-1] for t in traces]]
-
-        X, R = c.prompts, len(traces)
-        u_XRF = np.broadcast_to(self.u_XF[:, None], (X, R, F))
-        about_trace = c.trace_effect * np.concatenate([histogram_RK, last_RK], -1)
-        about_XR = np.broadcast_to(about_trace, (X, R, 2 * K))
-        mixing = rng.normal(size=(F + 2 * K, c.hidden))
-        hidden = np.tanh(np.concatenate([u_XRF, about_XR], -1) @ mixing)
-        self.phi_XRQ = np.concatenate([u_XRF, about_XR, hidden], -1)
+        self.counts_RCK = _counts(traces, K)
+        self._mixing = rng.normal(size=(F + 2 * K, c.hidden))
+        self.phi_XRQ = self._features(self.counts_RCK, traces)
         self.shapes = ((F, K), (K + 1, K), (self.phi_XRQ.shape[-1], c.answers))
         self.sizes = [a * b for a, b in self.shapes]
 
@@ -86,13 +80,42 @@ class Task:
         U = c.trace_scale * rng.normal(size=self.shapes[1])
         M = 0.7 * rng.normal(size=self.shapes[2])
         self.theta_ref_P = np.concatenate([A.ravel(), U.ravel(), M.ravel()])
-        self.reward_XY = c.judge * rng.normal(size=(X, c.answers))
+        self.reward_XY = c.judge * rng.normal(size=(c.prompts, c.answers))
 
         trace_XR, _ = self._trace_logps(self.theta_ref_P[None])
         mean_phi_XQ = np.einsum("xr,xrq->xq", np.exp(trace_XR[0]), self.phi_XRQ)
-        elsewhere = rng.normal(size=mean_phi_XQ.shape) * np.abs(mean_phi_XQ).mean()
-        self.phi_empty_XQ = (1 - c.empty_offset) * mean_phi_XQ + c.empty_offset * elsewhere
+        self._elsewhere_XQ = rng.normal(size=mean_phi_XQ.shape) * np.abs(mean_phi_XQ).mean()
+        self.phi_empty_XQ = (1 - c.empty_offset) * mean_phi_XQ + c.empty_offset * self._elsewhere_XQ
+        self._set_sampler()
 
+    def _features(self, counts_RCK: Array, traces: list[tuple[int, ...]]) -> Array:
+        """phi [X, R, Q] of the given traces."""
+        c, X, R = self.config, self.config.prompts, len(traces)
+        histogram_RK = counts_RCK.sum(1) / len(traces[0])
+        last_RK = np.eye(c.letters)[[t[-1] for t in traces]]
+        u_XRF = np.broadcast_to(self.u_XF[:, None], (X, R, c.features))
+        about_trace = c.trace_effect * np.concatenate([histogram_RK, last_RK], -1)
+        about_XR = np.broadcast_to(about_trace, (X, R, 2 * c.letters))
+        hidden = np.tanh(np.concatenate([u_XRF, about_XR], -1) @ self._mixing)
+        return np.concatenate([u_XRF, about_XR, hidden], -1)
+
+    def shortened(self) -> Task:
+        """The same policy where a trace stops after `short` letters: its own features, sampler, answers and pairs.
+
+        Its features lie off those of the letters that it has, in the direction of the empty stream's.
+        """
+        c, short = self.config, copy.copy(self)
+        traces = list(product(range(c.letters), repeat=c.short))
+        short.counts_RCK = _counts(traces, c.letters)
+        away = c.short_offset * c.empty_offset
+        phi_XRQ = self._features(short.counts_RCK, traces)
+        short.phi_XRQ = (1 - away) * phi_XRQ + away * self._elsewhere_XQ[:, None]
+        short._set_sampler()
+        return short
+
+    def _set_sampler(self) -> None:
+        """Reference log-probs, what the sampler draws, and its pairs."""
+        X = self.config.prompts
         joint_XRY, empty_XY = self.logps(self.theta_ref_P)
         self.ref_joint_XRY, self.ref_empty_XY = joint_XRY, empty_XY
         self.q_XRY = np.exp(joint_XRY)
@@ -142,8 +165,11 @@ class Task:
 
     def sample(self, rng: np.random.Generator, runs: int, pairs: int) -> Batch:
         """Fresh pairs for each run."""
-        Y, shape = self.config.answers, (runs, pairs)
-        x = rng.integers(self.config.prompts, size=shape)
+        return self.sample_for(rng, rng.integers(self.config.prompts, size=(runs, pairs)))
+
+    def sample_for(self, rng: np.random.Generator, x: NDArray) -> Batch:
+        """Fresh pairs of the given prompts."""
+        Y = self.config.answers
         yy = _draw(rng, self._cdf_pairs[x])
         plus, minus = yy // Y, yy % Y
         r_plus, r_minus = (_draw(rng, self._cdf_trace[x, y]) for y in (plus, minus))
@@ -216,6 +242,15 @@ class Batch:
     def tile(self, times: int) -> Batch:
         """The same pairs for `times` blocks of runs."""
         return Batch(*(np.tile(v, (times, 1)) for v in vars(self).values()))
+
+
+def _counts(traces: list[tuple[int, ...]], letters: int) -> Array:
+    """How often a trace has each letter after each previous one [R, C, K]."""
+    counts_RCK = np.zeros((len(traces), letters + 1, letters))
+    for i, trace in enumerate(traces):
+        for previous, letter in zip((letters, *trace), trace, strict=False):
+            counts_RCK[i, previous, letter] += 1
+    return counts_RCK
 
 
 def _cdf(probabilities: Array) -> Array:

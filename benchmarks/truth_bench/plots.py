@@ -98,6 +98,47 @@ def training_curves(rows: list[Row], out: Path) -> None:
     _save(figure, out)
 
 
+def stream_paths(rows: list[Row], out: Path) -> None:
+    """One run's three weights with their bands in every regime, and the weights that they aim at."""
+    names, streams = (list(dict.fromkeys(r[key] for r in rows)) for key in ("regime", "stream"))
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 7), sharex=True, sharey=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for i, stream in enumerate(streams):
+            mine = [r for r in rows if r["regime"] == name and r["stream"] == stream]
+            x, low, high = (_column(mine, k) for k in ("probe", "low", "high"))
+            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.15)
+            axis.plot(x, _column(mine, "weight"), color=f"C{i}", label=stream)
+            axis.axhline(float(mine[0]["aim"]), color=f"C{i}", ls="--", lw=1)
+        axis.set(title=name, ylim=(0, 1))
+    axes.flat[0].legend(fontsize=8, title="dashed: the aim", title_fontsize=8)
+    figure.supxlabel("probe")
+    figure.supylabel("weight and its band (κ = 0.03, decay 0.97)")
+    _save(figure, out)
+
+
+def stream_regret(rows: list[Row], out: Path) -> None:
+    """The criterion above the least one by the number of probes, in every regime, at the smallest kappa."""
+    kappa = min({r["kappa"] for r in rows}, key=float)
+    names = list(dict.fromkeys(r["regime"] for r in rows))
+    shown = {"three": "three streams", "clipped": "three, clipped", "two": "two (α)", "two_grams": "two by Grams"}
+    figure, axes = plt.subplots(2, -(-len(names) // 2), figsize=(13, 7), sharex=True)
+    for axis, name in zip(axes.flat, names, strict=False):
+        mine = [r for r in rows if r["regime"] == name and r["kappa"] == kappa]
+        x = _column(mine, "probes")
+        for i, (key, label) in enumerate(shown.items()):
+            y, error = 100 * _column(mine, key), 200 * _column(mine, f"{key}_error")
+            axis.errorbar(x, y, yerr=error, color=f"C{i}", marker="o", ms=4, capsize=3, label=label)
+        for probes, bound in ((20, 10), (60, 3)):
+            axis.plot([probes], [bound], "k_", ms=14, label="wanted" if probes == 20 else None)
+        axis.set(title=name, xscale="log", ylim=(0, None))
+        axis.set_xticks(x, [f"{v:.0f}" for v in x])
+        axis.minorticks_off()
+    axes.flat[0].legend(fontsize=8)
+    figure.supxlabel("equally weighted probes")
+    figure.supylabel(f"criterion above the least one, % (κ = {kappa}, ± 2 s.e.)")
+    _save(figure, out)
+
+
 def _save(figure, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out, dpi=110)

@@ -46,6 +46,15 @@ def write_report(out: Path) -> str:
         parts += training_part(rows)
         plots.regret_by_kappa(regrets(rows, "final_loss"), out / "regret.png")
         plots.training_curves(read(out / "curves.csv"), out / "training.png")
+    from truth_bench import stream_report
+
+    if (out / "fresh.csv").exists():
+        parts += stream_report.fresh_part(read(out / "fresh.csv"))
+    if (out / "streams.csv").exists() and (out / "stream_training.csv").exists():
+        names = ("streams", "stream_regret", "stream_bands", "stream_training")
+        parts += stream_report.stream_part(*(read(out / f"{name}.csv") for name in names))
+        plots.stream_paths(read(out / "stream_paths.csv"), out / "stream_paths.png")
+        plots.stream_regret(read(out / "stream_regret.csv"), out / "stream_regret.png")
     text = "\n\n".join(parts) + "\n"
     (out / "report.md").write_text(text)
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from truth_bench import frozen
 from truth_bench.exact import smoothness, truth
 from truth_bench.model import Task
 from truth_bench.regimes import REGIMES, Regime
-from truth_bench.training import Training, arms, train
+from truth_bench.training import Training, arms, few_arms, train
 
 Row = dict[str, object]
 
@@ -35,7 +35,8 @@ TRAINED = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: probes in a pool, runs and probes per run, long-memory runs; steps and seeds."""
+    """How much is measured: probes in a pool, runs and probes per run, long-memory runs; steps and seeds; and of the
+    judgement on fresh seeds (seed of the task's tables, 0 being every other study's; runs)."""
 
     pool: int = 40_000
     runs: int = 200
@@ -46,6 +47,8 @@ class Size:
     regimes: tuple[str, ...] = TRAINED
     sgd: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     adam: tuple[float, ...] = (0.01, 0.03)
+    fresh: tuple[tuple[int, int], ...] = ((0, 8), (1, 4), (2, 4))
+    stream_sgd: tuple[float, ...] = (0.03, 0.3, 1.0)
 
 
 QUICK = Size(
@@ -58,6 +61,8 @@ QUICK = Size(
     regimes=("base", "biased"),
     sgd=(0.3,),
     adam=(0.01,),
+    fresh=((0, 2), (1, 2)),
+    stream_sgd=(0.3,),
 )
 
 
@@ -176,6 +181,21 @@ def training_rows(size: Size) -> tuple[list[Row], list[Row]]:
                 curves += _curve_rows(setting, result)
             say(f"training {regime.name} {optimizer} {lr:.3g}: {time.monotonic() - start:.0f} s")
     return rows, curves
+
+
+def fresh_rows(size: Size) -> list[Row]:
+    """The criteria on pairs, and on tasks, that had no part in choosing among them."""
+    rows = []
+    for tables, seeds in size.fresh:
+        for regime in (r for r in REGIMES if r.name in size.regimes):
+            regime = replace(regime, task=replace(regime.task, seed=tables))
+            for optimizer, lr, eta_L in settings_of(regime, size):
+                cosine = optimizer == "adam"
+                result = train(regime, few_arms(), optimizer, lr, size.steps, seeds, cosine=cosine, seed=1017 + tables)
+                setting = {"regime": regime.name, "optimizer": optimizer, "lr": lr, "eta_L": eta_L}
+                rows += [{"tables": tables, **row} for row in _training_rows(setting, result)]
+            say(f"fresh, tables {tables}: {regime.name}")
+    return rows
 
 
 def _training_rows(setting: Row, result: Training) -> list[Row]:

@@ -44,6 +44,12 @@ def arms() -> list[Arm]:
     return [*chosen, Arm("oracle", oracle="star")]
 
 
+def few_arms() -> list[Arm]:
+    """The fixed alphas that are somebody's choice, and every criterion at the default memory."""
+    wanted = {"half", "fixed .75", "trace", "mse", *(f"sgd {kappa:g}" for kappa in KAPPAS)}
+    return [arm for arm in arms() if arm.name in wanted]
+
+
 @dataclass(frozen=True)
 class Training:
     """Marginal loss and alpha at the evaluated steps [G, Z, E]."""
@@ -89,11 +95,13 @@ def train(
     seeds: int,
     evaluate_every: int = 10,
     cosine: bool = False,
+    seed: int = 3,
 ) -> Training:
-    """All arms and seeds side by side; the arms of one seed see the same pairs. `cosine` decays lr to 0."""
+    """All arms and seeds side by side; the arms of one seed see the same pairs. `cosine` decays lr to 0; `seed`
+    is of the pairs."""
     task = Task(regime.task)
     G = len(chosen)
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(seed)
     theta_SP = np.tile(task.theta_ref_P, (G * seeds, 1))
     estimators = [AlphaEstimator(**a.settings) if a.settings else None for a in chosen for _ in range(seeds)]
     alpha_S = np.repeat([0.5 if a.fixed is None else a.fixed for a in chosen], seeds)

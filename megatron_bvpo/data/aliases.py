@@ -13,9 +13,12 @@ from typing import Any
 from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, ThinkTags
 from megatron_bvpo.data.messages import REASONING_KEYS, canonical_messages, is_talk, parsed, with_reasoning
 from megatron_bvpo.data.pair_forms import from_pair_form
+from megatron_bvpo.streams import TABLE
 
 MESSAGES_KEYS = ("messages", "conversation", "conversations")
 REJECTED_KEYS = ("rejected_response", "rejected_messages")
+# What a prompt can be trained with beside a response of its own.
+_STREAM_KEYS = tuple(name for stream in TABLE.values() if stream.name != "trace" for name in stream.fields)
 
 _MEDIA = {"image": "images", "images": "images", "audio": "audios", "audios": "audios"}
 _MEDIA |= {"video": "videos", "videos": "videos"}
@@ -27,6 +30,7 @@ _RESPONSE += ("text", "completion", "content")
 # A blank response is somebody's mistake, a blank conversation an empty cell.
 _NEVER_BLANK = {*MESSAGES_KEYS, *_SYSTEM, "rejected_messages", "history", "tools", "chat_template_kwargs"}
 _NEVER_BLANK |= {"chosen", "rejected", "chosen_messages", "context", "completions"}
+_NEVER_BLANK |= {"label", "empty_label", "accept_rate"}
 
 _MESSAGES_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(MESSAGES_KEYS, "messages")
 _QUERY_COLUMNS = _MEDIA | _SYSTEM | dict.fromkeys(QUERY_KEYS, "query") | dict.fromkeys(_RESPONSE, "response")
@@ -55,7 +59,7 @@ def canonical_row(
         row["messages"] = canonical_messages(row.get("messages"), system, tags)
         row = _with_one_rejected_side(row, system, tags)
         return _with_row_reasoning(row, tags)
-    if row and not any(row.get(key) for key in (*REJECTED_KEYS, "empty_rejected_response")):
+    if row and row.get("label") is None and not any(row.get(key) for key in (*REJECTED_KEYS, *_STREAM_KEYS)):
         return None
     row = _with_one_rejected_side(_from_query(row, auto_mapping, tags), row.get("system"), tags)
     return _with_row_reasoning(row, tags)
@@ -80,8 +84,9 @@ def _from_query(row: dict[str, Any], auto_mapping: bool, tags: ThinkTags) -> dic
         if row.get("output") is not None:
             row["response"] = row.pop("output")
     query, response, system = row.pop("query", None), row.pop("response", None), row.pop("system", None)
-    if response == "" and row.get("empty_rejected_response") and not any(row.get(key) for key in REJECTED_KEYS):
-        response = None  # a table cannot leave the cell of an empty pair that comes alone out
+    paired = row.get("label") is not None or any(row.get(key) for key in REJECTED_KEYS)
+    if not paired and any(row.get(key) for key in _STREAM_KEYS):
+        response = None  # a blank cell, or the answer that a judge compares with: the prompt comes with other responses
     history = parsed(row.pop("history", None) or [])
     if isinstance(response, list) and response:
         response = response[0]

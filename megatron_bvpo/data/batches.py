@@ -1,8 +1,8 @@
-"""Rows to batches: a template that encodes a trace pair and an empty-trace pair, and collates both.
+"""Rows to batches: a template that encodes what a row has for each stream of the run, and collates all of it.
 
-A batch lays its sequences out as `[c₁…c_Nt, r₁…r_Nt, ec₁…ec_Ne, er₁…er_Ne]`: chosen and rejected of the
-trace stream, then of the empty stream. `PairLayout` says how many there are. A row may have lost one
-of its pairs, so the two streams need not hold the same rows.
+A batch lays its sequences out stream by stream, in the table's order, and within a stream side by side:
+`[c₁…c_Nt, r₁…r_Nt, ec₁…ec_Ne, er₁…er_Ne, …]`. `BatchLayout` says how many there are. A row need not take part in
+every stream, so the streams need not hold the same rows.
 
 ms-swift builds its template from the model; `make_bvpo_template` turns that very object into one of a
 subclass, so every model's own encoding stays in force.
@@ -17,10 +17,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bvpo.data.encoded_rows import has_stream, right_key
 from megatron_bvpo.data.handover import SOURCE_KEY, VERDICT_KEY
 from megatron_bvpo.data.pair_checks import Account, Loss, Pair, PairRules, check_pairs
 from megatron_bvpo.data.reference_cache import pair_key
-from megatron_bvpo.data.rows import ALONE_KEY, RowRules, RowVerdict, check_row, normalise_row
+from megatron_bvpo.data.rows import ALONE_KEY, STREAMS_KEY, RowRules, RowVerdict, check_row, normalise_row
+from megatron_bvpo.data.verdicts import LABELS, member_of
+from megatron_bvpo.streams import TABLE, sides_of
 
 LAYOUT_KEY = "bvpo_layout"
 ITEMS_KEY = "bvpo_items"
@@ -29,44 +32,66 @@ WEIGHT_KEY = "bvpo_weight"
 UNUSED_KEY = "bvpo_unused"
 WHOLE_ROW = "row"
 ACCOUNT_KEY = "bvpo_account"
-SIDES = ("chosen", "rejected")
-PREFIXES = {"trace": "", "empty": "empty_"}
 
 
 @dataclass(frozen=True)
-class PairLayout:
-    """What the sequences of a batch are.
+class BatchLayout:
+    """What the sequences of a batch are. A stream's members are its pairs, or its demonstrations.
 
     Attributes:
-        rows: for each stream, the row numbers of its pairs, in the batch's order.
-        weights: for each stream, 1.0 a pair; 0.0 for a pair that only fills the batch up.
-        keys: for each stream, what stands for a tokenised pair (data/reference_cache.py); only where wanted.
-        unused: what was lost of rows that were read before these, and of these, by (`row`, or the stream of a pair
+        rows: for each stream of the run, the row numbers of its members, in the batch's order.
+        weights: for each stream, 1.0 a member; 0.0 for one that only fills the batch up.
+        tokens: for each stream that demonstrates, the counted tokens of its members.
+        right: for each stream of single responses, whether they are right.
+        keys: for each stream that has a reference, what stands for a tokenised pair (data/reference_cache.py); only
+            where wanted.
+        unused: what was lost of rows that were read before these, and of these, by (`row`, or the stream of a member
             alone; reason); only where rows are encoded while training.
         members: how many rows the batch holds.
     """
 
     rows: dict[str, tuple[int, ...]]
     weights: dict[str, tuple[float, ...]]
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    right: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     unused: dict[tuple[str, str], int] = field(default_factory=dict)
     members: int = 0
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return tuple(self.rows)
+
+    def compared(self, *values_Q):
+        """Of numbers of the batch's sequences, those of sequences that a loss compares with the reference."""
+        if not self.tokens:
+            return values_Q
+        parts = [range(part.start, part.stop) for s in self.rows if s not in self.tokens for part in self.slices(s)]
+        places = [i for part in parts for i in part]
+        return tuple(values[places] for values in values_Q)
+
     def all_keys(self) -> list[bytes]:
         return [key for keys in self.keys.values() for key in keys]
 
-    def pairs(self, stream: str) -> int:
+    def count(self, stream: str) -> int:
         return len(self.rows[stream])
 
-    def real_pairs(self, stream: str) -> float:
-        """Pairs that count, that is the sum of their weights."""
-        return float(sum(self.weights[stream]))
+    def real_count(self, stream: str) -> float:
+        """What its mean is taken over: pairs that count, or counted tokens of demonstrations that do."""
+        weights = self.weights[stream]
+        if stream not in self.tokens:
+            return float(sum(weights))
+        return float(sum(weight * n for weight, n in zip(weights, self.tokens[stream], strict=True)))
 
-    def slices(self, stream: str) -> tuple[slice, slice]:
-        """Sequence ranges of the chosen and of the rejected responses of `stream`."""
-        n_t, n_e = self.pairs("trace"), self.pairs("empty")
-        start, n = (0, n_t) if stream == "trace" else (2 * n_t, n_e)
-        return slice(start, start + n), slice(start + n, start + 2 * n)
+    def slices(self, stream: str) -> tuple[slice, ...]:
+        """Sequence ranges of the stream's sides: of a pair, the chosen and the rejected responses."""
+        start = 0
+        for name in self.rows:
+            n, sides = self.count(name), len(sides_of(name, unpaired=name in self.right))
+            if name == stream:
+                return tuple(slice(start + i * n, start + (i + 1) * n) for i in range(sides))
+            start += n * sides
+        raise KeyError(stream)
 
 
 @dataclass(frozen=True)
@@ -120,7 +145,7 @@ class BvpoTemplateMixin:
             self._tell(inputs, account)
         if not account.pairs:
             counts[WHOLE_ROW, next(iter(account.lost.values())).reason] += 1
-            raise MaxLengthError("; ".join(f"{stream} pair: {loss}" for stream, loss in account.lost.items()))
+            raise MaxLengthError("; ".join(f"{member_of(stream)}: {loss}" for stream, loss in account.lost.items()))
         if self.bvpo.count_unused:
             counts.update((stream, loss.reason) for stream, loss in account.lost.items())
             counts.update(_lost_when_judged(inputs))
@@ -155,52 +180,68 @@ class BvpoTemplateMixin:
         if self._told > 10 and self._told % 1000:
             return
         name = row_in_words(inputs) if isinstance(inputs, dict) else "a row"
-        losses = "; ".join(f"its {stream} pair is not trained: {loss}" for stream, loss in account.lost.items())
+        losses = "; ".join(f"its {member_of(stream)} is not trained: {loss}" for stream, loss in account.lost.items())
         # `_if`: ms-swift's logger is quiet on all but the first rank of a node, and each rank reads rows of its own.
         get_logger().warning_if(f"{name}: {losses} ({self._told} such rows in this process so far)", cond=True)
 
     def _rlhf_encode(self, inputs, check_rejected: bool = True) -> dict[str, Any]:
-        streams = self.bvpo.rules.streams
+        streams, mine = self.bvpo.rules.streams, inputs.chosen.extra_kwargs.get(STREAMS_KEY)
+        mine = tuple(stream for stream in streams if mine is None or stream in mine)  # a gate may have chosen
         with self._without_limit():
-            whole = self._whole_pairs(inputs)
+            whole = self._whole_pairs(inputs, mine)
         pairs, account = check_pairs(whole, self._pair_rules)
-        if "trace" not in streams:
-            account = account.only(streams)
+        if "trace" not in mine:
+            account = account.only(mine)
         encoded: dict[str, Any] = {ACCOUNT_KEY: account}
         for stream in streams:
-            for side in SIDES:
+            for side in self._sides(stream):
                 sequence = pairs[stream][side] if stream in pairs else {"length": 0}
-                encoded.update({f"{PREFIXES[stream]}{side}_{key}": value for key, value in sequence.items()})
+                encoded.update({f"{TABLE[stream].key_prefix}{side}_{key}": v for key, v in sequence.items()})
+        if self.bvpo.rules.unpaired:
+            given = inputs.chosen.extra_kwargs | {"label": inputs.chosen.label}
+            encoded.update({right_key(stream): given.get(LABELS[stream]) for stream in streams if stream in LABELS})
         return encoded
 
-    def _whole_pairs(self, inputs) -> dict[str, Pair]:
-        """The row's pairs by stream; the trace pair, where there is one, also where only its prompts are needed."""
+    def _sides(self, stream: str) -> tuple[str, ...]:
+        return sides_of(stream, unpaired=self.bvpo.rules.unpaired)
+
+    def _whole_pairs(self, inputs, streams: tuple[str, ...]) -> dict[str, Pair]:
+        """What the row has for these streams; a trace pair also where only its prompts are needed."""
         if inputs.rejected is None:
             raise ValueError("the row has no rejected response")
-        answers = [inputs.chosen.extra_kwargs.get(k) for k in ("empty_response", "empty_rejected_response")]
-        whole: dict[str, Pair] = {}
-        # First, because encoding changes the messages of the others.
-        empty = {}
-        if "empty" in self.bvpo.rules.streams and None not in answers:
-            for side, answer in zip(SIDES, answers, strict=True):
-                empty[side] = self._encode_truncated(self._empty_inputs(inputs.chosen, answer))
-        alone = inputs.chosen.extra_kwargs.get(ALONE_KEY)
+        given = inputs.chosen.extra_kwargs
+        others: dict[str, Pair] = {}
+        # First, because encoding changes the messages of the trace pair.
+        for stream in streams:
+            sides = self._sides(stream)
+            responses = [given.get(name) for name in TABLE[stream].fields[: len(sides)]]
+            if stream != "trace" and None not in responses:
+                written = zip(sides, responses, strict=True)
+                others[stream] = {side: self._encode_beside(inputs.chosen, stream, text) for side, text in written}
+        alone = given.get(ALONE_KEY)
+        if self.bvpo.rules.unpaired:  # the rejected side stands for nothing
+            if "trace" in streams and not alone:
+                trace = self._encode_truncated(_count_responses_only(inputs.chosen, 1))
+                return {"trace": {"response": trace}, **others}
+            return others
         one_prompt = alone or _prompt_fields(inputs.chosen) == _prompt_fields(inputs.rejected)
-        if ("trace" in self.bvpo.rules.streams and not alone) or not one_prompt:
-            whole["trace"] = {
-                side: self._encode_truncated(_count_responses_only(getattr(inputs, side), 1)) for side in SIDES
-            }
-        return {**whole, "empty": empty} if empty else whole
+        if ("trace" in streams and not alone) or not one_prompt:
+            sides = TABLE["trace"].sides
+            trace = {side: self._encode_truncated(_count_responses_only(getattr(inputs, side), 1)) for side in sides}
+            return {"trace": trace, **others}
+        return others
 
-    def _empty_inputs(self, chosen, answer: str):
-        """The prompt of `chosen` with an empty trace and `answer` as its response."""
+    def _encode_beside(self, chosen, stream: str, response: str) -> dict[str, Any]:
+        """The prompt of `chosen` with another response; of the empty stream with an empty trace in front of it."""
         inputs = deepcopy(chosen)
         while inputs.messages and inputs.messages[-1]["role"] not in ("user", "tool"):
             inputs.messages.pop()
-        # Two messages, because ms-swift then tokenises them apart: that is how the answer was generated
-        # (the block stood in the prompt), and it makes the block's last token known.
-        inputs.messages += [{"role": "assistant", "content": text} for text in (self.bvpo.block, answer)]
-        return _count_responses_only(inputs, 1 if self.bvpo.mask_block else 2)
+        # The block is a message of its own, because ms-swift then tokenises the two apart: that is how the answer was
+        # generated (the block stood in the prompt), and it makes the block's last token known.
+        texts = [self.bvpo.block, response] if stream == "empty" else [response]
+        inputs.messages += [{"role": "assistant", "content": text} for text in texts]
+        counted = 1 if self.bvpo.mask_block else len(texts)
+        return self._encode_truncated(_count_responses_only(inputs, counted))
 
     @contextmanager
     def _without_limit(self) -> Iterator[None]:
@@ -233,28 +274,32 @@ class BvpoTemplateMixin:
         return collated
 
     def _rlhf_data_collator(self, batch, *, padding_to: int | None = None, **kwargs) -> dict[str, Any]:
-        rows: dict[str, tuple] = {}
-        weights: dict[str, tuple] = {}
-        keys: dict[str, tuple] = {}
+        layout = BatchLayout({}, {}, members=len(batch))
         sequences: list[dict[str, Any]] = []
-        for stream, prefix in PREFIXES.items():
-            members = [row for row in batch if f"{prefix}chosen_input_ids" in row]
-            rows[stream] = tuple(row.get(ROW_KEY, -1) for row in members)
-            weights[stream] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
-            if self.bvpo.pair_keys:
-                tokens = [f"{prefix}{side}_{what}" for side in SIDES for what in ("input_ids", "labels")]
-                keys[stream] = tuple(pair_key(*(row[name] for name in tokens)) for row in members)
-            for side in SIDES:
+        for stream in map(TABLE.get, self.bvpo.rules.streams):
+            members = [row for row in batch if has_stream(row, stream.name)]
+            layout.rows[stream.name] = tuple(row.get(ROW_KEY, -1) for row in members)
+            layout.weights[stream.name] = tuple(float(row.get(WEIGHT_KEY, 1.0)) for row in members)
+            names = [f"{stream.key_prefix}{side}" for side in self._sides(stream.name)]
+            if self.bvpo.rules.unpaired and stream.estimates:
+                layout.right[stream.name] = tuple(bool(row[right_key(stream.name)]) for row in members)
+            if not stream.estimates:
+                counted = (sum(label != -100 for name in names for label in row[f"{name}_labels"]) for row in members)
+                layout.tokens[stream.name] = tuple(counted)
+            elif self.bvpo.pair_keys:
+                tokens = [f"{name}_{what}" for name in names for what in ("input_ids", "labels")]
+                layout.keys[stream.name] = tuple(pair_key(*(row[name] for name in tokens)) for row in members)
+            for name in names:
                 # The collator pads the lists it is given in place; a row may be collated twice.
                 sequences += [
                     {k: list(v) if isinstance(v, list) else v for k, v in sequence.items()}
-                    for sequence in self._fetch_inputs_startswith(members, f"{prefix}{side}_")
+                    for sequence in self._fetch_inputs_startswith(members, f"{name}_")
                 ]
         collated = self._data_collator(sequences, padding_to=padding_to)
-        unused: Counter[tuple[str, str]] = Counter()
         for row in batch:
-            unused.update(row.get(UNUSED_KEY) or {})
-        collated[LAYOUT_KEY] = PairLayout(rows, weights, keys, dict(unused), len(batch))
+            for what, number in (row.get(UNUSED_KEY) or {}).items():
+                layout.unused[what] = layout.unused.get(what, 0) + number
+        collated[LAYOUT_KEY] = layout
         return collated
 
     def __reduce_ex__(self, protocol):
@@ -278,10 +323,10 @@ def _count_responses_only(inputs, responses: int):
 
 
 def _lost_when_judged(inputs) -> list[tuple[str, str]]:
-    """The empty pair of a stream's row that was judged as it was read and keeps its trace pair alone."""
+    """What a row lost that was judged as it was read."""
     said = inputs.get(VERDICT_KEY) if isinstance(inputs, dict) else None
     verdict = RowVerdict.from_json(said) if said else None
-    return [("empty", verdict.decisive.reason)] if verdict and verdict.problems else []
+    return [(stream, problem.reason) for stream, problem in verdict.lost.items()] if verdict else []
 
 
 def _present(row: dict[str, Any]) -> dict[str, Any]:
@@ -343,7 +388,8 @@ def make_bvpo_template(template, settings: TemplateSettings):
 def encoded_examples(encoded: dict[str, Any], template) -> list[str]:
     """One line for each sequence of an encoded row: what the model reads, and from where the loss counts."""
     lines = []
-    for name in ("chosen", "rejected", "empty_chosen", "empty_rejected"):
+    names = [f"{stream.key_prefix}{side}" for stream in TABLE.values() for side in stream.sides]
+    for name in names:
         ids, labels = encoded.get(f"{name}_input_ids"), encoded.get(f"{name}_labels")
         if ids is None:
             continue

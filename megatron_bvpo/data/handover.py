@@ -1,9 +1,10 @@
 """From a data file to the rows that are trained: read once, judged, and kept as an Arrow file that datasets maps.
 
 A row that is kept is written in one form, whatever the file's: `messages`, and `rejected_response` (or
-`rejected_messages` where its messages carry loss switches), the two empty answers, `tools`, `chat_template_kwargs`,
-where it came from, and its verdict. The columns and their types are fixed here: nothing is guessed from the first rows
-of a file, so a late column is no surprise and a text of digits stays a text. What else a row held is left out.
+`rejected_messages` where its messages carry loss switches), the fields of the other streams (streams.py), labels and
+`accept_rate`, `tools`, `chat_template_kwargs`, where it came from, and its verdict. The columns and their types are
+fixed here: nothing is guessed from the first rows of a file, so a late column is no surprise and a text of digits stays
+a text. What else a row held is left out.
 
 The Arrow file lies in data/shared_cache.py's folder under a name made of the file's identity (path, size, times) and of
 everything that has a say in the rows. It is written aside and renamed, so ranks, nodes and runs may all write it. The
@@ -15,7 +16,6 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,17 +27,24 @@ from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.columns import unknown_form
 from megatron_bvpo.data.conversations import kind_of
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import check_row, has_empty_pair_alone
+from megatron_bvpo.data.row_shape import has_no_trace_responses
+from megatron_bvpo.data.row_values import read_label, read_share
+from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.data.shared_cache import VARIABLE, cache_folder, require_room, room_for
 from megatron_bvpo.data.verdicts import RowRules, RowTally, RowVerdict
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.streams import TABLE
 
 SOURCE_KEY = "bvpo_source"
 VERDICT_KEY = "bvpo_verdict"
 LIST_COLUMNS = ("messages", "rejected_messages", "tools", "rejected_tools")  # lists of objects, each stored as JSON
 OBJECT_COLUMNS = ("chat_template_kwargs", "rejected_chat_template_kwargs")
-ANSWER_COLUMNS = ("empty_response", "empty_rejected_response")
-COLUMNS = (*LIST_COLUMNS, *OBJECT_COLUMNS, "rejected_response", *ANSWER_COLUMNS, SOURCE_KEY, VERDICT_KEY)
+# Texts of the streams beside the trace stream.
+STREAM_COLUMNS = tuple(name for stream in TABLE.values() if stream.name != "trace" for name in stream.fields)
+VALUE_COLUMNS = {"label": read_label, "empty_label": read_label, "accept_rate": read_share}
+TYPES = {"label": "bool", "empty_label": "bool", "accept_rate": "float64"}  # of columns that are no texts
+COLUMNS = (*LIST_COLUMNS, *OBJECT_COLUMNS, "rejected_response", *STREAM_COLUMNS, *VALUE_COLUMNS)
+COLUMNS += (SOURCE_KEY, VERDICT_KEY)
 
 _REPORT = b"bvpo_report"
 _STEERING = ("loss", "loss_scale")
@@ -63,7 +70,7 @@ class Reading:
         """(the row in the one form, its verdict). A row that is dropped comes without columns."""
         standard = canonical_row(row, self.columns, self.auto_mapping, self.rules.tags)
         if standard is None:
-            return {}, RowVerdict(False, False, None, (unknown_form(row),))
+            return {}, RowVerdict(problems=(unknown_form(row),))
         verdict = check_row(standard, self.rules)
         return (_in_one_form(standard) if verdict.kept else {}), verdict
 
@@ -71,8 +78,10 @@ class Reading:
 def _in_one_form(row: dict[str, Any]) -> dict[str, Any]:
     """The columns that are handed over, with the rejected side in one of its two."""
     new = {name: row.get(name) for name in COLUMNS[:-2]}
-    for name in ANSWER_COLUMNS:
+    for name in STREAM_COLUMNS:
         new[name] = new[name] if isinstance(new[name], str) else None  # the verdict has told of anything else
+    for name, read in VALUE_COLUMNS.items():
+        new[name] = read(new[name])
     for name in (*LIST_COLUMNS[2:], *OBJECT_COLUMNS):
         if isinstance(new[name], str):
             new[name] = _loaded(new[name])
@@ -80,12 +89,14 @@ def _in_one_form(row: dict[str, Any]) -> dict[str, Any]:
         if new[name] is not None and not isinstance(new[name], list):
             new[name] = [new[name]]
     response, messages = new["rejected_response"], new["messages"]
-    if has_empty_pair_alone(new):
+    if has_no_trace_responses(new):
         new["rejected_response"] = new["rejected_messages"] = None
         return new
     if isinstance(response, str):
         new["rejected_messages"] = None
         return new
+    if response is None and new["rejected_messages"] is None:
+        return new  # one response, with a label
     if isinstance(response, list):
         last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
         talk = [*messages[: last_user + 1], *response]
@@ -141,9 +152,7 @@ class FileReport:
     @classmethod
     def from_json(cls, text: str | bytes) -> "FileReport":
         counts, listed, not_listed = json.loads(text)
-        for name in ("dropped", "empty_lost"):
-            counts[name] = Counter(counts[name])
-        return cls(RowTally(**counts), listed, not_listed)
+        return cls(RowTally.from_dict(counts), listed, not_listed)
 
 
 # --- reading a file ---
@@ -241,7 +250,7 @@ def write_rows(path: str, rows: Iterator[dict[str, Any]], report: FileReport) ->
         size = 0
         for row in rows:
             cells = _cells(row)
-            size += sum(len(cell) if isinstance(cell, str) else sum(map(len, cell)) for cell in cells if cell)
+            size += sum(map(_size, cells))
             batch.append(cells)
             if len(batch) >= _BATCH_ROWS or size >= _BATCH_SIZE:
                 writer.write_batch(_record_batch(pa, batch, schema))
@@ -251,6 +260,10 @@ def write_rows(path: str, rows: Iterator[dict[str, Any]], report: FileReport) ->
         # A stream's schema is its head; metadata of a last, empty batch can be written when all is counted.
         empty = _record_batch(pa, [], schema)
         writer.write_batch(empty, custom_metadata={_REPORT: report.to_json().encode()})
+
+
+def _size(cell: Any) -> int:
+    return len(cell) if isinstance(cell, str) else sum(map(len, cell)) if isinstance(cell, list) else 0
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
@@ -277,7 +290,7 @@ def _record_batch(pa, rows: list[list[Any]], schema):
         elif column.name in OBJECT_COLUMNS:
             columns.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(values, pa.string())))
         else:
-            columns.append(pa.array(values, pa.string()))
+            columns.append(pa.array(values, column.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
@@ -292,7 +305,9 @@ def arrow_schema():
         elif name in OBJECT_COLUMNS:
             types[name], features[name] = pa.json_(), {"_type": "Json"}
         else:
-            types[name], features[name] = pa.string(), {"_type": "Value", "dtype": "string"}
+            dtype = TYPES.get(name, "string")
+            types[name] = {"string": pa.string(), "bool": pa.bool_(), "float64": pa.float64()}[dtype]
+            features[name] = {"_type": "Value", "dtype": dtype}
     return pa.schema(list(types.items()), {"huggingface": json.dumps({"info": {"features": features}})})
 
 

@@ -21,6 +21,9 @@ from megatron_bvpo.data.handover import (
     LIST_COLUMNS,
     OBJECT_COLUMNS,
     SOURCE_KEY,
+    STREAM_COLUMNS,
+    TYPES,
+    VALUE_COLUMNS,
     VERDICT_KEY,
     FileReport,
     Reading,
@@ -28,14 +31,20 @@ from megatron_bvpo.data.handover import (
 )
 from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.rows import RowProblem, RowVerdict, require_rows
+from megatron_bvpo.streams import TABLE
 
 # Columns of ours that ms-swift must not drop as unknown.
 PACKED_KEY = "bvpo_packed"
-OUR_COLUMNS = ("empty_response", "empty_rejected_response", SOURCE_KEY, VERDICT_KEY, ROW_KEY, PACKED_KEY)
+OUR_COLUMNS = (*STREAM_COLUMNS, *VALUE_COLUMNS, SOURCE_KEY, VERDICT_KEY, ROW_KEY, PACKED_KEY)
+
+
+def _value(name: str) -> Value:
+    return Value(TYPES.get(name, "string"))
+
 
 FEATURES = Features(
     {
-        name: List(Json()) if name in LIST_COLUMNS else Json() if name in OBJECT_COLUMNS else Value("string")
+        name: List(Json()) if name in LIST_COLUMNS else Json() if name in OBJECT_COLUMNS else _value(name)
         for name in COLUMNS
     }
 )
@@ -186,23 +195,26 @@ def with_sources(dataset):
 def _lost(reason: str, detail: str) -> dict[str, Any]:
     """What stands for a row that could not be loaded."""
     problem = RowProblem("row", reason, "mend the row or leave it out", found=detail)
-    return {VERDICT_KEY: RowVerdict(False, False, None, (problem,)).to_json()}
+    return {VERDICT_KEY: RowVerdict(problems=(problem,)).to_json()}
 
 
 def length_lines(lengths: Iterable[list[int]], streams: tuple[str, ...]) -> list[str]:
     """Distribution of sequence lengths (tokens, prompt included) of each stream, one line a stream."""
     by_stream: dict[str, list[int]] = {s: [] for s in streams}
     for row in lengths:
-        # `lengths` lists the row's sequences in encoding order: the trace pair first, where there is one.
-        parts = [row] if len(streams) == 1 else [row[:2], row[2:]]
-        for stream, part in zip(streams, parts, strict=True):
-            by_stream[stream] += [length for length in part if length]  # 0: a pair that was lost
+        # `lengths` lists the row's sequences in encoding order: stream by stream, side by side.
+        first = 0
+        for stream in streams:
+            after = first + len(TABLE[stream].sides)
+            by_stream[stream] += [length for length in row[first:after] if length]  # 0: what was lost
+            first = after
     lines = []
     for stream, values in by_stream.items():
         if values:
             q = np.percentile(values, [5, 50, 95]).astype(int)
+            members = f"{len(values) // len(TABLE[stream].sides)} {TABLE[stream].members}"
             lines.append(
-                f"{stream} stream: {len(values) // 2} pairs, tokens a sequence: mean {np.mean(values):.0f}, "
+                f"{stream} stream: {members}, tokens a sequence: mean {np.mean(values):.0f}, "
                 f"5 % {q[0]}, median {q[1]}, 95 % {q[2]}, longest {max(values)}, all {sum(values)}"
             )
     return lines

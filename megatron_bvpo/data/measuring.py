@@ -15,8 +15,9 @@ from megatron_bvpo.data.batches import ROW_KEY, row_in_words
 from megatron_bvpo.data.loading import cells
 from megatron_bvpo.data.mapping import made_by, map_rows
 from megatron_bvpo.data.pair_checks import Account, Loss
-from megatron_bvpo.data.verdicts import STREAMS
+from megatron_bvpo.data.verdicts import member_of
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.streams import ORDER, TABLE
 
 ACCOUNT_COLUMN = "bvpo_account"
 # Raise it when rows are encoded or judged in another way: the pass may be read from a cache on disk.
@@ -24,7 +25,7 @@ _VERSION = 2
 
 
 def _by_stream() -> dict[str, Counter[str]]:
-    return {stream: Counter() for stream in STREAMS}
+    return {stream: Counter() for stream in ORDER}
 
 
 @dataclass
@@ -56,20 +57,24 @@ class MeasuredRows:
         if not account.pairs:
             self.rows[next(iter(account.lost.values())).reason] += 1
         if account.lost and len(self.listed) < max_listed:
-            told = dict.fromkeys(f"its {stream} pair: {loss}" for stream, loss in account.lost.items())
+            told = dict.fromkeys(f"its {member_of(stream)}: {loss}" for stream, loss in account.lost.items())
             self.listed.append(f"{row_in_words(row)}: {'; '.join(told)}")
 
     def lines(self) -> list[str]:
         """The account for a log; nothing where nothing was lost or cut."""
         lines = [
-            f"{stream} stream: {self.cut[stream]} pairs cut to --max_length." for stream in STREAMS if self.cut[stream]
+            f"{stream} stream: {self.cut[stream]} {TABLE[stream].members} cut to --max_length."
+            for stream in ORDER
+            if self.cut[stream]
         ]
-        for stream in STREAMS:
+        for stream in ORDER:
             if lost := self.lost[stream].total():
                 left = self.pairs[stream]
-                lines.append(f"{stream} stream: {left + lost} pairs encoded, {left} left and {lost} lost.")
+                lines.append(
+                    f"{stream} stream: {left + lost} {TABLE[stream].members} encoded, {left} left and {lost} lost."
+                )
         counted = [("rows dropped", self.rows)]
-        counted += [(f"rows kept without the {stream} pair", counts) for stream, counts in self.alone.items()]
+        counted += [(f"rows kept without the {member_of(stream)}", counts) for stream, counts in self.alone.items()]
         for what, counts in counted:
             lines += [f"{number} {what}: {reason}" for reason, number in counts.most_common() if number]
         more = sum(counts.total() for _, counts in counted) - len(self.listed)
@@ -81,7 +86,7 @@ class MeasuredRows:
             if self.pairs[stream]:
                 continue
             reasons = self.lost[stream] if self.pairs else self.rows
-            what = f"no {stream} pair is left" if self.pairs else "no row is left"
+            what = f"no {member_of(stream)} is left" if self.pairs else "no row is left"
             too_long = any("--max_length" in reason for reason in reasons)
             raise UserError(
                 f"{what}: {'; '.join(f'{number} {reason}' for reason, number in reasons.most_common(3))}",

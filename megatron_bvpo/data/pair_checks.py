@@ -21,7 +21,7 @@ IGNORED = -100
 _ALONG_TOKENS = ("input_ids", "labels", "loss_scale", "token_type_ids", "mm_token_type_ids", "image_token_types")
 
 Sequence = dict[str, Any]
-Pair = dict[str, Sequence]  # by side, 'chosen' and 'rejected'
+Pair = dict[str, Sequence]  # by side: 'chosen' and 'rejected', or 'response' alone
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check_pairs(whole: Mapping[str, Pair], rules: PairRules) -> tuple[dict[str, 
         if stream in lost:
             continue
         found = _framed(pair, rules) or _fitted(pair, rules, len(rules.block) if stream == "empty" else 0)
-        if isinstance(found, dict) and not _differ(found, rules.closing):
+        if isinstance(found, dict) and len(found) > 1 and not _differ(found, rules.closing):
             where, remedy = "", "leave the row out: it prefers nothing"
             if found is not pair:
                 where, remedy = f" within --max_length {rules.max_length}", "raise it, or shorten the row"
@@ -139,18 +139,30 @@ def _other_prompts(whole: Mapping[str, Pair], rules: PairRules) -> dict[str, Los
         for stream, pair in whole.items()
     }
     for stream, sides in prompts.items():
-        if sides["chosen"] != sides["rejected"]:
-            detail = _difference(sides["chosen"], sides["rejected"], rules.decode)
+        one, *more = sides.values()
+        if more and one != more[0]:
+            detail = _difference(one, more[0], rules.decode)
             remedy = "give both the same system message, tools and earlier turns"
             loss = Loss("the rejected response has another prompt than the chosen", remedy, detail)
             return dict.fromkeys(whole if stream == "trace" else [stream], loss)
-    if len(prompts) == 2:
-        expected, empty = [*prompts["trace"]["chosen"], *rules.block], prompts["empty"]["chosen"]
+    return _unlike_the_trace_pairs({stream: next(iter(sides.values())) for stream, sides in prompts.items()}, rules)
+
+
+def _unlike_the_trace_pairs(prompts: Mapping[str, list[int]], rules: PairRules) -> dict[str, Loss]:
+    """Streams whose prompt is not the trace pair's; the empty stream's has an empty trace behind it."""
+    lost = {}
+    for stream, prompt in prompts.items() if "trace" in prompts else ():
+        expected = [*prompts["trace"], *(rules.block if stream == "empty" else ())]
         # As text where the tokens differ: the prompt's last characters may join the block's first ones.
-        if empty != expected and rules.decode(empty) != rules.decode(expected):
-            reason = "the empty pair's prompt is not the trace pair's with an empty trace"
-            return {"empty": Loss(reason, "check --bvpo_empty_block", _difference(expected, empty, rules.decode))}
-    return {}
+        if prompt != expected and rules.decode(prompt) != rules.decode(expected):
+            detail = _difference(expected, prompt, rules.decode)
+            if stream == "empty":
+                reason = "the empty pair's prompt is not the trace pair's with an empty trace"
+                lost[stream] = Loss(reason, "check --bvpo_empty_block", detail)
+            else:
+                reason = f"the {stream} stream's prompt is not the trace pair's"
+                lost[stream] = Loss(reason, "the template writes it in another way for this response", detail)
+    return lost
 
 
 def _difference(one: list[int], other: list[int], decode: Callable[[list[int]], str], shown: int = 12) -> str:
@@ -180,7 +192,7 @@ def _fitted(pair: Pair, rules: PairRules, block_tokens: int) -> Pair | Loss:
     longest = max(len(sequence["input_ids"]) for sequence in pair.values())
     if limit is None or longest <= limit:
         return pair
-    prompt = response_start(pair["chosen"])
+    prompt = response_start(next(iter(pair.values())))
     if rules.truncation == "right":
         if prompt >= limit:
             detail = f"the prompt alone has {prompt} tokens"

@@ -39,7 +39,7 @@ CRITERIA = ("mse", "sgd")
 _TINY = 1e-12
 # One odd probe may not count for more than ten usual ones, nor move the scale by more than a factor of ten:
 # a spike of the loss would rule the averages for a hundred probes.
-_MAX_LOG_STEP = math.log(10.0)
+MAX_LOG_STEP = math.log(10.0)
 # Products of the scaled (D, X, W) that are averaged: the upper triangle of their second-moment matrix.
 _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
@@ -146,7 +146,7 @@ class AlphaEstimator:
         log_D = math.log(moments.D)
         if self._weight == 0:
             self._log_scale = log_D
-        scale = math.exp(max(self._log_scale, log_D - _MAX_LOG_STEP))
+        scale = math.exp(max(self._log_scale, log_D - MAX_LOG_STEP))
         scaled = [v / scale for v in values]
         if not all(math.isfinite(v * v) for v in scaled):
             self._ignore(f"out of range: D = {moments.D}, X = {moments.X}, W = {moments.W}")
@@ -160,7 +160,7 @@ class AlphaEstimator:
         self._second = [decay * s + gain * v for s, v in zip(self._second, products, strict=True)]
         self._add_noise(moments, scale)
         # Logs, because a plain average of D falls no faster than its decay, and gradients may.
-        step = min(max(log_D - self._log_scale, -_MAX_LOG_STEP), _MAX_LOG_STEP)
+        step = min(max(log_D - self._log_scale, -MAX_LOG_STEP), MAX_LOG_STEP)
         self._log_scale += gain / self._weight * step
         self.probes += 1
 
@@ -219,7 +219,7 @@ class AlphaEstimator:
         slope = tuple((t - raw * b) / denominator for t, b in zip(top, bottom, strict=True))
         # The mean of n weighted values has variance / n, and a sample's variance is short by 1 - 1/n.
         dof = self.effective_probes - 1
-        return math.sqrt(max(self._covariance(slope, slope), 0.0) / dof) * _small_sample_widening(dof)
+        return math.sqrt(max(self._covariance(slope, slope), 0.0) / dof) * small_sample_widening(dof)
 
     def _shrunk(self) -> float:
         fraction = self._fraction()
@@ -248,7 +248,7 @@ class AlphaEstimator:
             return 0.0, 1.0
         top, bottom = self._slopes()
         dof = self.effective_probes - 1
-        t_sq = (2 * _small_sample_widening(dof)) ** 2 / dof
+        t_sq = (2 * small_sample_widening(dof)) ** 2 / dof
         # (numerator - r * denominator)^2 <= t^2 * variance, as a r^2 - 2 b r + c <= 0
         a = fraction[1] ** 2 - t_sq * self._covariance(bottom, bottom)
         b = fraction[0] * fraction[1] - t_sq * self._covariance(top, bottom)
@@ -345,7 +345,7 @@ class AlphaEstimator:
         self._first, self._second, self._noise = first, second, noise
 
 
-def _small_sample_widening(dof: float) -> float:
+def small_sample_widening(dof: float) -> float:
     """Student's 95.45 % quantile over the normal one (2), so that +- 2 errors cover as said with few probes.
 
     Cornish-Fisher expansion in 1/dof at z = 2; within 2 % of the exact ratio for dof >= 3 and below it (5.2 for

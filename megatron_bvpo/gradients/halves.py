@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_bvpo.data.batches import SIDES, WEIGHT_KEY
+from megatron_bvpo.data.batches import WEIGHT_KEY
+from megatron_bvpo.data.encoded_rows import has_stream, sequence_names, tokens_of
+from megatron_bvpo.streams import TABLE
 
 HALVES = ("A", "B")
 
@@ -56,22 +58,21 @@ def one_stream(rows: Sequence[dict], stream: str) -> list[dict]:
     """The rows with `stream`'s sequences only.
 
     Each stream is collated for itself, because cutting it out of a collated pack would break the padding to
-    a multiple of the tensor-parallel size. Where no row has the stream, the shortest other pair stands in with
+    a multiple of the tensor-parallel size. Where no row has the stream, the shortest member of another stands in with
     weight 0: every rank must run the same passes.
     """
-    mine = [_only(row, stream) for row in rows if f"{_prefix(stream)}chosen_input_ids" in row]
-    if mine:
-        return mine
-    other = "empty" if stream == "trace" else "trace"
-    prefix = _prefix(other)
-    shortest = min(rows, key=lambda row: sum(len(row[f"{prefix}{side}_input_ids"]) for side in SIDES))
-    return [{**_only(shortest, other), WEIGHT_KEY: 0.0}]
+    mine = [only(row, stream) for row in rows if has_stream(row, stream)]
+    return mine or [stand_in(rows)]
 
 
-def _prefix(stream: str) -> str:
-    return "empty_" if stream == "empty" else ""
+def stand_in(rows: Sequence[dict]) -> dict:
+    """The shortest member of any stream, with weight 0."""
+    found = [(row, name) for name in TABLE for row in rows if has_stream(row, name)]
+    row, stream = min(found, key=lambda one: tokens_of(*one))
+    return {**only(row, stream), WEIGHT_KEY: 0.0}
 
 
-def _only(row: dict, stream: str) -> dict:
-    other = tuple(f"{_prefix('empty' if stream == 'trace' else 'trace')}{side}_" for side in SIDES)
-    return {key: value for key, value in row.items() if not key.startswith(other)}
+def only(row: dict, stream: str) -> dict:
+    """The row with `stream`'s sequences and no others."""
+    others = tuple(name for other in TABLE if other != stream for name in sequence_names(other))
+    return {key: value for key, value in row.items() if not key.startswith(others)}

@@ -1,18 +1,15 @@
-"""Saving and resuming for the trainer: whole checkpoints, exact merges, and the state to go on from."""
+"""Saving and resuming: whole checkpoints, and the state to go on from."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import psutil
-import torch
 import torch.distributed as dist
-from mcore_bridge import LoraParallelLinear
 from swift.utils import get_logger, is_master
 
 from megatron_bvpo.errors import UserError
@@ -20,7 +17,6 @@ from megatron_bvpo.host import checkpoint as ckpt
 from megatron_bvpo.host.patches import groups_at_any_rate
 from megatron_bvpo.host.peft_export import is_due, set_aside, write_peft_form
 from megatron_bvpo.host.phases import tell, timed
-from megatron_bvpo.host.replicas import tell_unequal
 
 logger = get_logger()
 
@@ -28,67 +24,75 @@ MODEL_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_h
 LORA_KEYS = ("tuner_type", "lora_rank", "lora_alpha", "use_rslora", "target_modules")
 
 
-class CheckpointMixin:
-    """Goes in front of ms-swift's Megatron trainer."""
+class Stateful(Protocol):
+    """A part of a run whose state a checkpoint holds."""
 
-    def _check_merge_memory(self) -> None:
-        """Refuse at the start what would end a node at its first save. Collective."""
-        args = self.args
-        if args.tuner_type == "full" or not (args.merge_lora and args.save_safetensors) or self.bvpo.refs_only:
-            return
-        local = sum(p.numel() * p.element_size() for p in self._merged_parameters())
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        problem = ckpt.merge_needs_more(local, ranks, psutil.virtual_memory().available)
-        found: list = [None] * dist.get_world_size()
-        dist.all_gather_object(found, problem and f"{socket.gethostname()}: {problem}")
-        for told in dict.fromkeys(found):
-            if told:
-                raise UserError(
-                    f"a merge keeps the base weights in host memory, which is too small on {told}",
-                    field="--merge_lora",
-                    remedy="give --merge_lora false and merge once after the run (swift export --merge_lora true)",
-                )
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def _merged_parameters(self):
-        for model in self.unwrapped_models:
-            for module in model.modules():
-                if isinstance(module, LoraParallelLinear):
-                    yield from module.get_base_layer().parameters(recurse=False)
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    # ---- merging
 
-    def merge_lora_adapters(self, adapter_name="default"):
-        """Merge, and keep the base weights: `W += d; W -= d` does not give W back in floating point."""
-        self._base_weights = [(param, param.detach().to("cpu", copy=True)) for param in self._merged_parameters()]
-        super().merge_lora_adapters(adapter_name)
+class Checkpoints:
+    """Writes and reads the checkpoints of a run.
 
-    def unmerge_lora_adapters(self):
-        super().unmerge_lora_adapters()
-        with torch.no_grad():
-            for param, weight in self._base_weights:
-                param.copy_(weight)
-        self._base_weights = []
+    Args:
+        args: ms-swift's arguments.
+        config: the Hugging Face model's configuration.
+        state: ms-swift's trainer state.
+        bridge: mcore-bridge's, whose `save_weights` gets a line of its own in the log.
+        optimizer, scheduler: what is restored from Megatron's files.
+        mixture: weights of the streams, and what they are estimated from.
+        patience: for how long the held-out metric has not become better.
+        loss: the preference loss, for people.
+    """
+
+    def __init__(
+        self,
+        args,
+        config,
+        state,
+        bridge,
+        optimizer,
+        scheduler,
+        *,
+        mixture: Stateful,
+        patience: Stateful,
+        loss: Mapping[str, Any],
+    ):
+        self.args, self.config, self.state, self.bridge = args, config, state, bridge
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.mixture, self.patience, self.loss = mixture, patience, loss
 
     # ---- saving
 
-    def save_checkpoint(self):
-        """Write a checkpoint aside and publish it; only then the adapter's form for peft, which no restart needs."""
+    def save(
+        self, write: Callable[[], None], flush: Callable[[], None], oldest_first: Callable[[str], list[str]]
+    ) -> float:
+        """Write a checkpoint aside and publish it; only then the adapter's form for peft, which no restart needs.
+
+        Args:
+            write: ms-swift's `save_checkpoint`.
+            flush: writes what has to be on disk before the checkpoint is: reference log-probs.
+            oldest_first: ms-swift's order in which the checkpoints of a folder are removed.
+
+        Returns:
+            Seconds.
+        """
         began = time.monotonic()
         args, state = self.args, self.state
         output_dir = args.output_dir
         staging = Path(output_dir) / ckpt.STAGING
-        tell_unequal(self.replicas)
         # Writing files may draw random numbers, on some ranks only; the run goes on from this state, saved or not.
         random_state = ckpt.random_state()
         if is_master():
             ckpt.open_staging(output_dir)
         with timed("save: reference log-probs"):
-            self._flush_references()
+            flush()
             dist.barrier()
         args.output_dir = str(staging)
         try:
             with timed("save: Megatron's files, and the lines of save_weights", self.bridge, "save_weights"):
-                super().save_checkpoint()
+                write()
         finally:
             args.output_dir = output_dir
         name = Path(state.last_model_checkpoint).name
@@ -104,23 +108,22 @@ class CheckpointMixin:
             with timed("save: publishing, and removing old checkpoints"):
                 set_aside(staging / name)
                 self._add_generation_config(staging)
-                ckpt.write_state(staging / name, self._checkpoint_state())
+                ckpt.write_state(staging / name, self._saved_state())
                 ckpt.publish(staging, name)
-                self._rotate_checkpoints(output_dir)
+                self.rotate(oldest_first(output_dir))
             tell("save: all that a restart needs", time.monotonic() - began)
             logger.info(f"The checkpoint is whole: {state.last_model_checkpoint}")
-            self._write_peft_forms()
+            write_peft_forms(output_dir, self.config)
         ckpt.restore_random_state(random_state)
         dist.barrier()
-        tell("save: all of it", time.monotonic() - began)
-        self.step_times.after_save(time.monotonic() - began)
+        seconds = time.monotonic() - began
+        tell("save: all of it", seconds)
+        return seconds
 
-    def _write_peft_forms(self) -> None:
-        """Of the last checkpoint, and of older ones whose save was cut short behind their publication."""
-        for folder in reversed(ckpt.whole_checkpoints(Path(self.args.output_dir))):
-            if is_due(folder):
-                with timed(f"save: the adapter of {folder.name} in peft's form"):
-                    write_peft_form(folder, self.template.config)
+    def rotate(self, oldest_first: list[str]) -> None:
+        """As ms-swift's, but a checkpoint whose removal was cut short does not look whole."""
+        if self.args.save_total_limit:
+            ckpt.rotate(oldest_first, self.args.save_total_limit)
 
     def _add_generation_config(self, staging: Path) -> None:
         """The model's own sampling settings and end-of-text tokens, which ms-swift leaves out of what it exports."""
@@ -128,19 +131,13 @@ class CheckpointMixin:
         for config in staging.glob("*/config.json") if source.is_file() else ():
             shutil.copy(source, config.parent)
 
-    def _rotate_checkpoints(self, output_dir: str) -> None:
-        """As ms-swift's, but a checkpoint whose removal was cut short does not look whole."""
-        if self.args.save_total_limit:
-            ckpt.rotate(self._sorted_checkpoints(output_dir), self.args.save_total_limit)
-
-    def _checkpoint_state(self) -> dict[str, Any]:
+    def _saved_state(self) -> dict[str, Any]:
         """What bvpo_state.json holds besides its format."""
         state = self.state
         return {
             "iteration": state.iteration,
             "consumed_train_samples": state.consumed_train_samples,
-            "alpha": self.alpha,
-            "estimator": None if self.estimator is None else self.estimator.state_dict(),
+            **self.mixture.state_dict(),
             "optimizer_reshardable": self._optimizer_reshardable(),
             "best_metric": state.best_metric,
             "best_global_step": state.best_global_step,
@@ -149,7 +146,7 @@ class CheckpointMixin:
             "layout": self._layout_name(),
             "model": self._model_identity(),
             "tuner": self._tuner_identity(),
-            "loss": vars(self.bvpo.preference),
+            "loss": dict(self.loss),
         }
 
     def _optimizer_reshardable(self) -> bool:
@@ -170,7 +167,7 @@ class CheckpointMixin:
         }
 
     def _model_identity(self) -> dict[str, Any]:
-        config = self.template.config
+        config = self.config
         config = getattr(config, "text_config", None) or config
         return {key: getattr(config, key, None) for key in MODEL_KEYS}
 
@@ -187,7 +184,8 @@ class CheckpointMixin:
         # With LoRA, --mcore_model may name the base model in Megatron's format.
         return args.mcore_adapter or (args.mcore_model if args.tuner_type == "full" else None)
 
-    def _load_checkpoint(self):
+    def load(self, read: Callable[[], None]) -> None:
+        """Read the checkpoint that the run goes on from, if there is one; `read` is ms-swift's `_load_checkpoint`."""
         folder = self._resume_folder()
         if folder is not None:
             saved = ckpt.read_state(folder)
@@ -199,15 +197,15 @@ class CheckpointMixin:
             for checkpoint in ckpt.whole_checkpoints(Path(self.args.output_dir)):
                 if is_due(checkpoint):
                     logger.info(f"{checkpoint.name} lacks its adapter in peft's form; the next save writes it.")
-        asked = ckpt.schedule_of(self.opt_param_scheduler)
+        asked = ckpt.schedule_of(self.scheduler)
         with timed("reading the checkpoint"), groups_at_any_rate(self.optimizer):
-            super()._load_checkpoint()
+            read()
         if folder is not None:
             self._restore(folder, saved)
-            for line in ckpt.schedule_changes(asked, ckpt.schedule_of(self.opt_param_scheduler)):
+            for line in ckpt.schedule_changes(asked, ckpt.schedule_of(self.scheduler)):
                 logger.warning(line)
 
-    def _load_iteration(self):
+    def iteration(self, stock: Callable[[], int]) -> int:
         """The step, and into `args` the rows, after which a run goes on from the Hugging Face form of a checkpoint.
 
         ms-swift has the rows from common.pt, which megatron-core 0.19 does not write: the steps would go on and
@@ -220,7 +218,7 @@ class CheckpointMixin:
             saved = ckpt.read_state(home)
             args.consumed_train_samples = saved["consumed_train_samples"]
             return saved["iteration"]
-        iteration = super()._load_iteration()
+        iteration = stock()
         if iteration and self._resume_folder() is None and not hasattr(args, "consumed_train_samples"):
             raise UserError(
                 f"{exported} is of step {iteration} of a run, and nothing there says which rows that run has seen",
@@ -292,16 +290,14 @@ class CheckpointMixin:
         state.best_model_checkpoint = saved["best_model_checkpoint"]
         if "patience" in saved:  # not in checkpoints of 2026-10 and before
             self.patience.load_state_dict(saved["patience"])
-        if self.estimator is not None and saved["estimator"] is not None:
-            try:
-                self.estimator.load_state_dict(saved["estimator"])
-            except ValueError as e:
-                raise UserError(
-                    f"the estimate of alpha is damaged: {e}",
-                    file=os.path.join(folder, ckpt.STATE_FILE),
-                    remedy="go on from an older checkpoint",
-                ) from None
-            self.alpha = self.estimator.alpha
+        try:
+            self.mixture.load_state_dict(saved)
+        except ValueError as e:
+            raise UserError(
+                f"the estimate of alpha is damaged: {e}",
+                file=os.path.join(folder, ckpt.STATE_FILE),
+                remedy="go on from an older checkpoint",
+            ) from None
         if saved["layout"] == self._layout_name() and not self.args.no_load_rng:
             ckpt.restore_random_state(ckpt.load_random_state(folder, dist.get_rank()))
         elif not self.args.no_load_rng:
@@ -310,6 +306,14 @@ class CheckpointMixin:
                 "restored, so dropout masks differ from those of an uninterrupted run."
             )
         logger.info(f"Going on from step {saved['iteration']} of {folder}.")
+
+
+def write_peft_forms(output_dir: str, config) -> None:
+    """Of the last checkpoint, and of older ones whose save was cut short behind their publication."""
+    for folder in reversed(ckpt.whole_checkpoints(Path(output_dir))):
+        if is_due(folder):
+            with timed(f"save: the adapter of {folder.name} in peft's form"):
+                write_peft_form(folder, config)
 
 
 def _has_expert_optimizer(layout: dict[str, int], experts: bool) -> bool:

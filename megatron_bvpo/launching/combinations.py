@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.stream_flags import read_streams
+from megatron_bvpo.streams import TABLE
 
 TRACKERS = ("tensorboard", "wandb", "swanlab")
 Rule = tuple[Any, str, str, str | None]
@@ -186,10 +189,19 @@ def _saving(args: Any) -> list[Rule]:
 
 
 # What an evaluation measures (objective/streams.py).
-_PER_STREAM = ("logps/chosen", "logps/rejected", "nll_loss") + tuple(
+_OF_PAIRS = ("logps/chosen", "logps/rejected", "nll_loss") + tuple(
     f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")
 )
-METRICS = ("loss", "loss/trace", "loss/empty", *_PER_STREAM, *(f"empty/{name}" for name in _PER_STREAM))
+_OF_DEMONSTRATIONS = ("nll_loss", "logps/response")
+
+
+def metrics_of(streams: Iterable[str]) -> tuple[str, ...]:
+    """Names of what is measured of these streams."""
+    found = ["loss"]
+    for stream in map(TABLE.get, streams):
+        names = _OF_PAIRS if stream.estimates else _OF_DEMONSTRATIONS
+        found += [f"loss/{stream.name}", *(f"{stream.log_prefix}{name}" for name in names)]
+    return tuple(found)
 
 
 def _early_stop(args: Any) -> list[Rule]:
@@ -198,6 +210,7 @@ def _early_stop(args: Any) -> list[Rule]:
         return []
     flag, metric = "early_stop_interval", args.metric_for_best_model
     saves, evaluations = args.save_steps, args.eval_steps or args.save_steps
+    measured = metrics_of(read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha).streams)
     held_out = args.val_dataset or args.cached_val_dataset or args.split_dataset_ratio
     return [
         (not held_out or args.eval_iters == 0, flag, "there is nothing held out to measure", "give a --val_dataset"),
@@ -208,10 +221,10 @@ def _early_stop(args: Any) -> list[Rule]:
             "give such steps",
         ),
         (
-            metric not in (None, *METRICS),
+            metric not in (None, *measured),
             "metric_for_best_model",
             f"is {metric!r}, which no evaluation measures",
-            f"names are {', '.join(METRICS)}",
+            f"names are {', '.join(measured)}",
         ),
     ]
 

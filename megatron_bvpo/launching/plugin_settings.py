@@ -15,9 +15,9 @@ from megatron_bvpo.errors import UserError
 CONFIG = "BVPO_CONFIG"
 
 _LAUNCH = """
-    APPTAINER ATTEMPT BINDS DATA_CACHE ENGINE_COMMAND ENGINE_IMAGE ENGINE_PORT ENGINE_RESTARTS ENGINE_START_S GPUS IMAGE
-    MARGIN_S MAX_RESTARTS MIN_BUSBW_GBS MIN_FREE_GIB NODES NODE_NAME NODE_SILENCE_S PREFLIGHT PREFLIGHT_SECONDS
-    PYTHON_BIN RESUME RUN_DIR RUN_TOKEN SHARED_FOLDERS STOP_FILE STOP_WINDOW_S VLLM_PYTHON
+    APPTAINER ATTEMPT BINDS DATA_CACHE ENGINE_COMMAND ENGINE_IMAGE ENGINE_PORT ENGINE_RESTARTS ENGINE_START_S GPUS
+    IMAGE MARGIN_S MAX_RESTARTS MIN_BUSBW_GBS MIN_FREE_GIB NEWEST_TRL NODES NODE_NAME NODE_SILENCE_S PREFLIGHT
+    PREFLIGHT_SECONDS PYTHON_BIN RESUME RUN_DIR RUN_TOKEN SHARED_FOLDERS STOP_FILE STOP_WINDOW_S VLLM_PYTHON
 """
 _IMAGE = """
     APEX_COMMIT APPTAINER_ROOT APPTAINER_WRAP BASE BUILD_ARGS BUILD_ON CACHE CA_BUNDLE CUDA_ARCH DEBIAN_MIRROR
@@ -62,6 +62,8 @@ def _boolean(text: str) -> bool:
 
 
 SETTINGS = {
+    "BVPO_STREAMS": Setting("bvpo_streams", str.split, "names of streams"),
+    "BVPO_WEIGHTS": Setting("bvpo_weights", str.split, "NAME=NUMBER for each stream, or auto"),
     "BVPO_ALPHA": Setting("bvpo_alpha", _number_or_auto, "a number in [0, 1], or auto"),
     "BVPO_ALPHA_PRIOR": Setting("bvpo_alpha_prior", float, "a number in [0, 1]"),
     "BVPO_CRITERION": Setting("bvpo_criterion", str, "mse or sgd"),
@@ -71,6 +73,15 @@ SETTINGS = {
     "BVPO_EMPTY": Setting("bvpo_empty", str, "strip, require or own"),
     "BVPO_EMPTY_BLOCK": Setting("bvpo_empty_block", str, "the text of an empty trace"),
     "BVPO_SIMPO_GAMMA": Setting("bvpo_simpo_gamma", float, "a number"),
+    "BVPO_EMPTY_BETA": Setting("bvpo_empty_beta", float, "a number"),
+    "BVPO_SHORT_BETA": Setting("bvpo_short_beta", float, "a number"),
+    "BVPO_EXPERT_LOSS": Setting("bvpo_expert_loss", str, "sft, dft, sft_phi or module:function"),
+    "BVPO_MU_PEAK": Setting("bvpo_mu_peak", float, "a number in [0, 1]"),
+    "BVPO_MU_VALLEY": Setting("bvpo_mu_valley", float, "a number in [0, 1]"),
+    "BVPO_MU_WARMUP_STEPS": Setting("bvpo_mu_warmup_steps", int, "a whole number of optimizer steps"),
+    "BVPO_MU_DECAY_STEPS": Setting("bvpo_mu_decay_steps", int, "a whole number of optimizer steps"),
+    "BVPO_GATE": Setting("bvpo_gate", str, "none or hpt"),
+    "BVPO_GATE_THRESHOLD": Setting("bvpo_gate_threshold", float, "a number in [0, 1)"),
     "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, fused, triton, te or torch"),
     "BVPO_LOGP_MEMORY": Setting("bvpo_logp_memory", float, "GiB"),
     "BVPO_REF_CACHE": Setting("bvpo_ref_cache", str, "a folder"),

@@ -5,29 +5,11 @@ Nothing here loads torch or ms-swift: a plan answers on a login node in under a 
 
 from __future__ import annotations
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-
-
-def parse_alpha(value: Any) -> float | None:
-    """`auto` to None, else a number in [0, 1]; raises UserError."""
-    text = str(value).strip().lower()
-    if text == "auto":
-        return None
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = math.nan
-    if not 0 <= alpha <= 1:
-        raise UserError(
-            f"alpha is {value!r}; expected a number in [0, 1], or auto",
-            field="--bvpo_alpha",
-            remedy="0.5 is the paper's value; 1 trains on the traces alone, 0 on the empty traces alone",
-        )
-    return alpha
+from megatron_bvpo.launching.stream_flags import read_streams
 
 
 def refusals(args: Any) -> list[tuple]:
@@ -82,6 +64,12 @@ def refusals(args: Any) -> list[tuple]:
             "which rank counts a parameter is not known for 8-bit parameters",
             leave,
         ),
+        (
+            args.loss_type == "kto" and args.global_batch_size == 1 and not args.packing,
+            "global_batch_size",
+            "kto compares with what the policy does on other rows' responses, and a batch of one row has no other",
+            "raise it, or take --loss_type apo_zero_unpaired, which compares with nothing",
+        ),
         (args.mtp_num_layers, "mtp_num_layers", "multi-token prediction would add its own loss", leave),
         (
             # Its kernel takes no map without a token (an assertion; then it gives too few rows back).
@@ -98,7 +86,7 @@ def refusals(args: Any) -> list[tuple]:
     found += counting_refusals(args)
     if args.optimizer_cpu_offload:
         found += offload_refusals(args)
-    if parse_alpha(args.bvpo_alpha) is None:
+    if read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha).measured:
         found += auto_refusals(args)
     return found
 
@@ -112,7 +100,8 @@ def adapts(args: Any) -> bool:
 def silent_refusals(args: Any) -> list[tuple]:
     """Settings of the stock stack that would train something else than was asked for, without a word."""
     leave = "leave the flag out"
-    no_reference = args.reference_free or args.loss_type == "simpo"
+    streams = read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha)
+    no_reference = args.reference_free or args.loss_type == "simpo" or not streams.weights
     return [
         (
             args.cp_partition_mode != "zigzag",

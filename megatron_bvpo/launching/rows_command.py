@@ -10,10 +10,9 @@ from megatron_bvpo.launching import path_rules, start_checks
 from megatron_bvpo.launching.run_file import read_run
 from megatron_bvpo.launching.secret_flags import refuse_secrets
 
-# What is carried over beside the columns of the one form: fields of further streams, and where a row came from. Not
-# `answer`: in some forms that is the response.
-CARRIED = ("short_response", "short_rejected_response", "expert_response")
-CARRIED += ("accept_rate", "empty_accept_rate", "short_accept_rate", "prompt_id", "judge", "numbers", "folders")
+# What is carried over beside the columns of the one form: where a row came from. Not `answer`: in some forms that is
+# the response.
+CARRIED = ("empty_accept_rate", "short_accept_rate", "prompt_id", "judge", "numbers", "folders")
 _OURS = ("bvpo_source", "bvpo_verdict")
 _RUNS = (".yaml", ".yml")
 
@@ -33,7 +32,10 @@ def add_command(commands) -> None:
         "  --overwrite         over a file that is there\n"
         "  --columns JSON      the file's column names to ms-swift's, as for a run\n"
         "  --bvpo_empty WHAT   strip (default), require or own, as for a run\n"
-        "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs",
+        "  --bvpo_alpha α      as for a run: 0 asks for no traces, 1 for no empty pairs\n"
+        "  --bvpo_streams …    as for a run: trace empty (default), short, expert\n"
+        "  --loss_type kto     as for a run: single responses with a label; also apo_zero_unpaired\n"
+        "  --bvpo_gate hpt     as for a run; --bvpo_gate_threshold SHARE (default 0)",
     )
     parser.add_argument("given", metavar="RUN|FILE", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.set_defaults(run=run_command)
@@ -83,12 +85,12 @@ def _of_run(given: list[str]) -> list[str]:
 def _of_files(given: list[str]) -> list[str]:
     from megatron_bvpo.data.handover import FileReport, Reading, judged_rows
     from megatron_bvpo.data.scan import ScanReport
-    from megatron_bvpo.data.verdicts import RowRules, require_rows
+    from megatron_bvpo.data.verdicts import require_rows
     from megatron_bvpo.data.whole_files import require_new_file, written_whole
+    from megatron_bvpo.launching.stream_flags import rules_of_command
 
     args = _file_options(given)
-    streams = RowRules.streams_for(_alpha(args.bvpo_alpha))
-    reading = Reading(RowRules(args.bvpo_empty, streams), start_checks.read_columns(args.columns))
+    reading = Reading(rules_of_command(given), start_checks.read_columns(args.columns))
     report = ScanReport()
     rows = (
         row
@@ -121,21 +123,10 @@ def _file_options(given: list[str]) -> argparse.Namespace:
     parser.add_argument("--out")
     parser.add_argument("--overwrite", action="store_true")
     parser.add_argument("--columns", default="{}")
-    parser.add_argument("--bvpo_empty", default="strip")
-    parser.add_argument("--bvpo_alpha", default="auto")
+    for name in ("--bvpo_empty", "--bvpo_alpha", "--bvpo_gate", "--bvpo_gate_threshold", "--loss_type"):
+        parser.add_argument(name)
+    parser.add_argument("--bvpo_streams", nargs="+")
     return parser.parse_args(given)
-
-
-def _alpha(text: str) -> float | str:
-    if text.lower() == "auto":
-        return "auto"
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise UserError(f"expected auto or a number from 0 to 1, found {text!r}", field="--bvpo_alpha")
-    return value
 
 
 def _files(given: list[str]) -> list[str]:

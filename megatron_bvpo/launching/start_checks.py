@@ -53,8 +53,8 @@ def scan_data(argv: list[str]) -> list[str] | None:
         UserError: a file would stop the run.
     """
     from megatron_bvpo.data.handover import Reading
-    from megatron_bvpo.data.rows import RowRules
     from megatron_bvpo.data.scan import scan_files
+    from megatron_bvpo.launching.stream_flags import rules_of_command
 
     if os.environ.get("NODE_RANK", "0") != "0" or flags.wants_help(argv):
         return None
@@ -64,10 +64,8 @@ def scan_data(argv: list[str]) -> list[str] | None:
         return None
     columns = read_columns((flags.option_values(argv, "columns") or ["{}"])[-1])
     try:
-        alpha = (flags.option_values(argv, "bvpo_alpha") or ["auto"])[-1].lower()
-        empty = (flags.option_values(argv, "bvpo_empty") or ["strip"])[-1]
-        rules = RowRules(empty=empty, streams=RowRules.streams_for(alpha if alpha == "auto" else float(alpha)))
-    except ValueError:
+        rules = rules_of_command(argv)
+    except (ValueError, UserError):
         return None
     specs = [*flags.option_list(argv, "dataset"), *flags.option_list(argv, "val_dataset")]
     if not specs:

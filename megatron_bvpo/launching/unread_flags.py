@@ -24,8 +24,6 @@ UNREAD: dict[str, dict[str, Any]] = {
         "use_swift_lora": False,
     },
     "it belongs to GRPO, GKD, KTO or reward models": {
-        "desirable_weight": 1.0,
-        "undesirable_weight": 1.0,
         "calculate_KL": None,
         "center_rewards_coefficient": None,
         "teacher_model": None,

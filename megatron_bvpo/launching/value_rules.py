@@ -60,6 +60,8 @@ AT_LEAST = {
             "lr_warmup_iters",
             "dataloader_num_workers",
             "manual_gc_steps",
+            "bvpo_mu_warmup_steps",
+            "bvpo_mu_decay_steps",
             "data_seed",
             "mtp_num_layers",
         ),
@@ -95,6 +97,11 @@ RANGES = {
     "rpo_alpha": "[0, inf)",
     "beta": "(-inf, inf)",  # finite; objective/preference.py has the rest
     "bvpo_simpo_gamma": "(-inf, inf)",
+    "bvpo_empty_beta": "(0, inf)",
+    "bvpo_short_beta": "(0, inf)",
+    "bvpo_mu_peak": "[0, 1]",
+    "bvpo_mu_valley": "[0, 1]",
+    "bvpo_gate_threshold": "[0, 1)",
     "bvpo_logp_memory": "(0, 1024]",
     "bvpo_alpha_prior": "[0, 1]",
     "bvpo_kappa": "(0, 1]",
@@ -109,6 +116,7 @@ CHOICES = {
     "recompute_modules": ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts"),
     "bvpo_criterion": ("mse", "sgd"),
     "bvpo_empty": ("strip", "require", "own"),
+    "bvpo_gate": ("none", "hpt"),
     "bvpo_logp_impl": ("auto", "fused", "triton", "te", "torch"),
     "report_to": ("tensorboard", "wandb", "swanlab", "none"),
 }

@@ -9,6 +9,8 @@ third digit of the difference to the reference, and that difference is all a pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -81,8 +83,31 @@ def sequence_logps(
         (sums_Q, counts_Q), both float64 and equal on all ranks of `cp_group`.
     """
     counted = labels != IGNORE_INDEX
-    logps = torch.where(counted, logps, torch.zeros((), dtype=logps.dtype, device=logps.device))
+    logps = _counted_alone(logps, counted)
     sums_Q = sum_over_context_parallel(sequence_sums(logps, seq_lens_Q), cp_group)
     with torch.no_grad():
         counts_Q = sum_over_context_parallel(sequence_sums(counted.double(), seq_lens_Q), cp_group)
     return sums_Q, counts_Q
+
+
+def sequence_losses(
+    logps: Tensor,
+    labels: Tensor,
+    seq_lens_Q: Tensor | None,
+    cp_group: dist.ProcessGroup | None,
+    token_losses: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Each response's sum of token losses, [Q] float64, equal on all ranks of `cp_group`.
+
+    Args:
+        logps, labels, seq_lens_Q, cp_group: as `sequence_logps` takes them.
+        token_losses: log-probs of tokens → their losses, of the same shape; 0 where the log-prob is 0.
+    """
+    counted = labels != IGNORE_INDEX
+    losses = _counted_alone(token_losses(_counted_alone(logps, counted)), counted)
+    return sum_over_context_parallel(sequence_sums(losses, seq_lens_Q), cp_group)
+
+
+def _counted_alone(values: Tensor, counted: Tensor) -> Tensor:
+    """`values` with 0 where a token does not count, whatever stands there."""
+    return torch.where(counted, values, torch.zeros((), dtype=values.dtype, device=values.device))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.combinations import check_optimizer, check_recomputation
-from megatron_bvpo.launching.refusals import parse_alpha, refusals
+from megatron_bvpo.launching.refusals import refusals
+from megatron_bvpo.launching.stream_flags import read_streams
 from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
 
@@ -42,7 +43,7 @@ def check_settings(settings: RunSettings, file: str | None = None) -> None:
     try:
         for check in (check_values, _choices, check_recomputation, _attention, _optimizer, _frozen):
             check(settings)
-        parse_alpha(settings.bvpo_alpha)
+        read_streams(settings.bvpo_streams, settings.bvpo_weights, settings.bvpo_alpha)
     except UserError as e:
         raise _of_key(e, file) from None
 

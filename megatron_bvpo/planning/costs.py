@@ -108,7 +108,7 @@ def recomputed_share(shape: ModelShape, run: RunSettings) -> float:
 
 
 def probe_bubble(run: RunSettings, groups: Groups, micro_batches: int) -> float:
-    """The share of a probe step in which a pipeline stage waits: it is four passes, each of half the micro-batches."""
+    """The share of a probe step in which a pipeline stage waits: its passes have half the micro-batches each."""
     waiting = (groups.pp - 1) / (run.vpp if groups.pp > 1 else 1)
     a_pass = micro_batches / 2 if micro_batches % 2 == 0 else micro_batches
     return waiting / (a_pass + waiting)

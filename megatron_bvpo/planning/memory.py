@@ -16,17 +16,16 @@ from megatron_bvpo.planning.layout import Cluster, Groups, groups_of, stage_laye
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.tensors import Split, Tensor, chunk_tensors, lora_modules
+from megatron_bvpo.streams import TABLE, estimators
 
 GIB = 2**30
-# Copies of this rank's gradient shard that a probe step keeps (megatron_bvpo/training/probing.py).
-KEPT_SHARDS = 3
-KEPT_FOR_ROUTER_LOSSES = 1
 # Allowances. A CUDA context with its libraries, and NCCL's channels for each communicator.
 CUDA_CONTEXT = 0.8 * GIB
 NCCL_PER_GROUP = 0.15 * GIB
 # Share of what is allocated and freed in a step that the allocator cannot give out again.
 FRAGMENTATION = 0.10
-# Where the trace stream's length is the file's max_length, an empty trace's pair is assumed to be this long.
+# Where the trace stream's length is the file's max_length, an empty trace's pair is assumed to be this long. Shortened
+# traces and demonstrations are assumed to be as long as the longest trace.
 EMPTY_LENGTH = 1024
 
 
@@ -44,9 +43,8 @@ class Lengths:
 
 
 def micro_batch(run: RunSettings, lengths: Lengths) -> Batch:
-    """The longest micro-batch: every sequence at its longest, chosen and rejected of each stream packed together."""
-    sequences = {"trace": lengths.trace, "empty": lengths.empty}
-    each = [sequences[s] for s in run.streams for _ in range(2)]
+    """The longest micro-batch: every sequence at its longest, those of all streams packed together."""
+    each = [lengths.empty if s == "empty" else lengths.trace for s in run.streams for _ in TABLE[s].sides]
     if run.packing:
         # ms-swift packs by the sum of a row's sequences; a row that is longer than a pack is a pack of its own.
         tokens = run.micro_batch_size * max(run.packing_length or run.max_length or 0, sum(each))
@@ -54,6 +52,14 @@ def micro_batch(run: RunSettings, lengths: Lengths) -> Batch:
     if not run.padding_free:
         each = [max(each)] * len(each)
     return Batch(run.micro_batch_size * sum(each), run.micro_batch_size * sum(n * n for n in each))
+
+
+def kept_copies(run: RunSettings, experts: bool) -> int:
+    """Copies of a rank's gradient shard that a probe step keeps (megatron_bvpo/training/probing.py): of the two passes
+    of each stream that estimates the last one's stays in the buffers, unless a pass of the rest follows."""
+    measured = estimators(run.streams)
+    rest = (experts and run.router_losses) or measured != run.streams
+    return 2 * len(measured) - (0 if rest else 1)
 
 
 @dataclass(frozen=True)
@@ -180,8 +186,7 @@ def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *
     owned = sum(b.owned_elements(edp_rank if b.expert else dp_rank) for b in buffers)
     kept = 0
     if run.probes:
-        copies = KEPT_SHARDS + (KEPT_FOR_ROUTER_LOSSES if shape.experts and run.router_losses else 0)
-        kept = copies * sum(b.shard_elements for b in buffers) * run.grad_bytes
+        kept = kept_copies(run, shape.experts > 0) * sum(b.shard_elements for b in buffers) * run.grad_bytes
     has_reference = not run.lora and run.uses_reference
     return {
         "parameters": (frozen + stored) * run.dtype_bytes,
@@ -327,7 +332,7 @@ def longest_trace(
         longer = replace(run, max_length=n, packing_length=n if run.packing else None)
         tried = Lengths(n, min(lengths.empty, n))
         if run.packing:  # sequences that a pack of n tokens holds
-            most = max(n // (2 * len(run.streams)), 1)
+            most = max(n // run.sequences, 1)
             tried = Lengths(min(lengths.trace, most), min(lengths.empty, most))
         return fullest(shape, longer, cluster.ranks, tried, imbalance) <= cluster.memory * GIB
 

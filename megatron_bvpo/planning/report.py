@@ -13,7 +13,9 @@ from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM, Suggestion
 from megatron_bvpo.planning.waiting import Waiting
+from megatron_bvpo.streams import DEFAULT, estimators
 
+PASSES = {2: "four", 3: "six"}  # of a probe, by the number of streams that are measured
 COLUMNS = (
     ("params", "parameters"),
     ("(LoRA)", "adapters"),
@@ -161,6 +163,10 @@ def _head(plan: Plan) -> list[str]:
     elif recompute == "selective":
         recompute += f" ({' '.join(run.recompute_modules)})"
     lengths = f"traces of {plan.lengths.trace} tokens, empty traces of {plan.lengths.empty}"
+    longer = [name for name in run.streams if name not in DEFAULT]
+    if longer:
+        lengths += f", {' and '.join(longer)} as long as traces"
+    sides = "chosen and rejected" if run.streams == estimators(run.streams) else "every sequence of a row"
     if run.packing:
         tokens, asked = (
             micro_batch(run, plan.lengths).tokens / run.micro_batch_size,
@@ -173,7 +179,7 @@ def _head(plan: Plan) -> list[str]:
         f"{shape.name}: {_billions(shape.total_parameters)} parameters, {_billions(active)} a token; {tuner}",
         f"{cluster.nodes} × {cluster.gpus} GPUs of {cluster.memory:g} GiB as {layout_name(run)}; {data}",
         f"recomputation {recompute}; streams {' and '.join(run.streams)}; the longest micro-batch: {lengths}, "
-        f"{run.micro_batch_size} × chosen and rejected",
+        f"{run.micro_batch_size} × {sides}",
     ]
 
 
@@ -200,7 +206,7 @@ def _step(plan: Plan) -> list[str]:
     if run.probes:
         probe = f"; {1 / run.bvpo_probe_interval:.0%} of the steps are probes, with the same arithmetic"
         if costs.bubble:
-            probe += f" in four passes, and a bubble of {costs.probe_bubble:.0%}"
+            probe += f" in {PASSES[len(estimators(run.streams))]} passes, and a bubble of {costs.probe_bubble:.0%}"
     lines = [
         f"A step: {run.global_batch_size} {'packs' if run.packing else 'rows'} in {costs.micro_batches} "
         f"micro-batches a replica, {costs.tokens:,.0f} tokens if all are as long; {costs.flops / 1e15:,.1f} PFLOP; "

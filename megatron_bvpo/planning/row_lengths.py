@@ -6,13 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_bvpo.data.empty_trace import strip_answer
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.readers import read_rows
-from megatron_bvpo.data.rows import has_empty_pair_alone
-from megatron_bvpo.data.verdicts import RowRules
+from megatron_bvpo.data.rows import STREAMS_KEY, normalise_row
+from megatron_bvpo.data.verdicts import UNPAIRED, RowRules
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning.settings import RunSettings
+from megatron_bvpo.streams import TABLE, sides_of
 
 # A few thousand rows say enough, and take seconds.
 MOST_ROWS = 2000
@@ -31,14 +31,16 @@ def row_lengths(file: str, model: str, run: RunSettings) -> list[int]:
         UserError: there is no tokenizer.json, the file cannot be read, or no row is of use.
     """
     encode = _encoder(model)
-    reading = Reading(RowRules(streams=run.streams))
+    rules = RowRules(streams=run.streams, unpaired=run.loss_type in UNPAIRED)
+    reading = Reading(rules)
     found = []
     for _, row in islice(read_rows(file), MOST_ROWS):
         if not isinstance(row, dict):
             continue
         new, verdict = reading.canonical(row)
         if verdict.kept:
-            lengths = [sum(encode(text) + AROUND for text in texts) for texts in _sequences(new, run.streams)]
+            sequences = _sequences(normalise_row(new, verdict, rules), rules)
+            lengths = [sum(encode(text) + AROUND for text in texts) for texts in sequences]
             if lengths and max(lengths) <= (run.max_length or max(lengths)):
                 found.append(sum(lengths))
     if not found:
@@ -66,20 +68,17 @@ def _encoder(model: str):
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _sequences(row: dict[str, Any], streams: tuple[str, ...]) -> list[list[str]]:
-    """The texts of each sequence: prompt messages and a response."""
-    messages = [str(message["content"]) for message in row["messages"]]
-    if has_empty_pair_alone(row):
-        return [[*messages, row[name]] for name in ("empty_response", "empty_rejected_response")]
-    prompt, chosen = messages[:-1], messages[-1]
-    rejected = row["rejected_response"]
-    if rejected is None:
-        rejected = str(row["rejected_messages"][-1]["content"])
+def _sequences(row: dict[str, Any], rules: RowRules) -> list[list[str]]:
+    """The texts of each sequence: prompt messages and a response. `row` is in its normal form."""
+    *prompt, response = [str(message["content"]) for message in row["messages"]]
     found = []
-    if "trace" in streams:
-        found += [[*prompt, chosen], [*prompt, rejected]]
-    if "empty" in streams:
-        own = (row["empty_response"], row["empty_rejected_response"])
-        answers = [own[i] or strip_answer(text) for i, text in enumerate((chosen, rejected))]
-        found += [[*prompt, answer] for answer in answers]
+    for stream in row[STREAMS_KEY]:
+        fields = TABLE[stream].fields[: len(sides_of(stream, unpaired=rules.unpaired))]
+        texts = [row.get(name) for name in fields]
+        if stream == "trace":
+            rejected = row.get("rejected_response")
+            if rejected is None:
+                rejected = str(row["rejected_messages"][-1]["content"])
+            texts = [response, rejected][: len(fields)]
+        found += [[*prompt, text] for text in texts]
     return found

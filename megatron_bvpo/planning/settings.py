@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bvpo.launching.stream_flags import StreamSettings, read_streams
+from megatron_bvpo.streams import DEFAULT, TABLE, estimators
+
 # What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
 NOT_PLANNED = (
     ("pipeline_model_parallel_layout", None, "splits the layers in its own way"),
@@ -93,6 +96,8 @@ class RunSettings:
     moe_aux_loss_coeff: tuple[float, ...] = (0.0,)
     moe_z_loss_coeff: float | None = None
     f_divergence_type: str = "reverse_kl"
+    bvpo_streams: tuple[str, ...] = DEFAULT
+    bvpo_weights: tuple[str, ...] = ()
     bvpo_alpha: str = "auto"
     bvpo_alpha_prior: float = 0.5
     bvpo_kappa: float = 0.03
@@ -175,19 +180,26 @@ class RunSettings:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        alpha = None if self.bvpo_alpha.lower() == "auto" else float(self.bvpo_alpha)
-        if self.rlhf_type != "bvpo" or alpha == 1:
-            return ("trace",)
-        return ("empty",) if alpha == 0 else ("trace", "empty")
+        return self._streams.streams if self.rlhf_type == "bvpo" else ("trace",)
+
+    @property
+    def sequences(self) -> int:
+        """Of a row that takes part in every stream."""
+        return sum(len(TABLE[stream].sides) for stream in self.streams)
 
     @property
     def probes(self) -> bool:
-        """Whether some steps measure the gradients' moments."""
-        return self.rlhf_type == "bvpo" and self.bvpo_alpha.lower() == "auto"
+        """Whether some steps measure the streams' gradients."""
+        return self.rlhf_type == "bvpo" and self._streams.measured
+
+    @property
+    def _streams(self) -> StreamSettings:
+        return read_streams(self.bvpo_streams, self.bvpo_weights, self.bvpo_alpha)
 
     @property
     def uses_reference(self) -> bool:
-        return not (self.reference_free or self.loss_type == "simpo")
+        pairs = self.rlhf_type != "bvpo" or bool(estimators(self.streams))
+        return pairs and not (self.reference_free or self.loss_type == "simpo")
 
     @property
     def runs_reference(self) -> bool:

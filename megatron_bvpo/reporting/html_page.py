@@ -20,6 +20,7 @@ from megatron_bvpo.reporting.runs_table import runs_table
 from megatron_bvpo.reporting.scores import ALL_PAIRS, Score, verdicts
 from megatron_bvpo.reporting.series import CHARTS, drawn
 from megatron_bvpo.reporting.spikes import RULE
+from megatron_bvpo.streams import DEFAULT, TABLE
 
 PARTS = Path(__file__).parent / "page"
 # A mark for each colour, so that colours are not all that tells runs apart: circle, square, triangle, diamond, cross, …
@@ -75,6 +76,7 @@ def page(runs: Sequence[Run], now: datetime.datetime) -> str:
         css=Markup((PARTS / "page.css").read_text(encoding="utf-8")),
         js=Markup("".join((PARTS / name).read_text(encoding="utf-8") for name in ("charts.js", "page.js"))),
         shapes=SHAPES,
+        streams=[s for s in TABLE if any(f"loss/{s}" in run["lines"] for run in shown)] or DEFAULT,
         runs=runs,
         table=runs_table(runs),
         notes=[(run.name, note) for run in runs for note in run.notes],

@@ -6,9 +6,16 @@ import json
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.streams import TABLE
 
 LOG = "logging.jsonl"
-STREAMS = (("trace", ""), ("empty", "empty/"))
+# Name and prefix in the log of the streams of pairs.
+STREAMS = tuple((stream.name, stream.log_prefix) for stream in TABLE.values() if stream.estimates)
+
+
+def measured_streams(line: dict, prefix: str = "") -> tuple[str, ...]:
+    """Those that a line of the log tells of, demonstrations too; `prefix`: `eval_` for evaluations."""
+    return tuple(name for name in TABLE if f"{prefix}loss/{name}" in line)
 
 
 def read_log(run: Path) -> tuple[list[dict], list[dict]]:

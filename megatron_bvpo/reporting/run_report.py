@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.reporting.run_log import LOG, STREAMS, read_log, require_log
+from megatron_bvpo.reporting.run_log import LOG, STREAMS, measured_streams, read_log, require_log
+from megatron_bvpo.streams import TABLE
 
 _METRICS = re.compile(r"\{'(?:eval_)?loss'.*\}")
 _TOLD = re.compile(
-    r"(data: |The empty trace|is whole: |α (?:settled|stayed)|\[(?:empty_)?(?:chosen|rejected)\] "
-    r"|Step \d+ skipped|error)",
+    r"(data: |The empty trace|is whole: |(?:α|the weights) (?:settled|stayed)"
+    r"|\[(?:[a-z]+_)?(?:chosen|rejected|response)\] |Step \d+ skipped|error)",
     re.I,
 )
 
@@ -43,10 +44,16 @@ def step_line(metrics: dict) -> str:
                 f"accuracy {metrics[f'{prefix}{stream}rewards/accuracies']:.2f} "
                 f"margin {metrics[f'{prefix}{stream}rewards/margins']:+.3f}"
             )
+    if "expert" in measured_streams(metrics, prefix):
+        parts.append(
+            f"expert: loss {metrics[f'{prefix}loss/expert']:.4f} nll {metrics[f'{prefix}expert/nll_loss']:.3f}"
+        )
     if not held_out:
         parts.append(f"grad norm {metrics['grad_norm']:.2f}")
         if "alpha/stderr" in metrics:
             parts.append(f"α {metrics['alpha']:.2f} (measuring)")
+        elif any(f"weight/{name}" in metrics for name in TABLE):
+            parts.append("weights " + " ".join(f"{n} {metrics[f'weight/{n}']:.2f}" for n in measured_streams(metrics)))
     return "   ".join(parts)
 
 
@@ -66,11 +73,14 @@ def table(evaluation: list[dict]) -> str:
         ):
             if key in first and key in last:
                 rows.append(f"| {name} {what} | {first[key]:.3f} | {last[key]:.3f} |")
+    if "eval_loss/expert" in last:
+        for what, key in (("loss", "eval_loss/expert"), ("nll_loss", "eval_expert/nll_loss")):
+            rows.append(f"| expert {what} | {first[key]:.3f} | {last[key]:.3f} |")
     return "\n".join(rows)
 
 
 def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
-    """Losses and margins of both streams over the steps; where alpha was estimated, how."""
+    """Losses and margins of the streams over the steps; where alpha was estimated, how."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -80,8 +90,9 @@ def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
     rows = 2 if probes else 1
     figure, grid = plt.subplots(rows, 2, figsize=(11, 4 * rows), constrained_layout=True, squeeze=False)
     losses, margins = grid[0]
-    for (name, stream), colour in zip(STREAMS, ("tab:blue", "tab:orange"), strict=True):
-        for axes, key in ((losses, f"loss/{name}"), (margins, f"{stream}rewards/margins")):
+    for stream, colour in zip(TABLE.values(), ("tab:blue", "tab:orange", "tab:olive", "tab:gray"), strict=True):
+        name = stream.name
+        for axes, key in ((losses, f"loss/{name}"), (margins, f"{stream.log_prefix}rewards/margins")):
             points = [(line["step"], line[key]) for line in training if key in line]
             held_out = [(line["step"], line[f"eval_{key}"]) for line in evaluation if f"eval_{key}" in line]
             if points:

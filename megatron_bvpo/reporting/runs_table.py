@@ -8,6 +8,7 @@ from itertools import groupby
 
 from megatron_bvpo.reporting.differing_settings import NONE, columns, short_paths, shown
 from megatron_bvpo.reporting.run_files import Run
+from megatron_bvpo.reporting.run_log import STREAMS
 from megatron_bvpo.reporting.series import last
 
 
@@ -53,13 +54,19 @@ class Table:
         return [(group, len(list(of))) for group, of in groupby(self.columns, key=lambda column: column.group)]
 
 
+RIGHTLY = "that are preferred rightly"
 # Title, metric, digits, what it is.
 _HELD_OUT = (
     ("loss", "loss", 3, "mixed loss on held-out rows, last evaluation"),
-    ("trace accuracy", "rewards/accuracies", 3, "share of held-out trace pairs that are preferred rightly"),
-    ("trace margin", "rewards/margins", 3, "mean reward margin of held-out trace pairs"),
-    ("empty accuracy", "empty/rewards/accuracies", 3, "share of held-out empty pairs that are preferred rightly"),
-    ("empty margin", "empty/rewards/margins", 3, "mean reward margin of held-out empty pairs"),
+    *(
+        column
+        for name, prefix in STREAMS
+        for column in (
+            (f"{name} accuracy", f"{prefix}rewards/accuracies", 3, f"share of held-out {name} pairs {RIGHTLY}"),
+            (f"{name} margin", f"{prefix}rewards/margins", 3, f"mean reward margin of held-out {name} pairs"),
+        )
+    ),
+    ("expert nll", "expert/nll_loss", 3, "negative log-likelihood of a held-out demonstration's token"),
 )
 
 

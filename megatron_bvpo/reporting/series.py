@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_bvpo.reporting.run_log import STREAMS
 from megatron_bvpo.reporting.spikes import spikes
+from megatron_bvpo.streams import TABLE
 
 MOST_POINTS = 1000  # a chart is about that many pixels wide
 BAND = ("alpha/low", "alpha/high")
@@ -24,7 +25,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart of the page. `stream`: trace, empty, or "" for both."""
+    """One chart of the page. `stream`: the one that it is of, or "" for all."""
 
     key: str
     title: str
@@ -55,10 +56,18 @@ def _of_stream(stream: str, prefix: str) -> tuple[Chart, ...]:
     )
 
 
-# Trace and empty side by side, as the eye compares them.
+# The streams side by side, as the eye compares them. A chart without data is not shown.
 CHARTS: tuple[Chart, ...] = (
     *(chart for pair in zip(*(_of_stream(*stream) for stream in STREAMS), strict=True) for chart in pair),
+    Chart("loss-expert", "Loss, expert", (Curve("loss/expert"),), "expert", judged=True),
+    Chart("nll-expert", "Negative log-likelihood a token, expert", (Curve("expert/nll_loss"),), "expert"),
     Chart("alpha", "α, the weight of the trace gradient, with its 95 % band", (Curve("alpha"),), "", False, True, True),
+    Chart(
+        "weights",
+        "Weights of the streams",
+        tuple(Curve(f"weight/{name}", name, dashed=not stream.estimates) for name, stream in TABLE.items()),
+        unit_interval=True,
+    ),
     Chart("gradients", "Gradient norm", (Curve("grad_norm"),), judged=True),
 )
 KEYS = tuple(curve.key for chart in CHARTS for curve in chart.curves)

@@ -12,7 +12,7 @@ import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 # Imported before swift.megatron.trainers: the other order breaks the argument parser of ms-swift 4.6.
 import swift.megatron.pipelines.train.rlhf  # noqa: F401
@@ -32,62 +32,15 @@ from megatron_bvpo.launching.path_rules import (
     check_paths,
     saved_without_optimizer,
 )
-from megatron_bvpo.launching.refusals import parse_alpha, refuse_unsupported
+from megatron_bvpo.launching.refusals import refuse_unsupported
 from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
-from megatron_bvpo.objective.preference import LOSS_TYPES, PreferenceConfig
+from megatron_bvpo.objective.own_loss import is_own, own_function
+from megatron_bvpo.objective.preference import LOSS_TYPES
+from megatron_bvpo.objective.unpaired import UNPAIRED_LOSS_TYPES
+from megatron_bvpo.training.config import BvpoConfig, bvpo_config
 
-DEFAULT_BETA = {"simpo": 2.0}
-
-
-@dataclass(frozen=True)
-class BvpoConfig:
-    """What BVPO does in this run.
-
-    Attributes:
-        alpha: fixed weight of the trace stream, or None: estimated from the gradients' moments.
-        alpha_prior: where the estimate starts and what it shrinks to.
-        criterion, kappa: `mse`, or `sgd` with kappa = learning rate × smoothness, in (0, 1].
-        probe_interval: optimizer steps between two measurements of the moments.
-        moment_decay: EMA decay of the scaled moments, per probe.
-        empty: what rows without own empty-trace answers get: `strip`, `require` or `own`.
-        empty_block: text of an empty trace, or None: the template's own.
-        logp_impl: implementation of the log-probs.
-        logp_memory: GiB that their tiles of logits may take on a GPU.
-        ref_cache: folder of reference log-probs, or None.
-        refs_only: compute those of every row and train nothing.
-        eval_on_start: evaluate once before the first step.
-        preference: the base loss.
-    """
-
-    alpha: float | None
-    alpha_prior: float
-    criterion: str
-    kappa: float
-    probe_interval: int
-    moment_decay: float
-    empty: str
-    empty_block: str | None
-    logp_impl: str
-    logp_memory: float
-    ref_cache: str | None
-    refs_only: bool
-    eval_on_start: bool
-    preference: PreferenceConfig
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Streams that are run: with alpha fixed at 1 or 0 the other one is dead."""
-        if self.alpha == 1.0:
-            return ("trace",)
-        if self.alpha == 0.0:
-            return ("empty",)
-        return ("trace", "empty")
-
-    @property
-    def eval_alpha(self) -> float:
-        """The alpha of `eval_loss`: fixed over a run, so that checkpoints can be compared."""
-        return self.alpha_prior if self.alpha is None else self.alpha
+DEFAULT_BETA = {"simpo": 2.0, "sigmoid_norm": 5.0}
 
 
 @dataclass
@@ -95,6 +48,8 @@ class BvpoArguments(MegatronRLHFArguments):
     """ms-swift's Megatron RLHF arguments with `rlhf_type bvpo` and the `bvpo_*` flags (README, "Flags")."""
 
     rlhf_type: Literal["dpo", "kto", "grpo", "gkd", "rm", "bvpo"] = "bvpo"
+    bvpo_streams: list[str] = field(default_factory=lambda: ["trace", "empty"])
+    bvpo_weights: list[str] = field(default_factory=list)
     bvpo_alpha: str = "auto"
     bvpo_alpha_prior: float = 0.5
     bvpo_criterion: Literal["mse", "sgd"] = "sgd"
@@ -104,6 +59,15 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_empty: Literal["strip", "require", "own"] = "strip"
     bvpo_empty_block: str | None = None
     bvpo_simpo_gamma: float = 1.0
+    bvpo_empty_beta: float | None = None
+    bvpo_short_beta: float | None = None
+    bvpo_expert_loss: str = "sft"
+    bvpo_mu_peak: float = 0.1
+    bvpo_mu_valley: float = 0.1
+    bvpo_mu_warmup_steps: int = 0
+    bvpo_mu_decay_steps: int = 0
+    bvpo_gate: Literal["none", "hpt"] = "none"
+    bvpo_gate_threshold: float = 0.0
     bvpo_logp_impl: Literal["auto", "fused", "triton", "te", "torch"] = "auto"
     bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
@@ -229,75 +193,17 @@ def check_names(args) -> None:
             )
 
 
-def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
-    """The frozen configuration from argument values (`vars(args)`) whose ranges `check_values` has checked.
-
-    Raises UserError for values that do not go together.
-    """
-    alpha = parse_alpha(values["bvpo_alpha"])
-    try:
-        preference = PreferenceConfig(
-            loss_type=values["loss_type"],
-            beta=float(values["beta"]),
-            label_smoothing=float(values["label_smoothing"]),
-            rpo_alpha=float(values["rpo_alpha"] or 0.0),
-            reference_free=bool(values["reference_free"]),
-            simpo_gamma=float(values["bvpo_simpo_gamma"]),
-        )
-    except ValueError as e:
-        name = str(e).split()[0]
-        raise UserError(str(e), field=f"--{name}", remedy=f"see the README's table of losses for --{name}") from None
-    refuse_useless_cache(values, preference)
-    return BvpoConfig(
-        alpha=alpha,
-        alpha_prior=float(values["bvpo_alpha_prior"]),
-        criterion=values["bvpo_criterion"],
-        kappa=float(values["bvpo_kappa"]),
-        probe_interval=int(values["bvpo_probe_interval"]),
-        moment_decay=float(values["bvpo_moment_decay"]),
-        empty=values["bvpo_empty"],
-        empty_block=values["bvpo_empty_block"],
-        logp_impl=values["bvpo_logp_impl"],
-        logp_memory=float(values["bvpo_logp_memory"]),
-        ref_cache=values["bvpo_ref_cache"] or None,
-        refs_only=bool(values["bvpo_refs_only"]),
-        eval_on_start=bool(values["bvpo_eval_on_start"]),
-        preference=preference,
-    )
-
-
-def refuse_useless_cache(values: dict[str, Any], preference: PreferenceConfig) -> None:
-    """A cache that nothing would be read from, or values that nobody would keep."""
-    if values["bvpo_refs_only"] and not values["bvpo_ref_cache"]:
-        raise UserError(
-            "there is no folder to write reference log-probs to",
-            field="--bvpo_ref_cache",
-            remedy="name a folder that the later runs see, too",
-        )
-    if values["bvpo_refs_only"] and values["streaming"]:
-        raise UserError(
-            "a stream has no end that is known ahead",
-            field="--streaming",
-            remedy="train with --bvpo_ref_cache: the run writes the values itself",
-        )
-    if values["bvpo_ref_cache"] and not preference.uses_reference:
-        flag = "reference_free" if preference.reference_free else "loss_type"
-        raise UserError(
-            f"{flag} is {values[flag]!r}: this loss has no reference, so there is nothing to keep",
-            field="--bvpo_ref_cache",
-            remedy="leave the flag out",
-        )
-
-
 def settle_preference_defaults(args) -> None:
-    """ms-swift knows no defaults for a type of ours: sigmoid, and beta 0.1 (simpo: 2.0)."""
+    """ms-swift knows no defaults for a type of ours: sigmoid, and beta 0.1 (simpo: 2, sigmoid_norm: 5)."""
     args.loss_type = args.loss_type or "sigmoid"
-    if args.loss_type not in LOSS_TYPES:
+    known = (*LOSS_TYPES, *UNPAIRED_LOSS_TYPES)
+    if args.loss_type not in known and not is_own(args.loss_type):
         raise UserError(
-            f"loss_type is {args.loss_type!r}; BVPO knows {', '.join(LOSS_TYPES)}",
+            f"loss_type is {args.loss_type!r}; BVPO knows {', '.join(known)}, and module:function of your own",
             field="--loss_type",
             remedy="sigmoid is DPO's own loss",
         )
+    own_function(args.loss_type, known, "--loss_type")  # here: before anything is loaded
     if args.beta is None:
         args.beta = DEFAULT_BETA.get(args.loss_type, 0.1)
 

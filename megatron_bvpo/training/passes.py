@@ -1,14 +1,15 @@
-"""One pass of a step: reference and policy forward of each micro-batch, and the weighted loss of its pairs.
+"""One pass of a step: reference and policy forward of each micro-batch, and the weighted loss of its members.
 
-Megatron's schedule calls `forward_step` on every stage and `loss_func` on the last one. The reference's and the
-policy's activations go through the pipeline joined along dim 0, so that one schedule serves both.
+Megatron's schedule calls `forward` on every stage and `loss` on the last one. The reference's and the policy's
+activations go through the pipeline joined along dim 0, so that one schedule serves both.
 
-Shapes: P pairs of a stream in a micro-batch, Q sequences of it, K sums of a stream (StreamSums).
+Shapes: P members of a stream in a micro-batch, Q sequences of it, S streams, K sums of a stream (objective/streams.py).
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,12 +17,15 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, PairLayout
-from megatron_bvpo.objective.preference import PairLogps, pair_losses
-from megatron_bvpo.objective.sequence import sequence_logps
-from megatron_bvpo.objective.streams import STREAMS, StreamSums, StreamWeights
+from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, BatchLayout
+from megatron_bvpo.gradients.groups import ParallelGroups
+from megatron_bvpo.objective.sequence import sequence_logps, sequence_losses
+from megatron_bvpo.objective.stream_losses import Responses, StreamLosses
+from megatron_bvpo.objective.streams import WIDTH
 from megatron_bvpo.training.canaries import Heard
-from megatron_bvpo.training.referencing import REFERENCE_KEY
+from megatron_bvpo.training.referencing import REFERENCE_KEY, References
+
+NOTHING: dict[str, float] = {}
 
 
 @dataclass
@@ -29,20 +33,22 @@ class Pass:
     """What one forward (and backward) over the micro-batches needs to know, and what it found.
 
     Attributes:
-        weights: factor of each stream's sum of pair losses.
+        factors: factor of each stream's sum of losses; of those that it lacks, 0.
         loss_scale: undoes Megatron's division by micro-batches and data-parallel ranks.
         bad_rows: rows with a loss that is not finite, found on the last stage.
         reference_only: only the reference runs, to fill its cache.
         listening: the log-probs are wanted, for the canaries, and no loss; the reference runs even where it is known.
-        sums: [2, K] float64, each stream's StreamSums on this rank; None off the last stage.
+        heard: where log-probs of policy and reference are put, if somebody wants them.
+        sums: [S, K] float64, each stream's sums on this rank; None off the last stage.
     """
 
-    weights: StreamWeights
+    factors: Mapping[str, float]
     loss_scale: float
     bad_rows: list[str] = field(default_factory=list)
     sums: torch.Tensor | None = None
     reference_only: bool = False
     listening: bool = False
+    heard: list[Heard] | None = None
     _watched: list[tuple[list[str], torch.Tensor]] = field(default_factory=list)
 
     def watch(self, names: list[str], finite_P: torch.Tensor) -> None:
@@ -57,106 +63,142 @@ class Pass:
         self._watched.clear()
 
 
-class PassMixin:
-    """Goes in front of ms-swift's Megatron trainer; uses its models, template and groups."""
+class Passes:
+    """Runs micro-batches through the model.
 
-    heard: list[Heard] | None  # what the canaries want to know, while they do
+    Args:
+        args: ms-swift's arguments: `seq_length` and `micro_batch_size`.
+        models: this rank's wrapped model chunks.
+        groups: process groups.
+        losses: of each stream.
+        references: log-probs of the reference that are known.
+        reference_models: context in which the reference's model chunks are ready, as ms-swift's `null_ref_context`.
+        next_batch: (iterator, virtual stage) → a micro-batch as the model takes it, as ms-swift's `get_batch`.
 
-    def _run_pass(
+    Attributes:
+        overheard: while it is a list, the log-probs of all passes are put there.
+        baselines: by stream, z of the global batch that the passes are of (training/baselines.py).
+    """
+
+    def __init__(
+        self,
+        args,
+        models: list,
+        groups: ParallelGroups,
+        losses: StreamLosses,
+        references: References,
+        reference_models: Callable[[], AbstractContextManager[list]],
+        next_batch: Callable,
+    ):
+        self.args, self.models, self.groups = args, models, groups
+        self.losses, self.references = losses, references
+        self.reference_models, self.next_batch = reference_models, next_batch
+        self.overheard: list[Heard] | None = None
+        self.baselines: dict[str, torch.Tensor] = {}
+
+    def run(
         self,
         chunks: list[list[dict]],
-        weights: StreamWeights,
+        factors: Mapping[str, float] = NOTHING,
         *,
         forward_only: bool,
         reference_only: bool = False,
         listening: bool = False,
     ) -> Pass:
         """Forward (and backward) over the micro-batches; returns the pass with this rank's sums."""
-        args = self.args
         n = len(chunks[0])
-        scale = n * self.groups.dp_size
-        self._pass = current = Pass(weights, scale, reference_only=reference_only, listening=listening)
-        if not listening and self._attach_references(chunks) == n and reference_only:
+        heard = [] if listening else self.overheard
+        current = Pass(
+            factors, n * self.groups.dp_size, reference_only=reference_only, listening=listening, heard=heard
+        )
+        if not listening and self.references.attach(chunks) == n and reference_only:
             return current
         left_out = {ITEMS_KEY, REFERENCE_KEY} if listening else {ITEMS_KEY}
         iterators = [iter([{k: v for k, v in b.items() if k not in left_out} for b in batches]) for batches in chunks]
         found = get_forward_backward_func()(
-            forward_step_func=self.forward_step,
+            forward_step_func=partial(self.forward, current),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.wrapped_models,
+            model=self.models,
             num_microbatches=n,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
             forward_only=forward_only,
         )
-        current.sums = sum(found) if found else None  # [2, K] float64, on the last stage
+        current.sums = sum(found) if found else None  # [S, K] float64, on the last stage
         current.name_bad_rows()
         return current
 
-    def _listen(self, chunks: list[list[dict]]) -> list[Heard]:
+    def listen(self, chunks: list[list[dict]]) -> list[Heard]:
         """Log-probs of the micro-batches as policy and reference are now, without dropout; empty off the last stage."""
-        before, self.heard = self.heard, []
-        for model in self.wrapped_models:
+        training = [model.training for model in self.models]
+        for model in self.models:
             model.eval()
         try:
             with torch.no_grad():
-                self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=True, listening=True)
-            return self.heard
+                return self.run(chunks, forward_only=True, listening=True).heard
         finally:
-            self.heard = before
-            for model in self.wrapped_models:
-                model.train()
+            for model, was in zip(self.models, training, strict=True):
+                model.train(was)
 
-    def forward_step(self, data_iterator, model):
+    def forward(self, current: Pass, data_iterator, model):
         """Reference and policy forward of one micro-batch, joined along dim 0 through the pipeline.
 
         Where the reference's log-probs are known, or nothing else is wanted, the one forward that is left.
         """
         unwrapped = get_attr_wrapped_model(model, "get_input_tensor", return_model_obj=True)
         input_tensor = unwrapped.get_input_tensor()
-        data = self.get_batch(data_iterator, unwrapped.vp_stage)
+        data = self.next_batch(data_iterator, unwrapped.vp_stage)
         layout = data.pop(LAYOUT_KEY)
         known_Q = data.pop(REFERENCE_KEY, None)
         data.pop("loss_scale", None)
 
-        if self._pass.reference_only:
-            known_Q, output = None, self._reference_forward(unwrapped.vp_stage, input_tensor, data)
-        elif known_Q is not None or not self.bvpo.preference.uses_reference:
+        if current.reference_only:
+            known_Q, output = None, self.reference_forward(unwrapped.vp_stage, input_tensor, data)
+        elif known_Q is not None or not self.losses.uses_reference:
             output = model(**data)
         else:
             ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
-            ref_output = self._reference_forward(unwrapped.vp_stage, ref_input, data)
+            ref_output = self.reference_forward(unwrapped.vp_stage, ref_input, data)
             if input_tensor is not None:
                 unwrapped.set_input_tensor(input_tensor)
             output = torch.cat([ref_output, model(**data)], dim=0)
         return output, partial(
-            self.loss_func,
+            self.loss,
+            current,
             labels=data.get("labels"),
             packed_seq_params=data.get("packed_seq_params"),
             layout=layout,
             known_Q=known_Q,
         )
 
-    def _reference_forward(self, vp_stage: int | None, input_tensor: torch.Tensor | None, data: dict) -> torch.Tensor:
-        with torch.no_grad(), self.null_ref_context() as ref_models:
+    def reference_forward(self, vp_stage: int | None, input_tensor: torch.Tensor | None, data: dict) -> torch.Tensor:
+        with torch.no_grad(), self.reference_models() as ref_models:
             ref_model = ref_models[vp_stage or 0]
             if input_tensor is not None:
                 ref_model.set_input_tensor(input_tensor.detach())
             with evaluation_mode(ref_model):  # a reference with dropout is another one at every step
                 return ref_model(**data)
 
-    def loss_func(
-        self, output: torch.Tensor, *, labels, packed_seq_params, layout: PairLayout, known_Q: list[float] | None
+    def loss(
+        self,
+        current: Pass,
+        output: torch.Tensor,
+        *,
+        labels,
+        packed_seq_params,
+        layout: BatchLayout,
+        known_Q: list[float] | None,
     ):
-        """Weighted loss of one micro-batch, and its StreamSums as one [2, K] tensor. Last stage only.
+        """Weighted loss of one micro-batch, and its streams' sums as one [S, K] tensor. Last stage only.
 
         `known_Q` are the reference's log-probs of the sequences, where the cache holds them all.
         """
         seq_lens = None if packed_seq_params is None else own_lengths(packed_seq_params, self.groups.cp_size)
-        if self._pass.reference_only:
-            self._keep_references(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
-            return output.new_zeros(()), output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
-        joined = self.bvpo.preference.uses_reference and known_Q is None
+        nothing = output.new_zeros(()), output.new_zeros(len(layout.streams), WIDTH, dtype=torch.float64)
+        if current.reference_only:
+            self.references.keep(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
+            return nothing
+        joined = self.losses.uses_reference and known_Q is None
         ref_losses, losses = output.chunk(2, dim=0) if joined else (None, output)
         logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
         ref_logps_Q = None
@@ -164,36 +206,36 @@ class PassMixin:
             ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
         elif known_Q is not None:
             ref_logps_Q = logps_Q.new_tensor(known_Q)
-        if self.heard is not None and ref_logps_Q is not None:
-            self.heard.append(Heard(logps_Q.detach(), ref_logps_Q, tokens_Q))
-        if self._pass.listening:
-            return output.new_zeros(()), output.new_zeros(len(STREAMS), StreamSums.width(), dtype=torch.float64)
+        if current.heard is not None and ref_logps_Q is not None:
+            current.heard.append(Heard(*layout.compared(logps_Q.detach(), ref_logps_Q, tokens_Q)))
+        if current.listening:
+            return nothing
         if joined:
-            self._keep_references(layout, ref_logps_Q)
+            self.references.keep(layout, ref_logps_Q)
+        token_losses_Q = None
+        if any(layout.rows[stream] for stream in layout.tokens):
+            token_losses_Q = sequence_losses(-losses, labels, seq_lens, self.groups.cp, self.losses.of_tokens)
 
         total = logps_Q.new_zeros(())
         stacked = []
-        for stream in STREAMS:
-            sums = self._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
-            total = total + getattr(self._pass.weights, stream) * sums.loss
+        right = {
+            stream: torch.tensor(right, dtype=torch.bool, device=output.device)
+            for stream, right in layout.right.items()
+        }
+        responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q, right, self.baselines)
+        for stream in layout.streams:
+            sums = self.stream_sums(current, stream, layout, responses)
+            total = total + current.factors.get(stream, 0.0) * sums.loss
             stacked.append(sums.stack())
-        return (total * self._pass.loss_scale).float(), torch.stack(stacked)
+        return (total * current.loss_scale).float(), torch.stack(stacked)
 
-    def _stream_sums(self, stream: str, layout: PairLayout, logps_Q, ref_logps_Q, tokens_Q) -> StreamSums:
-        chosen, rejected = layout.slices(stream)
-        pairs = PairLogps(
-            chosen=logps_Q[chosen],
-            rejected=logps_Q[rejected],
-            ref_chosen=None if ref_logps_Q is None else ref_logps_Q[chosen],
-            ref_rejected=None if ref_logps_Q is None else ref_logps_Q[rejected],
-            chosen_tokens=tokens_Q[chosen],
-            rejected_tokens=tokens_Q[rejected],
-        )
-        losses = pair_losses(pairs, self.bvpo.preference)
-        weights_P = logps_Q.new_tensor(layout.weights[stream])
-        finite_P = torch.isfinite(losses.loss) | (weights_P == 0)
-        self._pass.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
-        return StreamSums.of(pairs, losses, weights_P)
+    def stream_sums(self, current: Pass, stream: str, layout: BatchLayout, responses: Responses):
+        """Sums of one stream's members; notes whether their losses are finite."""
+        weights_P = responses.logps_Q.new_tensor(layout.weights[stream])
+        losses_P, sums = self.losses.of(stream, responses, layout.slices(stream), weights_P)
+        finite_P = torch.isfinite(losses_P) | (weights_P == 0)
+        current.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
+        return sums
 
 
 def own_lengths(packed_seq_params, cp_size: int) -> torch.Tensor:

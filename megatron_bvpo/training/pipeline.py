@@ -29,11 +29,11 @@ from megatron_bvpo.reporting.run_report import write_report
 from megatron_bvpo.reporting.run_versions import write_versions
 from megatron_bvpo.training.arguments import (
     BvpoArguments,
-    bvpo_config,
     check_resume,
     refuse_unsupported,
     settle_preference_defaults,
 )
+from megatron_bvpo.training.config import bvpo_config
 
 logger = get_logger()
 
@@ -47,7 +47,12 @@ class BvpoPipeline(MegatronRLHF):
     @property
     def rules(self) -> RowRules:
         config = self.args.bvpo
-        return RowRules(empty=config.empty, streams=config.streams)
+        return RowRules(
+            empty=config.empty,
+            streams=config.streams,
+            unpaired=config.unpaired,
+            gate_threshold=config.gate_threshold,
+        )
 
     @property
     def reading(self) -> Reading:
@@ -66,7 +71,7 @@ class BvpoPipeline(MegatronRLHF):
         settings = TemplateSettings(
             rules=self.rules,
             block=block,
-            keep_items=config.alpha is None,
+            keep_items=config.probes or config.losses.uses_baseline,
             pair_keys=config.ref_cache is not None,
             count_unused=bool(args.streaming or args.lazy_tokenize),
         )
@@ -149,7 +154,10 @@ class BvpoPipeline(MegatronRLHF):
             logger.info(f"{name} data: a stream. Its rows are counted as they are read: rows/read and rows/unused.")
             return dataset
         # What local files lack was listed when they were read.
-        for line in report.lines() if report.tally.dropped else report.tally.lines():
+        lines = report.lines() if report.tally.dropped else report.tally.lines()
+        if "empty" in self.rules.streams and (shares := report.tally.empty_line()):
+            lines.append(shares)
+        for line in lines:
             logger.info(f"{name} data: {line}")
         require_rows(report.tally, sources, self.rules)
         return dataset
@@ -247,7 +255,8 @@ def adopt_arguments(args, settings: dict[str, Any]) -> None:
 
     for field in dataclasses.fields(BvpoArguments):
         if field.name.startswith("bvpo_"):
-            setattr(args, field.name, settings.get(field.name, field.default))
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            setattr(args, field.name, settings.get(field.name, default))
     args.bvpo_alpha = str(args.bvpo_alpha)
     args.__class__ = BvpoArguments
     # The native fusion rounds the logits' gradient to bf16. --ddp_timeout is used already and stays as it was given.

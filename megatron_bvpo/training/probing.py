@@ -1,68 +1,77 @@
-"""Probe steps: where alpha comes from. The estimator is gradients/alpha.py; here it meets Megatron's passes."""
+"""Probe steps: where weights come from. The estimators are in gradients/; here they meet Megatron's passes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 import torch.distributed as dist
 from swift.utils import get_current_device, get_logger
 
 from megatron_bvpo.data.batches import ITEMS_KEY, WEIGHT_KEY
+from megatron_bvpo.data.encoded_rows import has_stream
 from megatron_bvpo.gradients import shards
-from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
-from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass
-from megatron_bvpo.gradients.moments import HalfCounts, measure
+from megatron_bvpo.gradients.grams import Grams
+from megatron_bvpo.gradients.groups import ParallelGroups
+from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, one_stream, rows_of_pass
+from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
     clear_expert_counters,
     has_router_losses,
     router_at_rest,
 )
-from megatron_bvpo.objective.streams import STREAMS, StreamWeights
-from megatron_bvpo.training.passes import Pass
+from megatron_bvpo.training.mixture import FIRST_PROBES, Mixture
+from megatron_bvpo.training.passes import NOTHING, Pass, Passes
 
 logger = get_logger()
-
-# Every step measures until there is evidence for an alpha.
-FIRST_PROBES = 8
-# Copies of a rank's gradient shard that a probe keeps: of its four passes the last one's stays in the buffers.
-# One more where the router has losses of its own (`_four_passes`).
-KEPT_SHARDS = 3
-# Beyond these the other stream costs more than it gives.
-LOPSIDED = (0.05, 0.95)
 
 
 @dataclass
 class Probe:
-    """How a step is measured: each micro-batch item's half, and how many pairs the halves hold."""
+    """How a step is measured: each micro-batch item's half, and how many members the halves hold."""
 
     halves: list[list[str]]
-    counts: HalfCounts
+    counts: StreamCounts
     split: bool
 
 
-class ProbeMixin:
-    """Goes in front of the trainer; uses its passes, groups and configuration."""
+class Probes:
+    """Measures a step's gradients by estimator and half, and leaves the mixture of all in Megatron's buffers.
 
-    def _start_alpha(self) -> None:
-        config = self.bvpo
-        self.estimator = None
-        if config.alpha is None:
-            self.estimator = AlphaEstimator(
-                prior=config.alpha_prior,
-                criterion=config.criterion,
-                kappa=config.kappa,
-                moment_decay=config.moment_decay,
-            )
-        self.alpha = config.alpha_prior if config.alpha is None else config.alpha
-        self.moments: Moments | None = None  # of this step, if it was a probe
+    Args:
+        mixture: what is learnt, and with what a step is mixed.
+        passes: run the micro-batches.
+        models: this rank's wrapped model chunks.
+        groups: process groups.
+        router_configs: configurations of the model's routers.
+        collate: rows → a micro-batch.
+        zero_gradients: clears Megatron's buffers.
+        interval: steps between two probes.
+        virtual: the pipeline has virtual stages.
+    """
 
-    # ---- a probe
+    def __init__(
+        self,
+        mixture: Mixture,
+        passes: Passes,
+        models: list,
+        groups: ParallelGroups,
+        *,
+        router_configs: list,
+        collate: Callable,
+        zero_gradients: Callable[[], None],
+        interval: int,
+        virtual: bool,
+    ):
+        self.mixture, self.passes, self.models, self.groups = mixture, passes, models, groups
+        self.router_configs, self.collate, self.zero_gradients = router_configs, collate, zero_gradients
+        self.interval, self.virtual = interval, virtual
 
-    def _plan_probe(self, batches: list[dict]) -> Probe | None:
-        """The step's halves, or None: not a probe, or the batch is too small to be halved."""
-        step = self.state.iteration
-        if self.estimator is None or (step >= FIRST_PROBES and step % self.bvpo.probe_interval):
+    def plan(self, batches: list[dict], iteration: int) -> Probe | None:
+        """The halves of the step behind `iteration`, or None: no probe, or the batch is too small to be halved."""
+        if self.mixture.estimator is None or (iteration >= FIRST_PROBES and iteration % self.interval):
             return None
         items = [batch[ITEMS_KEY] for batch in batches]
         # The last batch of a stream can be short, and on one rank only.
@@ -72,102 +81,100 @@ class ProbeMixin:
         halves = half_of_items(len(items), len(items[0]), rank=self.groups.dp_rank, ranks=self.groups.dp_size)
         counts = self._count_halves(items, halves)
         if not counts.usable:
+            held = " and ".join(f"{halves} {stream}" for stream, halves in counts.members.items())
             logger.warning_once(
-                f"Step {step + 1} cannot be a probe: its halves hold {counts.trace} trace and {counts.empty} empty "
-                f"pairs, and each needs one at least. alpha stays at {self.alpha:.2f} on such steps; a larger "
-                "--global_batch_size helps.",
+                f"Step {iteration + 1} cannot be a probe: its halves hold {held} pairs, and each needs one at least. "
+                f"{self.mixture.as_it_is} on such steps; a larger --global_batch_size helps.",
                 hash_id="bvpo_no_probe",
             )
             return None
-        virtual = self.args.virtual_pipeline_model_parallel_size is not None
-        return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=virtual))
+        return Probe(halves, counts, split=can_split(len(items), pipeline=self.groups.pp_size, virtual=self.virtual))
 
-    def _count_halves(self, items: list[list], halves: list[list[str]]) -> HalfCounts:
-        counts = torch.zeros(len(STREAMS) + 1, len(HALVES), dtype=torch.float64, device=get_current_device())
+    def _count_halves(self, items: list[list], halves: list[list[str]]) -> StreamCounts:
+        """Rows that have each stream, and each two streams: one all-reduce of k(k + 1) numbers."""
+        streams = self.mixture.estimated
+        both = list(combinations(streams, 2))
+        counts = torch.zeros(len(streams) + len(both), len(HALVES), dtype=torch.float64, device=get_current_device())
         for batch, sides in zip(items, halves, strict=True):
             for item, side in zip(batch, sides, strict=True):
                 for row in item if isinstance(item, list) else [item]:
-                    has = [key in row for key in ("chosen_input_ids", "empty_chosen_input_ids")]
-                    counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * counts.new_tensor([*has, all(has)])
+                    has = {stream: has_stream(row, stream) for stream in streams}
+                    found = counts.new_tensor([*has.values(), *(has[s] and has[t] for s, t in both)])
+                    counts[:, HALVES.index(side)] += row.get(WEIGHT_KEY, 1.0) * found
         dist.all_reduce(counts, group=self.groups.dp)
-        return HalfCounts(*map(tuple, counts.tolist()))
+        found = [tuple(halves) for halves in counts.tolist()]
+        k = len(streams)
+        return StreamCounts(dict(zip(streams, found[:k], strict=True)), dict(zip(both, found[k:], strict=True)))
 
-    def _four_passes(self, chunks: list[list[dict]], probe: Probe) -> Pass:
-        """Stream × half, their finalised gradients kept apart, measured, and mixed with the current alpha."""
-        slices = shards.gradient_slices(self.wrapped_models, tp_rank=self.groups.tp_rank)
-        configs = self._router_configs
-        router_losses = has_router_losses(configs)
-        gradients, passes = {}, []
-        with router_at_rest(configs):
-            for stream in STREAMS:
-                for half, n in zip(HALVES, getattr(probe.counts, stream), strict=True):
-                    weights = StreamWeights(**{s: 1 / n if s == stream else 0.0 for s in STREAMS})
-                    self._zero_gradients()
+    def run(
+        self, chunks: list[list[dict]], probe: Probe, iteration: int, apart: Mapping[str, float]
+    ) -> tuple[Pass, Grams]:
+        """Estimator × half, their finalised gradients kept apart, measured, and mixed with the weights as they are.
+
+        Args:
+            apart: streams that are not measured, with what their sums of losses count in this step.
+        """
+        slices = shards.gradient_slices(self.models, tp_rank=self.groups.tp_rank)
+        streams, gradients, passes = self.mixture.estimated, {}, []
+        router_losses = has_router_losses(self.router_configs)
+        stays = not router_losses and not apart  # the last pass's gradient in the buffers
+        with router_at_rest(self.router_configs):
+            for stream in streams:
+                for half, n in zip(HALVES, probe.counts.members[stream], strict=True):
+                    self.zero_gradients()
                     parts = [self._batches_of_pass(batches, probe, stream, half) for batches in chunks]
-                    passes.append(self._run_pass(parts, weights, forward_only=False))
-                    last = len(passes) == len(STREAMS) * len(HALVES)
-                    stays = last and not router_losses
-                    gradients[stream, half] = [s.grad_E for s in slices] if stays else shards.take(slices)
+                    passes.append(self.passes.run(parts, {stream: 1 / n}, forward_only=False))
+                    last = len(passes) == len(streams) * len(HALVES)
+                    gradients[stream, half] = [s.grad_E for s in slices] if stays and last else shards.take(slices)
 
-        self.moments = measure(slices, gradients, probe.counts, get_current_device(), self.groups.world)
-        weights = self._weights_of_passes(probe.counts)
-        kept = KEPT_SHARDS
-        own = weights.pop(("empty", "B")) if not router_losses else 1.0
-        if router_losses:
-            # They enter the update once, as a one-pass step has them: from both streams' tokens together.
-            kept += 1
-            clear_expert_counters(self.unwrapped_models)
-            self._zero_gradients()
-            self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=False)
+        grams = measure_grams(slices, gradients, probe.counts, get_current_device(), self.groups.world)
+        weights = self._weights_of_passes(probe.counts, iteration)
+        own = weights.pop((streams[-1], HALVES[-1])) if stays else 1.0
+        if not stays:
+            passes += self._rest(chunks, apart, router_losses)
         shards.mix_in(slices, own, [(weight, gradients[key]) for key, weight in weights.items()])
+        kept = len(weights)
         held = sum(s.grad_E.numel() * s.grad_E.element_size() for s in slices) * kept / 2**30
         logger.info_once(f"A probe keeps {kept} copies of this rank's gradient shard: {held:.2f} GiB.", "bvpo_kept")
+        return _joined(passes), grams
 
-        sums = [done.sums for done in passes]
-        whole = Pass(StreamWeights(0.0, 0.0), 1.0, [row for done in passes for row in done.bad_rows])
-        whole.sums = None if sums[0] is None else sum(sums)
-        return whole
+    def _rest(self, chunks: list[list[dict]], apart: Mapping[str, float], router_losses: bool) -> list[Pass]:
+        """What is not measured, left in the buffers as a one-pass step has it: the router's losses, once and from all
+        streams' tokens together, and demonstrations."""
+        self.zero_gradients()
+        if router_losses:
+            clear_expert_counters(self.models)
+            done = self.passes.run(chunks, apart, forward_only=False)
+            if done.sums is not None:  # the estimators' members have been counted
+                done.sums[[i for i, s in enumerate(self.mixture.streams) if s not in apart]] = 0.0
+            return [done] if apart else []
+        (stream,) = apart  # the table has one that demonstrates
+        parts = [[self.collate(one_stream(_rows(batch), stream)) for batch in batches] for batches in chunks]
+        return [self.passes.run(parts, apart, forward_only=False)]
 
-    def _weights_of_passes(self, counts: HalfCounts) -> dict[tuple[str, str], float]:
-        """What each pass's mean gradient counts in the update: alpha of the stream, times the half's share of pairs."""
+    def _weights_of_passes(self, counts: StreamCounts, iteration: int) -> dict[tuple[str, str], float]:
+        """What each pass's mean gradient counts in the update: its stream's weight, times the half's share of pairs."""
+        weights = self.mixture.weights(iteration)
         return {
-            (stream, half): weight * fraction
-            for stream, weight in (("trace", self.alpha), ("empty", 1 - self.alpha))
+            (stream, half): weights[stream] * fraction
+            for stream in self.mixture.estimated
             for half, fraction in zip(HALVES, counts.fractions(stream), strict=True)
         }
 
     def _batches_of_pass(self, batches: list[dict], probe: Probe, stream: str, half: str) -> list[dict]:
         items = [batch[ITEMS_KEY] for batch in batches]
         rows = rows_of_pass(items, probe.halves, stream, half, split=probe.split)
-        return [self.data_collator(batch) for batch in rows]
+        return [self.collate(batch) for batch in rows]
 
-    def _learn_alpha(self, moments: Moments) -> None:
-        ignored = self.estimator.ignored
-        self.estimator.update(moments)
-        if self.estimator.ignored > ignored:
-            logger.warning(f"The probe at step {self.state.iteration + 1} is ignored: {self.estimator.last_ignored}.")
-        self.alpha = self.estimator.alpha
-        low, high = LOPSIDED
-        if self.estimator.probes >= 2 * FIRST_PROBES and not low <= self.alpha <= high:
-            stream = "empty" if self.alpha > high else "trace"
-            logger.warning_once(
-                f"alpha is {self.alpha:.2f}: the {stream} stream costs a forward and a backward pass and hardly "
-                f"counts. Consider --bvpo_alpha {round(self.alpha)}, which does not run it.",
-                hash_id="bvpo_lopsided_alpha",
-            )
 
-    def _probe_metrics(self, moments: Moments) -> dict[str, tuple]:
-        found = {f"moments/{name}": (getattr(moments, name), 1) for name in ("D", "X", "W", "V_t")}
-        found["alpha/stderr"] = (self.estimator.stderr, 1)
-        for name, end in zip(("alpha/low", "alpha/high"), self.estimator.band, strict=True):
-            found[name] = (end, 1)
-        predicted = self.estimator.predicted_mse()
-        if predicted is not None:
-            for name in ("trace_only", "empty_only", "half", "chosen"):
-                found[f"mse/{name}"] = (getattr(predicted, name), 1)
-        return found
+def _rows(batch: dict) -> list[dict]:
+    """The rows of a micro-batch, out of their packs."""
+    return [row for item in batch[ITEMS_KEY] for row in (item if isinstance(item, list) else [item])]
 
-    def finalize_training(self):
-        super().finalize_training()
-        if self.estimator is not None:
-            logger.info(self.estimator.summary())
+
+def _joined(passes: list[Pass]) -> Pass:
+    """What the passes of one step found, as if they were one."""
+    whole = Pass(NOTHING, 1.0, [row for done in passes for row in done.bad_rows])
+    sums = [done.sums for done in passes]
+    whole.sums = None if sums[0] is None else sum(sums)
+    return whole

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from megatron_bvpo.data.batches import WHOLE_ROW, PairLayout
-from megatron_bvpo.objective.streams import STREAMS
+from megatron_bvpo.data.batches import WHOLE_ROW, BatchLayout
+from megatron_bvpo.streams import TABLE
 
 
 @dataclass
@@ -17,18 +17,21 @@ class RowCounts:
     """Rows of this run's steps, on one rank or over several.
 
     Attributes:
+        streams: of the run.
         used: rows that were trained.
-        pairs: for each stream, its pairs among them.
+        counts: for each stream, its members among them.
         unused: rows that could not be used, by reason.
-        lost: pairs that were lost of rows that were used, by stream and reason.
+        lost: members that were lost of rows that were used, by stream and reason.
     """
 
+    streams: tuple[str, ...]
+
     used: int = 0
-    pairs: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
     lost: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def add(self, layouts: Iterable[PairLayout]) -> None:
+    def add(self, layouts: Iterable[BatchLayout]) -> None:
         """Counts the micro-batches of a step."""
         for layout in layouts:
             self.used += layout.members
@@ -37,17 +40,17 @@ class RowCounts:
                     self.unused[reason] += number
                 else:
                     self.lost[what, reason] += number
-            for stream in STREAMS:
-                self.pairs[stream] += layout.pairs(stream)
+            for stream in layout.streams:
+                self.counts[stream] += layout.count(stream)
 
     def over(self, group: dist.ProcessGroup) -> RowCounts:
         """The sum over the ranks of a group, which hold other rows each; all of them must call this."""
         found: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, (self.used, self.pairs, self.unused, self.lost), group=group)
-        total = RowCounts()
-        for used, pairs, unused, lost in found:
+        dist.all_gather_object(found, (self.used, self.counts, self.unused, self.lost), group=group)
+        total = RowCounts(self.streams)
+        for used, counts, unused, lost in found:
             total.used += used
-            total.pairs.update(pairs)
+            total.counts.update(counts)
             total.unused.update(unused)
             total.lost.update(lost)
         return total
@@ -58,7 +61,8 @@ class RowCounts:
 
     def lines(self) -> list[str]:
         """The account at the end of a run."""
-        pairs = ", ".join(f"{self.pairs[stream]} {stream} pairs" for stream in STREAMS)
-        lines = [f"{self.used + self.unused.total()} rows read while training, {self.used} used: {pairs}."]
+        found = ", ".join(f"{self.counts[s]} {s} {TABLE[s].members}" for s in self.streams)
+        lines = [f"{self.used + self.unused.total()} rows read while training, {self.used} used: {found}."]
         lines += [f"  {number} rows not used: {reason}" for reason, number in self.unused.most_common()]
-        return lines + [f"  {number} {stream} pairs lost: {why}" for (stream, why), number in self.lost.most_common()]
+        lost = self.lost.most_common()
+        return lines + [f"  {number} {s} {TABLE[s].members} lost: {reason}" for (s, reason), number in lost]

@@ -1,14 +1,6 @@
-"""One BVPO training step as a story; the mathematics are in objective/, the groups in gradients/.
+"""ms-swift's Megatron trainer with the BVPO objective: its life cycle, in which our parts are made and called.
 
-A step takes the whole global batch from the loader first, because the weight of a pair is 1 over the
-number of pairs of its stream in the **global** batch, and that is known only then. Then
-
-- most steps: both streams go through the model in one pass, each pair's loss weighted with alpha/N_t or
-  (1 − alpha)/N_e;
-- a probe step: the same pairs go through it as stream × half, four passes; their finalised gradients are kept
-  apart, D, X and W are measured from them for later steps' alpha, and they are mixed with the current one.
-
-The step is taken only if every rank's loss and gradient are finite.
+A step is step.py's, which is where to read on: pass → loss, or probe → passes → Gram matrices.
 """
 
 from __future__ import annotations
@@ -17,85 +9,115 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
-from swift.megatron.utils import (
-    logical_and_across_model_parallel_group,
-    reduce_max_stat_across_model_parallel_group,
-)
-from swift.utils import get_current_device, get_logger, is_master
+from swift.utils import get_logger, is_master
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
-from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
 from megatron_bvpo.host.lora_start import draw_lora_a
+from megatron_bvpo.host.merging import BaseWeights, check_merge_memory
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
 from megatron_bvpo.host.phases import StepTimes, timed
-from megatron_bvpo.host.replicas import Replicas, require_equal
-from megatron_bvpo.host.router import (
-    clear_expert_counters,
-    expert_bias_at_rest,
-    put_back_router_loss_sums,
-    router_configs,
-    router_loss_sums,
-    update_expert_bias,
-)
-from megatron_bvpo.host.saving import CheckpointMixin
-from megatron_bvpo.host.shaken_policy import adapters_begin_at_zero, shaken_policy
+from megatron_bvpo.host.replicas import Replicas, require_equal, tell_unequal
+from megatron_bvpo.host.router import router_configs
+from megatron_bvpo.host.saving import Checkpoints, write_peft_forms
 from megatron_bvpo.host.stop_signal import StopCallback
 from megatron_bvpo.host.tuner_names import check_tuner_names, require_something_to_train
-from megatron_bvpo.objective.streams import (
-    STREAMS,
-    PairCounts,
-    StreamSums,
-    StreamWeights,
-    mixing_weights,
-    stream_metrics,
-)
-from megatron_bvpo.training import canaries
+from megatron_bvpo.streams import estimators
+from megatron_bvpo.training.baselines import Baselines
+from megatron_bvpo.training.canary_questions import CanaryQuestions
 from megatron_bvpo.training.early_stop import EarlyStopCallback
-from megatron_bvpo.training.passes import Pass, PassMixin
+from megatron_bvpo.training.mixture import Mixture
+from megatron_bvpo.training.passes import Passes
 from megatron_bvpo.training.patience import Patience
-from megatron_bvpo.training.probing import ProbeMixin
-from megatron_bvpo.training.referencing import ReferenceCacheMixin
+from megatron_bvpo.training.probing import Probes
+from megatron_bvpo.training.reference_run import fill_references
+from megatron_bvpo.training.referencing import References
 from megatron_bvpo.training.row_counts import RowCounts
 from megatron_bvpo.training.samplers import eval_dataloader_parts, train_sampler
+from megatron_bvpo.training.step import Step
+from megatron_bvpo.training.step_metrics import as_tensors, reduced_metrics
 
 logger = get_logger()
 
-# So many steps in a row without a finite gradient, and the run is beyond help.
-MAX_SKIPPED_STEPS = 20
 
+class BvpoTrainer(MegatronRLHFTrainer):
+    """What ms-swift calls, in the order of a run; the parts are made once and know nothing of it.
 
-class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, MegatronRLHFTrainer):
-    """ms-swift's Megatron trainer with the BVPO objective."""
+    Attributes:
+        bvpo: the configuration.
+        groups: process groups.
+        mixture: the streams' weights.
+        passes, baselines, probes, references, canaries, step: a step and its parts.
+        checkpoints, base_weights, replicas: saving.
+        patience: when a run that gets no better ends.
+        row_counts: rows that are encoded while training, or None.
+    """
 
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
         if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
             template.bvpo = replace(template.bvpo, tell_losses=False)
-        self._start_alpha()
+        self.mixture = Mixture(self.bvpo)
         self.patience = Patience(args.early_stop_interval, bool(args.greater_is_better))
-        self.skipped_in_a_row = 0
-        self.heard = None
-        self._canaries_due = self.bvpo.preference.uses_reference
+        self.base_weights = BaseWeights()
         self._val_dataloaders: list = []
-        self.row_counts = RowCounts() if args.streaming or args.lazy_tokenize else None
+        self.row_counts = RowCounts(self.bvpo.streams) if args.streaming or args.lazy_tokenize else None
         with timed("building and reading the model"):
             super().__init__(args, template)
         self.step_times = StepTimes(self)
         self.callbacks += [self.step_times, StopCallback(self), EarlyStopCallback(self, self.patience)]
-        self._router_configs = router_configs(self.unwrapped_models)
         for model in self.wrapped_models:
             # Stock raises on every non-finite gradient; here all ranks skip the step together.
             model.ddp_config.check_for_nan_in_grad = False
-        self._check_merge_memory()
+        if not self.bvpo.refs_only:
+            check_merge_memory(args, self.unwrapped_models)
         self.replicas = Replicas([*self.unwrapped_models, *self.ref_models], self.groups)
         require_equal(self.replicas)
-        self._open_reference_cache()
+        self._make_step()
+
+    def _make_step(self) -> None:
+        args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
+        routers = router_configs(self.unwrapped_models)
+        self.references = References(args, bvpo.ref_cache, groups)
+        self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
+        self.probes = Probes(
+            self.mixture,
+            self.passes,
+            models,
+            groups,
+            router_configs=routers,
+            collate=self.data_collator,
+            zero_gradients=self._zero_gradients,
+            interval=bvpo.probe_interval,
+            virtual=args.virtual_pipeline_model_parallel_size is not None,
+        )
+        self.baselines = Baselines(
+            self.passes,
+            estimators(bvpo.streams) if bvpo.losses.uses_baseline else (),
+            groups,
+            collate=self.data_collator,
+            max_length=args.max_length,
+        )
+        self.canaries = CanaryQuestions(args, self.config, self.unwrapped_models, self.passes, self.references, groups)
+        self.step = Step(
+            args,
+            models,
+            routers,
+            self.optimizer,
+            self.opt_param_scheduler,
+            groups,
+            mixture=self.mixture,
+            passes=self.passes,
+            baselines=self.baselines,
+            probes=self.probes,
+            references=self.references,
+            canaries=self.canaries,
+            zero_gradients=self._zero_gradients,
+        )
 
     # ---- model
 
@@ -113,7 +135,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         return peft_models
 
     def prepare_model(self):
-        if self.bvpo.preference.uses_reference:
+        if self.bvpo.losses.uses_reference:
             super().prepare_model()
             for folder in self.args.ref_adapters:
                 name = {"flag": "ref_adapters", "adapter_name": "ref_adapter"}
@@ -171,154 +193,35 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         return [[next(it) for _ in range(self.args.num_microbatches)] for it in iterators]
 
-    def _count_pairs(self, batches: list[dict]) -> PairCounts:
-        """N_t and N_e of the global batch: one all-reduce of two numbers over data parallelism."""
-        layouts = [batch[LAYOUT_KEY] for batch in batches]
-        counts = torch.tensor(
-            [sum(layout.real_pairs(s) for layout in layouts) for s in STREAMS],
-            dtype=torch.float64,
-            device=get_current_device(),
-        )
-        dist.all_reduce(counts, group=self.groups.dp)
-        return PairCounts(*counts.tolist())
-
-    # ---- one step
-
-    def train_step(self, train_data_iterator):
-        chunks = self._take_global_batch(train_data_iterator)
-        if self.row_counts is not None:
-            self.row_counts.add(batch[LAYOUT_KEY] for batch in chunks[0])
-        self._reference_hits = (0, 0)
-        self.heard = [] if self._canaries_due else None
-        probe = self._plan_probe(chunks[0])
-        loss_sums = router_loss_sums()
-        with expert_bias_at_rest(self._router_configs):
-            done = self._one_pass(chunks) if probe is None else self._four_passes(chunks, probe)
-        self._flush_references_now_and_then()
-        if not self._all_finite(done):
-            clear_expert_counters(self.unwrapped_models)
-            put_back_router_loss_sums(loss_sums)
-            self._report_skipped(done, chunks[0])
-            return [], 0.0, False
-        self.skipped_in_a_row = 0
-        if self._canaries_due:
-            self._ask_the_canaries(chunks)
-        update_expert_bias(self.wrapped_models, self._router_configs)
-
-        successful, grad_norm, _ = self.optimizer.step()
-        successful = logical_and_across_model_parallel_group(successful)
-        # Under fp16 an overflow leaves no norm.
-        grad_norm = reduce_max_stat_across_model_parallel_group(0.0 if grad_norm is None else grad_norm)
-        if successful:
-            self.opt_param_scheduler.step(increment=self.args.global_batch_size)
-        else:
-            scale = float(self.optimizer.get_loss_scale())
-            logger.info(
-                f"Step {self.state.iteration + 1} not taken: fp16 overflowed; the loss scale is {scale:.0f} now."
-            )
-        metrics = self._step_metrics(done)
-        if self.moments is not None:  # later steps use it; this one was mixed with what was known before
-            self._learn_alpha(self.moments)
-        return metrics, grad_norm, successful
-
-    def _zero_gradients(self) -> None:
-        for model in self.wrapped_models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-    def _one_pass(self, chunks: list[list[dict]]) -> Pass:
-        self.moments = None
-        self._zero_gradients()
-        weights = mixing_weights(self.alpha, self._count_pairs(chunks[0]))
-        return self._run_pass(chunks, weights, forward_only=False)
-
-    # ---- is the reference one
-
-    def _ask_the_canaries(self, chunks: list[list[dict]]) -> None:
-        """Once, before the first update: warn of what training/canaries.py describes. Collective."""
-        args, device = self.args, get_current_device()
-        step, self.heard, self._canaries_due = self.heard, None, False
-        n = 1 if len(chunks) == 1 else self.config.microbatch_group_size_per_vp_stage
-        first = [batches[:n] for batches in chunks]
-        adapted = args.tuner_type != "full"
-        at_zero = adapters_begin_at_zero(self.unwrapped_models)
-        rounding = canaries.rounding_of(args, self.config.num_layers, device)
-        plain = self._listen(first)
-        cached = self._cached_and_new(first[0], plain)
-        with shaken_policy(self.unwrapped_models, adapted=adapted) as shake:
-            for scale in canaries.SCALES:
-                shaken = shake(scale)
-                mine = canaries.FirstStep(step, plain, self._listen(first), cached).findings(rounding)
-                mine.append((float(not at_zero), float(shaken)))
-                *findings, (moved, shaken) = canaries.largest_over_ranks(mine, device, self.groups.world)
-                if not shaken or canaries.shows(findings):
-                    break
-        resumed = self.state.iteration > 0
-        begins_equal = canaries.reference_begins_as_policy(args, resumed=resumed, adapters_at_zero=not moved)
-        silent_step = not canaries.noisy(args, self.config)
-        if begins_equal and not silent_step:
-            logger.info("Margins of the first step are not compared: the policy's training forward has dropout.")
-        told = dict(begins_equal=begins_equal, silent_step=silent_step, shaken=bool(shaken), adapted=adapted)
-        for line in canaries.warnings(findings, **told):
-            logger.warning(line)
-
-    # ---- is it finite
-
-    def _all_finite(self, done: Pass) -> bool:
-        """True on all ranks alike, before the optimizer or the scheduler move."""
-        bad = bool(done.bad_rows)
-        if not self.args.fp16:  # under fp16 an overflow is the loss scaler's business
-            for model in self.wrapped_models:
-                for buffer in (*model.buffers, *model.expert_parallel_buffers):
-                    bad = bad or not bool(torch.isfinite(buffer.grad_data.sum()))
-        return not self.groups.any_rank(bad, get_current_device())
-
-    def _report_skipped(self, done: Pass, batches: list[dict]) -> None:
-        self.skipped_in_a_row += 1
-        found: list = [None] * dist.get_world_size()
-        rows = sorted({row for batch in batches for s in STREAMS for row in batch[LAYOUT_KEY].rows[s]})
-        dist.all_gather_object(found, (done.bad_rows, rows))
-        bad = sorted({row for bad_rows, _ in found for row in bad_rows})
-        step_rows = sorted({row for _, rows in found for row in rows})
-        what = f"the loss is not finite for {', '.join(bad)}" if bad else "the gradient is not finite"
-        logger.error(
-            f"Step {self.state.iteration + 1} skipped on all ranks: {what}. Parameters, optimizer and schedule "
-            f"are as before. Rows of this step: {step_rows}."
-        )
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise UserError(
-                f"{self.skipped_in_a_row} steps in a row without a finite gradient: the weights or the data are broken",
-                remedy="Go on from an older checkpoint with a lower --lr.",
-            )
-
-    # ---- metrics
-
-    def _step_metrics(self, done: Pass) -> list[dict[str, torch.Tensor]]:
-        metrics = self._reduce_metrics(done.sums, self.alpha)
-        if metrics:
-            metrics["alpha"] = (self.alpha, 1)
-            if self._references is not None:
-                metrics["ref_cache/hits"] = self._reference_hits
-            if self.moments is not None:
-                metrics.update(self._probe_metrics(self.moments))
-        return [_as_tensors(metrics)] if metrics else []
-
-    def _reduce_metrics(self, sums: torch.Tensor | None, alpha: float) -> dict[str, tuple]:
-        """Log names to (sum, count) over the data-parallel ranks; empty off the last stage."""
-        if sums is None:
-            return {}
-        sums = sums.clone()
-        dist.all_reduce(sums, group=self.groups.dp)
-        trace, empty = (StreamSums(*row) for row in sums)
-        return stream_metrics(trace, empty, alpha, rpo=bool(self.bvpo.preference.rpo_alpha))
-
     # ---- a run
 
     def train(self, train_dataset, val_dataset):
         if not self.bvpo.refs_only:
             return super().train(train_dataset, val_dataset)
         self.setup_model_training()
-        self._fill_reference_cache({"training": train_dataset, "held-out": val_dataset})
+        args = self.args
+        for name, dataset in (("training", train_dataset), ("held-out", val_dataset)):
+            if dataset is not None:
+                filled, sampler = eval_dataloader_parts(args, dataset, self.groups)
+                chunks = args.virtual_pipeline_model_parallel_size or 1
+                iterators = [iter(self._create_dataloader(filled, sampler)) for _ in range(chunks)]
+                steps = len(filled) // args.global_batch_size
+                fill_references(name, iterators, steps, self._take_global_batch, self.passes, self.references)
+        logger.info(f"Reference log-probs of {len(self.references.table)} pairs are known now.")
+
+    def train_step(self, train_data_iterator):
+        chunks = self._take_global_batch(train_data_iterator)
+        if self.row_counts is not None:
+            self.row_counts.add(batch[LAYOUT_KEY] for batch in chunks[0])
+        return self.step.take(chunks, self.state.iteration)
+
+    def forward_step(self, data_iterator, model):
+        raise AssertionError("Megatron's schedule gets Passes.forward")  # abstract in ms-swift's class
+
+    def _zero_gradients(self) -> None:
+        for model in self.wrapped_models:
+            model.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def on_log(self, logs, prefix=""):
         if self.row_counts is not None and not prefix:
@@ -327,9 +230,10 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
 
     def finalize_training(self):
         super().finalize_training()
-        self._flush_references()
+        self.mixture.say_summary()
+        self.references.flush()
         if is_master():
-            self._write_peft_forms()  # of a run that had nothing more to save
+            write_peft_forms(self.args.output_dir, self.template.config)  # of a run that had nothing more to save
         if self.row_counts is not None:
             for line in self.row_counts.over(self.groups.dp).lines():
                 logger.info(line)
@@ -344,7 +248,7 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         return better
 
     def evaluate(self, val_data_iterator):
-        """Every held-out pair once; `eval_loss` mixes the streams at a fixed alpha."""
+        """Every held-out row once; `eval_loss` mixes the streams at fixed weights."""
         for model in self.wrapped_models:
             model.eval()
         if self._val_dataloaders:
@@ -355,22 +259,51 @@ class BvpoTrainer(PassMixin, ProbeMixin, ReferenceCacheMixin, CheckpointMixin, M
         with torch.no_grad():
             for _ in range(self.args.eval_iters):
                 chunks = self._take_global_batch(val_data_iterator)
-                done = self._run_pass(chunks, StreamWeights(0.0, 0.0), forward_only=True)
+                self.baselines.measure(chunks, dealt_in_turn=False)
+                done = self.passes.run(chunks, forward_only=True)
                 if done.sums is not None:
                     totals = done.sums if totals is None else totals + done.sums
                 self.call_event("on_eval_step")
-        metrics: dict[str, Any] = _as_tensors(self._reduce_metrics(totals, self.bvpo.eval_alpha))
-        self._flush_references()
+        found = reduced_metrics(totals, self.passes.losses, self.bvpo.eval_weights, self.groups.dp)
+        metrics: dict[str, Any] = as_tensors(found)
+        self.references.flush()
         metrics["n_steps"] = self.args.eval_iters
         self.on_log(logs=metrics, prefix="eval_")
         self.call_event("on_eval_end")
         return metrics
 
+    # ---- saving and resuming
 
-def _as_tensors(metrics: dict[str, tuple]) -> dict[str, torch.Tensor]:
-    """(sum, count) pairs as ms-swift aggregates them: tensors of two numbers."""
-    device = get_current_device()
-    return {
-        name: torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in pair])
-        for name, pair in metrics.items()
-    }
+    def _load_checkpoint(self):
+        """ms-swift calls it as soon as there are models, an optimizer and a state."""
+        self.checkpoints = Checkpoints(
+            self.args,
+            self.template.config,
+            self.state,
+            self.bridge,
+            self.optimizer,
+            self.opt_param_scheduler,
+            mixture=self.mixture,
+            patience=self.patience,
+            loss=vars(self.bvpo.preference),
+        )
+        self.checkpoints.load(super()._load_checkpoint)
+
+    def _load_iteration(self):
+        return self.checkpoints.iteration(super()._load_iteration)
+
+    def save_checkpoint(self):
+        tell_unequal(self.replicas)
+        seconds = self.checkpoints.save(super().save_checkpoint, self.references.flush, self._sorted_checkpoints)
+        self.step_times.after_save(seconds)
+
+    def _rotate_checkpoints(self, output_dir: str):
+        self.checkpoints.rotate(self._sorted_checkpoints(output_dir))
+
+    def merge_lora_adapters(self, adapter_name="default"):
+        self.base_weights.keep(self.unwrapped_models)
+        super().merge_lora_adapters(adapter_name)
+
+    def unmerge_lora_adapters(self):
+        super().unmerge_lora_adapters()
+        self.base_weights.give_back()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from swift.utils import get_logger
 
 from tests.distributed.exact_recorder import fingerprint, parameters, random_states
+from tests.distributed.hooks import around
 
 PREFIX = "Canary:"
 
@@ -50,9 +52,22 @@ def set_to(owner, **values):
             delattr(owner, name)
 
 
+@contextmanager
+def replaced(owner, **values):
+    """Attributes of `owner` that it has itself, given back."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
 def adapters_on(trainer):
     """The reference's forward without `disable_adapter`; for full tuning, with the policy's own weights."""
-    return set_to(trainer, null_ref_context=lambda: nullcontext(trainer.unwrapped_models))
+    return replaced(trainer.passes, reference_models=lambda: nullcontext(trainer.unwrapped_models))
 
 
 @contextmanager
@@ -69,8 +84,8 @@ def router_on(trainer):
 
 
 def swapped_halves(trainer):
-    stock = trainer.loss_func
-    return set_to(trainer, loss_func=lambda output, **more: stock(torch.cat(output.chunk(2)[::-1]), **more))
+    stock = trainer.passes.loss
+    return set_to(trainer.passes, loss=lambda c, output, **more: stock(c, torch.cat(output.chunk(2)[::-1]), **more))
 
 
 @contextmanager
@@ -106,12 +121,10 @@ def other_reference(trainer):
 
 @contextmanager
 def damaged_cache(trainer):
-    good = dict(trainer._references)
-    trainer._references = {key: (chosen + 1.0, rejected) for key, (chosen, rejected) in good.items()}
-    try:
+    good = trainer.references.table
+    damaged = {key: (chosen + 1.0, rejected) for key, (chosen, rejected) in good.items()}
+    with replaced(trainer.references, table=damaged):
         yield
-    finally:
-        trainer._references = good
 
 
 @contextmanager
@@ -145,22 +158,21 @@ def plant_in_reference(base, folder, faults: list[str], flush_steps: int = 32, l
                     if hasattr(module, "hidden_dropout"):
                         module.hidden_dropout = live_dropout
 
-        def forward_step(self, *args):
-            self.recorded["forwards"] += 1
-            return super().forward_step(*args)
+            around(self.passes, "forward", partial(self._counted, "forwards"))
+            around(self.passes, "reference_forward", partial(self._counted, "reference_forwards"))
+            around(self.canaries, "ask", self._ask)
 
-        def _reference_forward(self, *args):
-            self.recorded["reference_forwards"] += 1
-            return super()._reference_forward(*args)
+        def _counted(self, what, stock, *args):
+            self.recorded[what] += 1
+            return stock(*args)
 
-        def _ask_the_canaries(self, chunks):
-            step, told = self.heard, {}
+        def _ask(self, stock, chunks, step, *, resumed):
+            told = {}
             before = self._state()
             counts = self.recorded["forwards"], self.recorded["reference_forwards"]
             for name in ["", *faults]:
-                self.heard = list(step)
                 with canary_lines() as lines, globals()[name](self) if name else nullcontext():
-                    super()._ask_the_canaries(chunks)
+                    stock(chunks, step, resumed=resumed)
                 told[name] = list(lines)
                 if not name:
                     now = self.recorded["forwards"], self.recorded["reference_forwards"]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from tests.distributed.fork_worker import kill_the_run
+from tests.distributed.hooks import around
 
 
 def exact(value: Any) -> Any:
@@ -98,12 +99,16 @@ def record_exactly(
             for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]) if loss_scale else ():
                 part.grad_scaler._scale.fill_(loss_scale)
 
-        def forward_step(self, data_iterator, model):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.passes, "forward", self._forward)
+
+        def _forward(self, stock, *args):
             if kill_in_step == self.state.iteration + 1 and self.unwrapped_models[0].training:
                 self.seen = getattr(self, "seen", 0) + 1
                 if self.seen == 2 and dist.get_rank() == 0:
                     kill_the_run(folder)
-            return super().forward_step(data_iterator, model)
+            return stock(*args)
 
         def train_step(self, train_data_iterator):
             before = {"parameters": fingerprint(parameters(self)), "random": fingerprint(random_states())}

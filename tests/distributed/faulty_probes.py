@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megatron_bvpo.data.batches import ITEMS_KEY
 from megatron_bvpo.gradients import shards
+from tests.distributed.hooks import around
 from tests.distributed.recorders import record_first_step
 
 
@@ -20,17 +21,22 @@ def faulty_probes(base, folder, fault: str, step: int = 2, rank: int = 1):
     """
 
     class Faulty(record_first_step(base, folder, gradients=False)):
-        def _plan_probe(self, batches):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.probes, "plan", self._plan)
+            around(self.passes, "run", self._run)
+
+        def _plan(self, stock, batches, iteration):
             if fault == "equal streams":
                 for batch in batches:
                     for row in batch[ITEMS_KEY]:
                         make_streams_equal(row)
-            probe = super()._plan_probe(batches)
+            probe = stock(batches, iteration)
             self.pass_of_probe = 0
             return probe
 
-        def _run_pass(self, chunks, weights, *, forward_only, **more):
-            done = super()._run_pass(chunks, weights, forward_only=forward_only, **more)
+        def _run(self, stock, *args, forward_only, **more):
+            done = stock(*args, forward_only=forward_only, **more)
             self.pass_of_probe = getattr(self, "pass_of_probe", 0) + 1
             here = self.state.iteration + 1 == step and dist.get_rank() == rank and not forward_only
             if here and fault == f"NaN in pass {self.pass_of_probe}":

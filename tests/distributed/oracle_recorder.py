@@ -6,7 +6,7 @@ import torch
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
 from megatron_bvpo.objective.preference import PairLogps
-from megatron_bvpo.objective.streams import STREAMS
+from tests.distributed.hooks import around
 from tests.distributed.recorders import exported_adapter, record_first_step
 
 
@@ -20,6 +20,10 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
     """
 
     class OracleRecorder(record_first_step(base, folder, save=save, lora_scale=lora_scale)):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.passes, "stream_sums", self._keep_logps)
+
         def _take_global_batch(self, data_iterator):
             chunks = super()._take_global_batch(data_iterator)
             if "pairs" not in self.recorded:
@@ -52,13 +56,14 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
             else:
                 sequences = list(zip(ids, labels, strict=True))
             layout = batch[LAYOUT_KEY]
-            for stream in STREAMS:
+            for stream in layout.streams:
                 chosen, rejected = (sequences[part] for part in layout.slices(stream))
                 for row, c, r in zip(layout.rows[stream], chosen, rejected, strict=True):
                     self.recorded["sequences"][stream, row] = (c, r)
                     self.recorded["pairs"].append({"stream": stream, "row": row, "micro_batch": number})
 
-        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
+        def _keep_logps(self, stock, current, stream, layout, responses):
+            logps_Q, ref_logps_Q, tokens_Q = responses.logps_Q, responses.ref_logps_Q, responses.tokens_Q
             if self.state.iteration == 0 and self.unwrapped_models[0].training:
                 chosen, rejected = layout.slices(stream)
                 for i, row in enumerate(layout.rows[stream]):
@@ -67,7 +72,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                     found["tokens"] = (tokens_Q[chosen][i].item(), tokens_Q[rejected][i].item())
                     if ref_logps_Q is not None:
                         found["ref_logps"] = (ref_logps_Q[chosen][i].item(), ref_logps_Q[rejected][i].item())
-            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
     return OracleRecorder
 

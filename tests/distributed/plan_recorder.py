@@ -11,20 +11,27 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import HybridDeviceOptimizer
 
 from megatron_bvpo.gradients import shards
+from tests.distributed.hooks import around
 
 
 def record_memory(base, folder):
     """Step 1 is one pass, weighed while it runs; step 2 is a probe, whose kept shards are counted."""
 
     class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.probes, "plan", self._plan)
+            around(self.probes, "run", self._probe)
+            around(self.step, "one_pass", self._one_pass)
+
         def save_checkpoint(self):
             self.state.last_model_checkpoint = str(folder)
 
-        def _plan_probe(self, batches):
-            probe = super()._plan_probe(batches)
-            return None if self.state.iteration == 0 else probe
+        def _plan(self, stock, batches, iteration):
+            probe = stock(batches, iteration)
+            return None if iteration == 0 else probe
 
-        def _one_pass(self, chunks):
+        def _one_pass(self, stock, chunks, iteration):
             batches = chunks[0]
             self.weighed = {
                 "kept_shards": 0,
@@ -33,7 +40,7 @@ def record_memory(base, folder):
             }
             saved = SavedTensors(_storages(self._stored()))
             with saved:
-                done = super()._one_pass(chunks)
+                done = stock(chunks, iteration)
             self.weighed |= {"activations": saved.peak, "left": saved.live, "kept_shards": 0}
             return done
 
@@ -47,7 +54,7 @@ def record_memory(base, folder):
         def _buffers(self):
             return [b for m in self.wrapped_models for b in (*m.buffers, *m.expert_parallel_buffers)]
 
-        def _four_passes(self, chunks, probe):
+        def _probe(self, stock, *args):
             taken = []
             take = shards.take
 
@@ -58,7 +65,7 @@ def record_memory(base, folder):
 
             shards.take = counting_take
             try:
-                return super()._four_passes(chunks, probe)
+                return stock(*args)
             finally:
                 shards.take = take
                 self.weighed["kept_shards"] = sum(taken)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from tests.distributed.exact_recorder import exact, fingerprint, optimizer_tensors, record_exactly
+from tests.distributed.hooks import around
 
 
 def poisoned(
@@ -20,14 +22,19 @@ def poisoned(
         where: `trace` or `empty`: the log-prob of that stream's first chosen answer in the first micro-batch;
             `gradient`: one element of the finished gradients; `hidden`: the embeddings of the first micro-batch.
         rank: the rank, the last one by default. For log-probs it must be on the last pipeline stage.
-        stop_after: in place of the trainer's MAX_SKIPPED_STEPS.
+        stop_after: in place of step.py's MAX_SKIPPED_STEPS.
     """
-    import megatron_bvpo.training.trainer as ours
+    import megatron_bvpo.training.step as ours
 
     if stop_after is not None:
         ours.MAX_SKIPPED_STEPS = stop_after
 
     class Poisoned(record_exactly(base, folder)):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.passes, "stream_sums", self._poison_logp)
+            around(self.passes, "run", self._poison_gradient)
+
         def _here(self) -> bool:
             """Whether the next one is to be poisoned; true once a step."""
             chosen = dist.get_world_size() - 1 if rank is None else rank
@@ -46,16 +53,17 @@ def poisoned(
             )
             return super().train_step(train_data_iterator)
 
-        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
-            chosen, _ = layout.slices(stream)
+        def _poison_logp(self, stock, current, stream, layout, responses):
+            chosen, *_ = layout.slices(stream)
             if where == stream and chosen.stop > chosen.start and self._here():
-                logps_Q = logps_Q.clone()
+                logps_Q = responses.logps_Q.clone()
                 logps_Q[chosen.start] = value
+                responses = replace(responses, logps_Q=logps_Q)
                 self._write(poisoned=layout.rows[stream][0])
-            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
-        def _run_pass(self, chunks, weights, *, forward_only, **more):
-            done = super()._run_pass(chunks, weights, forward_only=forward_only, **more)
+        def _poison_gradient(self, stock, *args, forward_only, **more):
+            done = stock(*args, forward_only=forward_only, **more)
             if where == "gradient" and not forward_only and self._here():
                 self.wrapped_models[0].buffers[0].grad_data.view(-1)[3] = value
             return done

@@ -12,6 +12,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from megatron_bvpo.host.replicas import tell_unequal
 from tests.distributed.full_gradients import export_gradients, shared_factor, true_norm
+from tests.distributed.hooks import around
 
 
 def nothing(base, folder):
@@ -121,21 +122,24 @@ def record_reference(base, folder, save: bool = True):
     dropouts and scalings of the adapted layers."""
 
     class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.recorded = {"reference": {}, "policy": {}}
+            around(self.passes, "stream_sums", self._keep)
+
         def save_checkpoint(self):
             if save:
                 super().save_checkpoint()
             else:
                 self.state.last_model_checkpoint = str(folder)
 
-        def _stream_sums(self, stream, layout, logps_Q, ref_logps_Q, tokens_Q):
-            if not hasattr(self, "recorded"):
-                self.recorded = {"reference": {}, "policy": {}}
+        def _keep(self, stock, current, stream, layout, responses):
             chosen, rejected = layout.slices(stream)
-            for what, values in (("reference", ref_logps_Q), ("policy", logps_Q.detach())):
+            for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
                 pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
                 for row, pair in zip(layout.rows[stream], pairs, strict=True):
                     self.recorded[what].setdefault((row, stream), []).append(pair)
-            return super()._stream_sums(stream, layout, logps_Q, ref_logps_Q, tokens_Q)
+            return stock(current, stream, layout, responses)
 
         def finalize_training(self):
             super().finalize_training()
@@ -155,64 +159,58 @@ def record_probe(base, folder, mutation: str | None = None, lora_scale: float = 
     recording = record_first_step(base, folder, lora_scale=lora_scale, all_steps=at_step > 0)
 
     class Recorder(recording):
-        def _four_passes(self, chunks, probe):
-            self.passes = [] if self.state.iteration == at_step else None
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.of_passes = None
+            around(self.probes, "run", self._probe)
+            around(self.passes, "run", self._pass)
+            if mutation == "same batch's alpha":
+                self.mixture.learn = lambda grams, step: None
+                around(self.probes, "run", measure_and_learn(self.mixture))
+
+        def _probe(self, stock, chunks, probe, *rest):
+            self.of_passes = [] if self.state.iteration == at_step else None
             finalize = self.config.finalize_model_grads_func
             if mutation == "local gradients":
                 self.config.finalize_model_grads_func = lambda *args, **kwargs: None
             with mutated(mutation):
-                done = super()._four_passes(chunks, probe)
+                done = stock(chunks, probe, *rest)
             self.config.finalize_model_grads_func = finalize
-            if self.passes and dist.get_rank() == 0:
-                counts = {name: getattr(probe.counts, name) for name in ("trace", "empty", "both")}
-                torch.save({"passes": self.passes, "counts": counts}, folder / "passes.pt")
-            self.passes = None
+            if self.of_passes and dist.get_rank() == 0:
+                counts = {**probe.counts.members, "both": probe.counts.shared["trace", "empty"]}
+                found = {"passes": self.of_passes, "counts": counts, "shared": probe.counts.shared}
+                torch.save(found, folder / "passes.pt")
+            self.of_passes = None
             return done
 
-        def _run_pass(self, chunks, weights, *, forward_only, **more):
-            done = super()._run_pass(chunks, weights, forward_only=forward_only, **more)
-            if getattr(self, "passes", None) is not None:
-                self.passes.append(export_gradients(self))
+        def _pass(self, stock, *args, **more):
+            done = stock(*args, **more)
+            if self.of_passes is not None:
+                self.of_passes.append(export_gradients(self))
             return done
 
-        def _learn_alpha(self, moments):
-            if mutation == "same batch's alpha":
-                return
-            super()._learn_alpha(moments)
-
-    if mutation == "same batch's alpha":
-        measure_and_learn(Recorder)
     return Recorder
 
 
-def measure_and_learn(recorder) -> None:
+def measure_and_learn(mixture):
     """The fault that MATH.md §3 warns of: alpha from the very gradients that it mixes."""
     import megatron_bvpo.training.probing as probing
 
-    four_passes = recorder._four_passes
-
-    def _four_passes(self, chunks, probe):
-        measure, mix_in = probing.measure, probing.shards.mix_in
+    def run(stock, *args):
+        measure = probing.measure_grams
 
         def measure_first(*args, **kwargs):
-            moments = measure(*args, **kwargs)
-            self.estimator.update(moments)
-            self.alpha = self.estimator.alpha
-            return moments
+            grams = measure(*args, **kwargs)
+            mixture.estimator.update(grams.moments())
+            return grams
 
-        def mix_with_new_alpha(slices, own, parts):
-            (wa, ga), (wb, gb), (_, ea) = parts
-            total = wa + wb
-            new = [(self.alpha * wa / total, ga), (self.alpha * wb / total, gb), ((1 - self.alpha) / 2, ea)]
-            return mix_in(slices, (1 - self.alpha) / 2, new)
-
-        probing.measure, probing.shards.mix_in = measure_first, mix_with_new_alpha
+        probing.measure_grams = measure_first
         try:
-            return four_passes(self, chunks, probe)
+            return stock(*args)
         finally:
-            probing.measure, probing.shards.mix_in = measure, mix_in
+            probing.measure_grams = measure
 
-    recorder._four_passes = _four_passes
+    return run
 
 
 @contextlib.contextmanager
@@ -220,17 +218,26 @@ def mutated(mutation: str | None):
     """Faults that a person could make in gradients/, for tests that must notice them."""
     from megatron_bvpo.gradients import moments, shards
 
-    saved = (shards._counted_here, moments._sums, shards.gradient_slices)
+    saved = (shards._counted_here, moments._sums, shards.gradient_slices, moments.StreamCounts.factor)
     if mutation == "replicas counted on every rank":
         shards._counted_here = lambda param, tp_rank: not getattr(param, "shared", False)
     elif mutation == "cross term dropped":
 
-        def without_cross_term(g, counts):
+        def without_cross_terms(g, counts):
             sums = saved[1](g, counts).clone()
-            sums[2] = 0
+            pairs = moments.pairs_of(counts.streams)
+            for place, (one, other) in enumerate(pairs, start=len(sums) - len(pairs)):
+                if one != other:
+                    sums[place] = 0
             return sums
 
-        moments._sums = without_cross_term
+        moments._sums = without_cross_terms
+    elif mutation == "a stream turned around":
+        moments._sums = lambda g, counts: saved[1](
+            {key: -value if key[0] == counts.streams[-1] else value for key, value in g.items()}, counts
+        )
+    elif mutation == "one factor for all":
+        moments.StreamCounts.factor = lambda counts, one, other: saved[3](counts, counts.streams[0], counts.streams[0])
     elif mutation == "experts forgotten":
 
         def dense_only(models, *, tp_rank):
@@ -249,7 +256,7 @@ def mutated(mutation: str | None):
     try:
         yield
     finally:
-        shards._counted_here, moments._sums, shards.gradient_slices = saved
+        shards._counted_here, moments._sums, shards.gradient_slices, moments.StreamCounts.factor = saved
 
 
 def _in_dense_buffer(s, models) -> bool:
@@ -270,20 +277,24 @@ def record_cached(base, folder, forget_on_rank: int | None = None, flush_steps: 
             self.recorded = {"reference_forwards": 0, "shards_at_save": []}
             super().__init__(*args, **kwargs)
             self.forgets = dist.get_rank() == forget_on_rank
+            self.listening = False
+            around(self.references, "attach", self._attach)
+            around(self.passes, "reference_forward", self._count)
+            around(self.passes, "listen", self._listen)
 
-        def _attach_references(self, chunks):
+        def _attach(self, stock, chunks):
             if self.forgets:
                 for key in chunks[0][0]["bvpo_layout"].all_keys():
-                    del self._references[key]
+                    del self.references.table[key]
                 self.forgets = False
-            return super()._attach_references(chunks)
+            return stock(chunks)
 
         def save_checkpoint(self):
             if not save:
                 self.state.last_model_checkpoint = str(folder)
                 return
             super().save_checkpoint()
-            self.recorded["shards_at_save"].append(len(list(self._shards.folder.glob("*.parquet"))))
+            self.recorded["shards_at_save"].append(len(list(self.references.shards.folder.glob("*.parquet"))))
 
         def _prepare_peft_model(self, models):
             peft_models = super()._prepare_peft_model(models)
@@ -291,9 +302,15 @@ def record_cached(base, folder, forget_on_rank: int | None = None, flush_steps: 
                 fill_lora_b(self)
             return peft_models
 
-        def _reference_forward(self, *args):
-            self.recorded["reference_forwards"] += not self._pass.listening  # not the canaries' own
-            return super()._reference_forward(*args)
+        def _count(self, stock, *args):
+            self.recorded["reference_forwards"] += not self.listening  # not the canaries' own
+            return stock(*args)
+
+        def _listen(self, stock, chunks):
+            self.listening = True
+            found = stock(chunks)
+            self.listening = False
+            return found
 
         def train(self, *args):
             super().train(*args)
@@ -326,15 +343,19 @@ def peak(base, folder):
             return found
 
     class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            around(self.passes, "run", self._measure)
+
         def save_checkpoint(self):
             self.state.last_model_checkpoint = str(folder)
 
-        def _run_pass(self, chunks, *args, **kwargs):
+        def _measure(self, stock, chunks, *args, **kwargs):
             if kwargs.get("listening"):
-                return super()._run_pass(chunks, *args, **kwargs)
+                return stock(chunks, *args, **kwargs)
             tokens = sum(batch["input_ids"].numel() for batch in chunks[0])
             with LiveStorages() as live:
-                done = super()._run_pass(chunks, *args, **kwargs)
+                done = stock(chunks, *args, **kwargs)
             torch.save({"peak": live.peak, "largest": live.largest, "tokens": tokens}, folder / "recorded.pt")
             return done
 

@@ -23,7 +23,7 @@ def record_router(base, folder, mutation: str | None = None, save_rank: int = 0)
 
     `mutation` breaks the code on purpose: see `mutated`.
     """
-    import megatron_bvpo.training.trainer as ours
+    import megatron_bvpo.training.step as ours
 
     class Recorder(record_first_step(base, folder, lora_scale=0.02)):
         def train_step(self, train_data_iterator):
@@ -85,7 +85,7 @@ def own_reductions():
 def mutated(mutation: str | None):
     """Faults that a person could make in host/router.py and where it is used."""
     import megatron_bvpo.training.probing as probing
-    import megatron_bvpo.training.trainer as ours
+    import megatron_bvpo.training.step as ours
 
     names = {
         "bias moves in every pass": (ours, "expert_bias_at_rest"),
@@ -114,7 +114,7 @@ def record_over_seeds(base, folder, seeds: int, lora_scale: float = 0.3):
     class Recorder(record_first_step(base, folder, lora_scale=lora_scale, gradients=False)):
         def train_step(self, train_data_iterator):
             chunks = self._take_global_batch(train_data_iterator)
-            probe = self._plan_probe(chunks[0])
+            probe = self.probes.plan(chunks[0], self.state.iteration)
             slices = shards.gradient_slices(self.wrapped_models, tp_rank=0)
 
             def after(step, *args, seed: int) -> torch.Tensor:
@@ -124,11 +124,11 @@ def record_over_seeds(base, folder, seeds: int, lora_scale: float = 0.3):
 
             one_pass, four = [], []
             for seed in range(seeds):
-                one_pass.append(after(self._one_pass, chunks, seed=2 * seed))
-                four.append(after(self._four_passes, chunks, probe, seed=2 * seed + 1))
+                one_pass.append(after(self.step.one_pass, chunks, 0, seed=2 * seed))
+                four.append(after(self.probes.run, chunks, probe, 0, {}, seed=2 * seed + 1))
             with dropout_off(self.wrapped_models):
-                plain = after(self._one_pass, chunks, seed=0)
-                broken = torch.stack([after(self._four_passes, chunks, probe, seed=seed) for seed in range(2)])
+                plain = after(self.step.one_pass, chunks, 0, seed=0)
+                broken = torch.stack([after(self.probes.run, chunks, probe, 0, {}, seed=seed) for seed in range(2)])
             found = {"one_pass": torch.stack(one_pass), "probe": torch.stack(four), "plain": plain, "broken": broken}
             torch.save(found, folder / "seeds.pt")
             return [], 0.0, False

@@ -25,6 +25,8 @@ class Bvpo:
 
     empty: str = "strip"
     streams: tuple[str, ...] = ("trace", "empty")
+    gate_threshold: float | None = None
+    unpaired: bool = False
 
 
 @dataclasses.dataclass
@@ -113,7 +115,7 @@ def load(args: DataOnly, template, *, batch: int = 4) -> Loaded:
     make_bvpo_template(template, settings)
     with recorded() as log:
         train, _ = DataStage(args, template)._prepare_dataset()
-        rows, counts, pairs = [], RowCounts(), Counter()
+        rows, counts, pairs = [], RowCounts(args.bvpo.streams), Counter()
         items = iter(train) if args.streaming else (train[i] for i in range(len(train)))
         waiting: list = []
         for item in [*items, None]:
@@ -124,7 +126,7 @@ def load(args: DataOnly, template, *, batch: int = 4) -> Loaded:
                 counts.add([layout])
                 flat = [row for entry in waiting for row in (entry if isinstance(entry, list) else [entry])]
                 rows += [prompt_of(row, template) for row in flat]
-                pairs.update({stream: layout.pairs(stream) for stream in ("trace", "empty")})
+                pairs.update({stream: layout.count(stream) for stream in ("trace", "empty")})
                 waiting = []
     return Loaded(rows, dict(pairs), log, counts)
 

@@ -10,6 +10,7 @@ the **whole** model, from the checkpoint's record of what a rank holds, so that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -23,6 +24,18 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+
+# What the passes' gradients are, in units of each element's number, and the Gram matrices' triangles that follow:
+# the halves lie 2, 8 and 4 apart and the means are 2, 4 and 0; a quarter of the products, and the gaps 2 and −2.
+MULTIPLES = {
+    ("trace", "A"): 1,
+    ("trace", "B"): 3,
+    ("empty", "A"): 0,
+    ("empty", "B"): 8,
+    ("short", "A"): 2,
+    ("short", "B"): -2,
+}
+GRAMS = (1, 4, -2, 16, -8, 4, 4, -4, 4)
 
 
 @dataclass
@@ -190,10 +203,8 @@ def slices_of_rank(model, layout: dict, fault: str):
 
 
 def count(layout: dict, fault: str = "") -> dict:
-    """{how often counted: elements} over all ranks, and the sums that `measure` would reduce."""
-    from megatron_bvpo.gradients.moments import HalfCounts, measure
-
-    numbers, found, measured = Numbers(), Counter(), [0.0] * 4
+    """{how often counted: elements} over all ranks, and the sums that `measure_grams` would reduce."""
+    numbers, found, measured = Numbers(), Counter(), [0.0] * len(GRAMS)
     for rank in range(layout["ranks"]):
         start_rank(rank, layout)
         model = build_model(layout)
@@ -203,7 +214,7 @@ def count(layout: dict, fault: str = "") -> dict:
             for start, end in s.counted:
                 for number in s.grad_E[start:end].tolist():
                     found[int(number)] += 1 / s.copies
-        measured = [a + b for a, b in zip(measured, local_moments(slices, measure, HalfCounts), strict=True)]
+        measured = [a + b for a, b in zip(measured, local_grams(slices), strict=True)]
         stop_rank()
     missing = numbers.total - 1 - len([n for n in found if n > 0])
     times = Counter(round(c, 9) for n, c in found.items() if n > 0)
@@ -213,18 +224,17 @@ def count(layout: dict, fault: str = "") -> dict:
     return {"times": dict(times), "elements": numbers.total - 1, "measured": measured, "squares": squares}
 
 
-def local_moments(slices, measure, counts_of) -> list[float]:
-    """This rank's share of D, X, W and V_t (a fake all-reduce adds nothing), where the trace stream's halves are the
-    numbers n and 3n and the empty stream's 0 and 8n: 4, −3, 9 and 1 times Σn²."""
+def local_grams(slices) -> list[float]:
+    """This rank's share of C and D (a fake all-reduce adds nothing), where both halves hold multiples of each
+    element's number n; all are multiples of Σn² (GRAMS)."""
+    from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
+
     number = [s.grad_E.double() for s in slices]
-    gradients = {
-        ("trace", "A"): number,
-        ("trace", "B"): [3 * g for g in number],
-        ("empty", "A"): [0 * g for g in number],
-        ("empty", "B"): [8 * g for g in number],
-    }
-    found = measure(slices, gradients, counts_of((2.0, 2.0), (2.0, 2.0), (2.0, 2.0)), "cpu", dist.group.WORLD)
-    return [found.D, found.X, found.W, found.V_t]
+    gradients = {key: [factor * g for g in number] for key, factor in MULTIPLES.items()}
+    even, names = (2.0, 2.0), ("trace", "empty", "short")
+    counts = StreamCounts(dict.fromkeys(names, even), dict.fromkeys(itertools.combinations(names, 2), even))
+    C, D = measure_grams(slices, gradients, counts, "cpu", dist.group.WORLD).triangles()
+    return [*C, *D]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_bvpo.launching.combinations import METRICS, _early_stop, _raise_first
+from megatron_bvpo.launching.combinations import _early_stop, _raise_first, metrics_of
+from megatron_bvpo.streams import ORDER
 from megatron_bvpo.training.patience import Patience
 
 RUN = dict(
@@ -18,6 +19,9 @@ RUN = dict(
     val_dataset=["held-out.jsonl"],
     cached_val_dataset=[],
     split_dataset_ratio=0.0,
+    bvpo_streams=["trace", "empty"],
+    bvpo_weights=[],
+    bvpo_alpha="auto",
 )
 
 
@@ -65,7 +69,7 @@ def test_what_would_never_tell_is_refused(changed, said):
 @pytest.mark.parametrize(
     "changed",
     [{}, {"save_steps": None, "eval_steps": None}, {"val_dataset": [], "split_dataset_ratio": 0.1}]
-    + [{"metric_for_best_model": metric} for metric in METRICS]
+    + [{"metric_for_best_model": metric} for metric in metrics_of(("trace", "empty"))]
     + [{"early_stop_interval": None, "metric_for_best_model": "another", "val_dataset": []}],
 )
 def test_what_can_tell_passes(changed):
@@ -73,7 +77,11 @@ def test_what_can_tell_passes(changed):
 
 
 def test_the_names_are_those_of_an_evaluation():
-    from megatron_bvpo.objective.streams import StreamSums, stream_metrics
+    import torch
 
-    ones = StreamSums(*[1.0] * StreamSums.width())
-    assert set(stream_metrics(ones, ones, 0.5, rpo=True)) == set(METRICS)
+    from megatron_bvpo.objective.streams import WIDTH, stream_metrics, sums_of
+
+    for streams in (("trace", "empty"), ORDER):
+        ones = {stream: sums_of(stream, torch.ones(WIDTH)) for stream in streams}
+        found = stream_metrics(ones, dict.fromkeys(streams, 0.25), rpo=True)
+        assert len(found) == len(metrics_of(streams)) and set(found) == set(metrics_of(streams))

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bvpo.data.batches import LAYOUT_KEY, ROW_KEY, SIDES, TemplateSettings, make_bvpo_template
+from megatron_bvpo.data.batches import LAYOUT_KEY, ROW_KEY, TemplateSettings, make_bvpo_template
 from megatron_bvpo.data.empty_trace import DEFAULT_EMPTY_BLOCK, empty_block
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.loading import OUR_COLUMNS, judge_dataset, length_lines
@@ -18,6 +18,7 @@ from megatron_bvpo.data.measuring import measure_dataset
 from megatron_bvpo.data.pair_checks import IGNORED, Account, Loss, PairRules, check_pairs, response_start
 from megatron_bvpo.data.rows import RowRules
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.streams import PAIR
 from tests.unit.sample_folders import synthetic
 from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, row, talk
 
@@ -193,7 +194,7 @@ def test_rows_of_bvpo_pairs_keep_their_pairs_as_tokens(name, make, sampled):
             {"chosen": entry["messages"][-1]["content"], "rejected": entry.get("rejected_response")} if traced else {}
         )
         if "empty" in entry["numbers"]:
-            texts |= {f"empty_{side}": entry[field] for side, field in zip(SIDES, OWN, strict=True)}
+            texts |= {f"empty_{side}": entry[field] for side, field in zip(PAIR, OWN, strict=True)}
         for sequence, text in texts.items():
             prompt, response = split(template, encoded, sequence)
             assert text in f"{prompt.rpartition('<think>')[0]}{response}" and entry["messages"][0]["content"] in prompt
@@ -271,7 +272,7 @@ def test_a_trace_that_is_lost_leaves_the_empty_pair(strategy, make):
     assert not any(key.startswith(("chosen_input", "rejected_input")) for key in encoded)
     assert encoded["lengths"][:2] == [0, 0] and all(encoded["lengths"][2:])
     collated = template.data_collator([encoded, make().encode(row())])
-    assert (collated[LAYOUT_KEY].pairs("trace"), collated[LAYOUT_KEY].pairs("empty")) == (1, 2)
+    assert (collated[LAYOUT_KEY].count("trace"), collated[LAYOUT_KEY].count("empty")) == (1, 2)
 
 
 def test_right_cuts_responses_that_still_differ(make):
@@ -280,10 +281,10 @@ def test_right_cuts_responses_that_still_differ(make):
         row(f"<think>\nTwo. {LONG}</think>4", f"<think>\nA {LONG}</think>5")
     )
     assert account == Account(("trace",), cut=("trace",))
-    (prompt, chosen), (other_prompt, rejected) = (split(template, encoded, side) for side in SIDES)
+    (prompt, chosen), (other_prompt, rejected) = (split(template, encoded, side) for side in PAIR)
     assert prompt == other_prompt == split(template, make().encode(row()), "chosen")[0]
     assert chosen.startswith("<think>\nTwo.") and rejected.startswith("<think>\nA")
-    assert [len(encoded[f"{side}_input_ids"]) for side in SIDES] == [60, 60]
+    assert [len(encoded[f"{side}_input_ids"]) for side in PAIR] == [60, 60]
 
 
 def test_left_cuts_the_prompt_alike_on_both_sides(make):
@@ -310,7 +311,7 @@ def test_what_is_kept_can_be_trained(prompt, chosen, rejected, limit, truncation
     """Whatever is cut: one prompt, a response on both sides, a difference, and no more tokens than allowed."""
     prompts = {"chosen": [0, *prompt], "rejected": [0, *prompt, *([2] if other else [])]}
     pair = {}
-    for side, response in zip(SIDES, (chosen, rejected), strict=True):
+    for side, response in zip(PAIR, (chosen, rejected), strict=True):
         ids = [*prompts[side], 7, *response, 8, 9]
         labels = [IGNORED] * (len(prompts[side]) + 1) + [*response, 8, 9]
         pair[side] = {"input_ids": ids, "labels": labels, "length": len(ids), "loss_scale": None}
@@ -381,7 +382,7 @@ def test_read_is_trained_and_lost(strategy, make, columns):
     tally, dataset, found = measured(template, mixed_rows())
     layout = template.data_collator([template.encode(entry) for entry in dataset])[LAYOUT_KEY]
     for stream, judged in (("trace", tally.trace_pairs), ("empty", tally.empty_pairs)):
-        assert layout.pairs(stream) == found.pairs[stream] == judged - found.lost[stream].total()
+        assert layout.count(stream) == found.pairs[stream] == judged - found.lost[stream].total()
     assert tally.kept == len(dataset) + found.rows.total()
     trace, empty, rows, line = ACCOUNTS[strategy]
     assert (found.pairs["trace"], found.pairs["empty"], len(dataset)) == (trace, empty, rows)
@@ -452,7 +453,7 @@ def test_a_streamed_run_passes_over_them_too(make, caplog, quiet_again, columns)
     stream = EncodePreprocessor(template=template)(table(rows).to_iterable_dataset())
     layout = template.data_collator(list(stream))[LAYOUT_KEY]
     # The first row has no trace pair, the last no empty one: a stream fills those columns with None.
-    assert (layout.pairs("trace"), layout.pairs("empty")) == (2, 2)
+    assert (layout.count("trace"), layout.count("empty")) == (2, 2)
     assert [line.split(":")[0] for line in told()][0] == "row ? ('What is 2+2?')"
     assert len(told()) == 3 and told()[2].startswith("row ? (''): its trace pair is not trained: messages: missing")
 

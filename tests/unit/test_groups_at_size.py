@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.sized_ranks import GRAMS
+
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
     "tp4-ep8": {"ranks": 32, "tp": 4, "ep": 8},
@@ -86,10 +88,10 @@ def test_every_parameter_is_counted_once(counts, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_moments_are_those_of_the_whole_model(counts, layout):
-    """D, X, W and V_t of known gradients, added up over the ranks as the one all-reduce does."""
+def test_the_gram_matrices_are_those_of_the_whole_model(counts, layout):
+    """C and D of three streams' known gradients, added up over the ranks as the one all-reduce does."""
     found = counts[layout]
-    expected = [factor * found["squares"] for factor in (4, -3, 9, 1)]
+    expected = [factor * found["squares"] for factor in GRAMS]
     assert found["measured"] == pytest.approx(expected, rel=1e-9)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,10 +72,9 @@ def later(output_dir: Path, config) -> None:
     from megatron_bvpo.rehearsal import install
 
     install(device=False, transformer_engine=True)
-    from megatron_bvpo.training.trainer import BvpoTrainer
+    from megatron_bvpo.host.saving import write_peft_forms
 
-    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(output_dir)), template=SimpleNamespace(config=config))
-    BvpoTrainer._write_peft_forms(trainer)
+    write_peft_forms(str(output_dir), config)
 
 
 def test_killed_before_any_file_operation(written, config, tmp_path):

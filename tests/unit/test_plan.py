@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -246,11 +245,29 @@ def test_shards_of_all_ranks_are_all_parameters():
 
 
 def test_kept_shards_are_as_many_as_a_probe_keeps():
-    source = (ROOT / "megatron_bvpo/training/probing.py").read_text()
-    assert int(re.search(r"^KEPT_SHARDS = (\d+)", source, re.M)[1]) == memory.KEPT_SHARDS
+    """Held against a run's own shards by tests/distributed/test_plan_memory.py."""
+    copies = {
+        ("trace", "empty"): (3, 4),
+        ("trace", "empty", "short"): (5, 6),
+        ("trace", "empty", "expert"): (4, 4),
+    }
+    for streams, (plain, router) in copies.items():
+        run = settings(bvpo_streams=streams)
+        assert memory.kept_copies(run, experts=True) == plain
+        assert memory.kept_copies(dataclasses.replace(run, moe_aux_loss_coeff=(0.01,)), experts=True) == router
 
 
 # ---- memory
+
+
+def test_a_micro_batch_holds_every_streams_sequences():
+    """Shortened traces and demonstrations are taken to be as long as traces; a demonstration is one sequence."""
+    run, lengths = settings(micro_batch_size=1, max_length=1000), Lengths(1000, 100)
+    assert micro_batch(run, lengths).tokens == 2 * 1000 + 2 * 100
+    four = dataclasses.replace(run, bvpo_streams=("trace", "empty", "short", "expert"))
+    assert micro_batch(four, lengths).tokens == 2 * 1000 + 2 * 100 + 2 * 1000 + 1000 and four.sequences == 7
+    alone = dataclasses.replace(run, bvpo_streams=("expert",))
+    assert micro_batch(alone, lengths).tokens == 1000 and not alone.uses_reference and not alone.probes
 
 
 def test_what_makes_memory_smaller():

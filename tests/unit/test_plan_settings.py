@@ -122,6 +122,7 @@ def test_what_the_plan_does_not_know_is_refused(key, value):
 # Beside each refused setting of the run, a value of it and what else the refusal needs.
 REFUSED = {
     "optimizer": "muon",
+    "global_batch_size": {"loss_type": "kto", "global_batch_size": 1},
     "moe_expert_capacity_factor": 1.0,
     "async_save": True,
     "calculate_per_token_loss": True,

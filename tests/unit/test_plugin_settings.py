@@ -9,6 +9,8 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.plugin_settings import OTHER_VARIABLES, SETTINGS, given, read_settings
 
 ALL = {
+    "BVPO_STREAMS": "trace short expert",
+    "BVPO_WEIGHTS": "trace=.6 short=.4",
     "BVPO_ALPHA": "0.25",
     "BVPO_ALPHA_PRIOR": "0.4",
     "BVPO_CRITERION": "sgd",
@@ -18,6 +20,15 @@ ALL = {
     "BVPO_EMPTY": "require",
     "BVPO_EMPTY_BLOCK": "<think>\n\n</think>\n\n",
     "BVPO_SIMPO_GAMMA": "1.5",
+    "BVPO_EMPTY_BETA": "0.3",
+    "BVPO_SHORT_BETA": "0.2",
+    "BVPO_EXPERT_LOSS": "dft",
+    "BVPO_MU_PEAK": "0.9",
+    "BVPO_MU_VALLEY": "0.05",
+    "BVPO_MU_WARMUP_STEPS": "10",
+    "BVPO_MU_DECAY_STEPS": "200",
+    "BVPO_GATE": "hpt",
+    "BVPO_GATE_THRESHOLD": "0.25",
     "BVPO_LOGP_IMPL": "torch",
     "BVPO_LOGP_MEMORY": "2.5",
     "BVPO_REFS_ONLY": "False",
@@ -28,6 +39,8 @@ ALL = {
 
 def test_every_variable_fills_its_field():
     assert read_settings({"PATH": "/bin", **ALL}) == {
+        "bvpo_streams": ["trace", "short", "expert"],
+        "bvpo_weights": ["trace=.6", "short=.4"],
         "bvpo_alpha": 0.25,
         "bvpo_alpha_prior": 0.4,
         "bvpo_criterion": "sgd",
@@ -37,6 +50,15 @@ def test_every_variable_fills_its_field():
         "bvpo_empty": "require",
         "bvpo_empty_block": "<think>\n\n</think>\n\n",
         "bvpo_simpo_gamma": 1.5,
+        "bvpo_empty_beta": 0.3,
+        "bvpo_short_beta": 0.2,
+        "bvpo_expert_loss": "dft",
+        "bvpo_mu_peak": 0.9,
+        "bvpo_mu_valley": 0.05,
+        "bvpo_mu_warmup_steps": 10,
+        "bvpo_mu_decay_steps": 200,
+        "bvpo_gate": "hpt",
+        "bvpo_gate_threshold": 0.25,
         "bvpo_logp_impl": "torch",
         "bvpo_logp_memory": 2.5,
         "bvpo_refs_only": False,

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.streams import PairCounts, StreamSums, mixing_weights, stream_metrics
+from megatron_bvpo.objective.streams import StreamSums, mixing_factors, stream_metrics
 
 PAIRS = 64
 
@@ -94,6 +94,29 @@ def test_ipo_by_hand(beta):
     same_loss_and_slopes(PreferenceConfig("ipo", beta), squared)
 
 
+@pytest.mark.parametrize("beta", [0.5, 5.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_sigmoid_norm_by_hand(beta, smoothing):
+    """open-instruct's dpo_norm. TRL's of 1.16, which ms-swift does not allow yet: test_newest_trl.py."""
+
+    def normed(p: PairLogps):
+        logits = beta * (
+            (p.chosen - p.ref_chosen) / p.chosen_tokens - (p.rejected - p.ref_rejected) / p.rejected_tokens
+        )
+        return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+    same_loss_and_slopes(PreferenceConfig("sigmoid_norm", beta, label_smoothing=smoothing), normed)
+
+
+def test_a_response_without_a_counted_token_is_no_division_by_zero():
+    zero = torch.zeros(PAIRS, dtype=torch.float64)
+    pairs = random_pairs(chosen=zero.clone().requires_grad_(), ref_chosen=zero, chosen_tokens=zero)
+    loss = pair_losses(pairs, PreferenceConfig("sigmoid_norm", 5.0)).loss
+    gain = (pairs.rejected - pairs.ref_rejected) / pairs.rejected_tokens
+    torch.testing.assert_close(loss, -logsigmoid(-5.0 * gain), rtol=1e-12, atol=0)
+    assert all(bool(torch.isfinite(slope).all()) for slope in slopes(loss, pairs))
+
+
 @pytest.mark.parametrize("rpo_alpha", [0.1, 1.0])
 def test_rpo_adds_the_mean_negative_log_likelihood_of_the_chosen_response(rpo_alpha):
     def with_nll(p: PairLogps):
@@ -103,13 +126,14 @@ def test_rpo_adds_the_mean_negative_log_likelihood_of_the_chosen_response(rpo_al
     same_loss_and_slopes(PreferenceConfig(rpo_alpha=rpo_alpha), with_nll)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "hinge", "ipo", "simpo"])
 def test_numbers_worked_out_by_hand(loss_type):
     """One pair in round numbers: gains of +4 and −2 over 10 and 5 tokens."""
     one = torch.ones(1, dtype=torch.float64)
     pair = PairLogps(-20 * one, -12 * one, -24 * one, -10 * one, 10 * one, 5 * one)
     expected = {
         "sigmoid": math.log(1 + math.exp(-0.1 * 6)),
+        "sigmoid_norm": math.log(1 + math.exp(-0.1 * (0.4 + 0.4))),
         "hinge": 1 - 0.1 * 6,
         "ipo": (0.4 + 0.4 - 5) ** 2,
         "simpo": math.log(1 + math.exp(-(0.1 * (-2.0 + 2.4) - 1.0))),
@@ -117,6 +141,13 @@ def test_numbers_worked_out_by_hand(loss_type):
     losses = pair_losses(pair, PreferenceConfig(loss_type, 0.1))
     assert losses.loss.item() == pytest.approx(expected[loss_type], rel=1e-12)
     assert losses.nll.item() == pytest.approx(2.0)
+
+
+def test_a_beta_for_each_stream():
+    config = PreferenceConfig("sigmoid_norm", 5.0, empty_beta=0.5, short_beta=2.0)
+    assert [config.of(stream).beta for stream in ("trace", "empty", "short")] == [5.0, 0.5, 2.0]
+    same_loss_and_slopes(config.of("empty"), lambda p: pair_losses(p, PreferenceConfig("sigmoid_norm", 0.5)).loss)
+    assert PreferenceConfig(beta=0.3).of("empty").beta == 0.3
 
 
 def test_rewards_are_beta_times_the_gain():
@@ -127,7 +158,10 @@ def test_rewards_are_beta_times_the_gain():
     assert not losses.chosen_rewards.requires_grad
 
 
-@pytest.mark.parametrize("loss_type, cancels", [("sigmoid", True), ("hinge", True), ("ipo", False), ("simpo", False)])
+@pytest.mark.parametrize(
+    "loss_type, cancels",
+    [("sigmoid", True), ("hinge", True), ("sigmoid_norm", False), ("ipo", False), ("simpo", False)],
+)
 def test_a_prefix_of_both_responses_cancels_in_losses_of_the_plain_difference(loss_type, cancels):
     """What makes masking the empty block a matter of taste there, and a must elsewhere."""
     prefix, tokens = -9.0, 4.0
@@ -153,6 +187,8 @@ def test_a_prefix_of_both_responses_cancels_in_losses_of_the_plain_difference(lo
         {"loss_type": "kto_pair"},
         {"beta": 0.0},
         {"beta": float("nan")},
+        {"empty_beta": 0.0},
+        {"short_beta": math.inf},
         {"label_smoothing": 0.5},
         {"label_smoothing": -0.1},
         {"loss_type": "hinge", "label_smoothing": 0.1},
@@ -184,11 +220,15 @@ def test_weights_and_metrics_are_means_over_pairs():
     # The last pair of the empty stream only fills a batch: weight 0.
     trace, empty = added(part(0, 3), part(3, 4)), added(part(4, 6), part(6, 8, [1.0, 0.0]))
     means = {"trace": losses.loss[:4].mean().item(), "empty": losses.loss[4:7].mean().item()}
-    weights = mixing_weights(alpha, PairCounts(float(trace.pairs), float(empty.pairs)))
-    mixed = weights.trace * trace.loss + weights.empty * empty.loss
+    weights = {"trace": alpha, "empty": 1 - alpha}
+    factors = mixing_factors(weights, {"trace": float(trace.pairs), "empty": float(empty.pairs)})
+    mixed = factors["trace"] * trace.loss + factors["empty"] * empty.loss
     assert mixed.item() == pytest.approx(alpha * means["trace"] + (1 - alpha) * means["empty"], rel=1e-12)
 
-    metrics = {name: float(s / n) for name, (s, n) in stream_metrics(trace, empty, alpha, rpo=True).items()}
+    metrics = {
+        name: float(s / n)
+        for name, (s, n) in stream_metrics({"trace": trace, "empty": empty}, weights, rpo=True).items()
+    }
     assert metrics["loss"] == pytest.approx(mixed.item(), rel=1e-12)
     for name, mean in means.items():
         assert metrics[f"loss/{name}"] == pytest.approx(mean, rel=1e-12)
@@ -200,10 +240,10 @@ def test_weights_and_metrics_are_means_over_pairs():
 
 
 def test_a_stream_without_pairs_has_no_weight_and_no_metrics():
-    assert mixing_weights(0.3, PairCounts(0.0, 4.0)).trace == 0.0
+    assert mixing_factors({"trace": 0.3, "empty": 0.7}, {"trace": 0.0, "empty": 4.0}) == {"trace": 0.0, "empty": 0.175}
     none = StreamSums(*torch.zeros(StreamSums.width(), dtype=torch.float64))
     some = StreamSums(*torch.ones(StreamSums.width(), dtype=torch.float64))
-    metrics = stream_metrics(some, none, 1.0, rpo=False)
+    metrics = stream_metrics({"trace": some, "empty": none}, {"trace": 1.0, "empty": 0.0}, rpo=False)
     assert not any(name.startswith("empty/") or name == "loss/empty" for name in metrics)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_bvpo.data.aliases import canonical_row
 from megatron_bvpo.data.rows import (
     ALONE_KEY,
+    STREAMS_KEY,
     RowRules,
     RowTally,
     RowVerdict,
@@ -200,7 +201,7 @@ def test_lost_empty_pair(case):
     assert (normal["empty_response"], normal["empty_rejected_response"]) == (None, None)
     # The same fault costs the whole row where the empty pair is all there is, and nothing where it is unused.
     assert not check_row(bad, RowRules(streams=("empty",))).kept
-    assert check_row(bad, RowRules(streams=("trace",))) == RowVerdict(True, False)
+    assert check_row(bad, RowRules(streams=("trace",))) == RowVerdict(("trace",))
 
 
 @pytest.mark.parametrize(
@@ -218,9 +219,9 @@ def test_an_answer_that_cannot_be_told_from_its_trace(entry, field):
     (problem,) = verdict.problems
     assert problem.field == field and problem.drops == "empty"
     assert "more than one </think>, so where the answer begins cannot be told" in str(problem)
-    assert check_row({**entry, **OWN}, RULES) == RowVerdict(True, True, "own", many_tags=True)
+    assert check_row({**entry, **OWN}, RULES) == RowVerdict(("trace", "empty"), "own", many_tags=True)
     assert not check_row(entry, RowRules(streams=("empty",))).kept
-    assert check_row(entry, RowRules(streams=("trace",))) == RowVerdict(True, False, many_tags=True)
+    assert check_row(entry, RowRules(streams=("trace",))) == RowVerdict(("trace",), many_tags=True)
     tally = RowTally()
     tally.add(verdict)
     tally.merge(tally)
@@ -231,7 +232,7 @@ def test_require_refuses_rows_without_own_answers():
     rules = RowRules(empty="require")
     verdict = check_row(row(), rules)
     assert not verdict.kept and "--bvpo_empty require" in str(verdict.problems[0])
-    assert check_row(row(**OWN), rules) == RowVerdict(True, True, "own")
+    assert check_row(row(**OWN), rules) == RowVerdict(("trace", "empty"), "own")
     assert check_row(row(empty_response="4"), rules).trace_ok, "half an own pair loses the empty pair only"
     assert check_row(row(), RowRules(empty="require", streams=("trace",))).kept
 
@@ -241,7 +242,7 @@ def test_own_keeps_the_trace_pair_of_rows_without_own_answers():
     verdict = check_row(row(), rules)
     assert (verdict.trace_ok, verdict.empty_ok) == (True, False)
     assert "--bvpo_empty own" in str(verdict.problems[0])
-    assert check_row(row(**OWN), rules) == RowVerdict(True, True, "own")
+    assert check_row(row(**OWN), rules) == RowVerdict(("trace", "empty"), "own")
     assert not check_row(row(), RowRules(empty="own", streams=("empty",))).kept, "nothing is left to train"
 
 
@@ -270,14 +271,14 @@ def test_unknown_rule_is_refused():
     ],
 )
 def test_good_row(good, source):
-    assert replace(check_row(good, RULES), many_tags=False) == RowVerdict(True, True, source)
+    assert replace(check_row(good, RULES), many_tags=False) == RowVerdict(("trace", "empty"), source)
 
 
 def test_a_stream_that_is_not_used_asks_nothing():
     only_empty = RowRules(streams=("empty",))
     no_traces = row(chosen="4", rejected="5")
-    assert check_row(no_traces, only_empty) == RowVerdict(False, True, "stripped")
-    assert check_row(row(chosen="<think>cut", **OWN), only_empty) == RowVerdict(False, True, "own")
+    assert check_row(no_traces, only_empty) == RowVerdict(("empty",), "stripped")
+    assert check_row(row(chosen="<think>cut", **OWN), only_empty) == RowVerdict(("empty",), "own")
     assert not check_row(row(chosen="<think>cut"), only_empty).kept
     # 'It is 5, or' may be a trace that was cut off before its closing tag.
     assert "has one" in str(check_row(row(rejected="It is 5, or"), only_empty).problems[0])
@@ -305,6 +306,7 @@ def test_normal_form():
         "empty_rejected_response": "5",
         "label": 1,
         "tools": ["t"],
+        STREAMS_KEY: ["trace", "empty"],
     }
     assert json.dumps(given_row) == before, "the row itself must not change"
 
@@ -410,7 +412,7 @@ BLOCKED = {"empty_response": "<think>\n\n</think>\n\n4", "empty_rejected_respons
 @pytest.mark.parametrize("rules", [RULES, RowRules("require"), RowRules(streams=("empty",))])
 def test_an_empty_pair_alone(given_row, rules):
     verdict = check_row(given_row, rules)
-    assert verdict == RowVerdict(False, True, "own", many_tags=verdict.many_tags)
+    assert verdict == RowVerdict(("empty",), "own", many_tags=verdict.many_tags)
     normal = normalise_row(given_row, verdict, rules)
     assert normal["messages"] == talk("4") and normal["rejected_response"] == "5" and normal[ALONE_KEY]
     assert (normal["empty_response"], normal["empty_rejected_response"]) == ("4", "5")
@@ -487,7 +489,7 @@ def test_tally():
     other = RowTally()
     other.add(check_row({}, RULES))
     assert tally.merge(other) is tally
-    assert (tally.rows, tally.kept, tally.alone) == (8, 4, 1)
+    assert (tally.rows, tally.kept, tally.alone["empty"]) == (8, 4, 1)
     assert tally.dropped["messages: missing"] == 2
 
 
@@ -518,3 +520,13 @@ def test_nothing_left_is_an_error():
 @pytest.mark.parametrize("blank", [{"empty_response": ""}, {"empty_rejected_response": "", "empty_response": None}])
 def test_a_blank_cell_beside_a_missing_column_is_no_answer(blank):
     assert check_row(row(**blank), RULES).empty_source == "stripped"
+
+
+def test_where_the_empty_answers_come_from_is_told_in_shares():
+    tally = RowTally(rows=8, own=2, stripped=1)
+    tally.dropped["a reason"] = 4
+    said = tally.empty_line()
+    assert said.startswith(
+        "empty stream: of 4 rows 50 % have own answers, 25 % have stripped ones, 25 % have none. A st"
+    )
+    assert RowTally(rows=2, own=2).empty_line().endswith("0 % have none.") and RowTally().empty_line() is None

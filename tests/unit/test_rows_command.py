@@ -152,7 +152,7 @@ BAD_INPUT = {
     "nothing left": (lambda p: write(p / "a.jsonl", row(rejected=CHOSEN)), ["a.jsonl"], "a.jsonl: no row is left"),
     "unknown columns": (lambda p: write(p / "a.jsonl", {"a": 1}), ["a.jsonl"], "a.jsonl: columns: no messages"),
     "an unknown option": (lambda p: write(p / "a.jsonl", row()), ["a.jsonl", "--seed", "1"], "bvpo rows FILE: unrec"),
-    "an alpha": (lambda p: write(p / "a.jsonl", row()), ["a.jsonl", "--bvpo_alpha", "2"], "--bvpo_alpha: expected"),
+    "an alpha": (lambda p: write(p / "a.jsonl", row()), ["a.jsonl", "--bvpo_alpha", "2"], "--bvpo_alpha: alpha is"),
     "an empty rule": (lambda p: write(p / "a.jsonl", row()), ["a.jsonl", "--bvpo_empty", "x"], "--bvpo_empty: expec"),
     "columns": (lambda p: write(p / "a.jsonl", row()), ["a.jsonl", "--columns", "x"], "--columns: expected a JSON"),
 }

@@ -85,7 +85,7 @@ def test_flags_of_other_methods_are_all_listed():
     (mixin,) = [node for node in argument_classes() if node.name == "RLHFMegatronArgumentsMixin"]
     reads = set(
         "rlhf_type loss_type beta rpo_alpha reference_free label_smoothing f_divergence_type dataset_shuffle use_vllm "
-        "mcore_ref_model mcore_ref_adapter".split()
+        "mcore_ref_model mcore_ref_adapter desirable_weight undesirable_weight".split()
     )
     assert set(fields_of(mixin)) - reads == set(UNREAD["it belongs to GRPO, GKD, KTO or reward models"])
 

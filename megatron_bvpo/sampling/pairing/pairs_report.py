@@ -194,7 +194,7 @@ def _of_empty_answers(outcome: Outcome) -> Iterator[str]:
             "(medians): the model may think on without tags. Read some of D_e."
         )
     without = sum(part.tally.trace_pairs - part.tally.own for part in outcome.parts.values())
-    without += sum(part.tally.alone for part in outcome.parts.values())
+    without += sum(part.tally.alone["empty"] for part in outcome.parts.values())
     if "empty" in outcome.modes and without > 0:
         yield (
             f"{without} rows have no empty pair of their own: --bvpo_empty strip takes their answers without the "

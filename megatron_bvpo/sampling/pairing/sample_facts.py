@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bvpo.data.empty_trace import DEFAULT_TAGS, own_answer, split_trace
-from megatron_bvpo.data.rows import own_answer_problem, response_problem
+from megatron_bvpo.data.response_checks import own_answer_problem, response_problem
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.pairing.pairing import FAILED, Candidate
 from megatron_bvpo.sampling.samples import (

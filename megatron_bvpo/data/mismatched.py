@@ -1,0 +1,44 @@
+"""Each prompt with the response of another row: what KTO's baseline z is measured on (arXiv 2402.01306). Pure.
+
+The next row's in the order of the **global** batch, cyclic, so that every layout measures the same. The first row's
+stands behind the last prompt; one row alone has no other.
+
+A sequence is a dict with `input_ids` and `labels`, as in pair_checks.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_bvpo.data.pair_checks import IGNORED, response_start
+
+# Where a row stands in a global batch. Sorted, these give its order.
+Place = tuple[int, ...]
+
+
+def response_of(sequence: Mapping[str, Any]) -> list[int]:
+    """The tokens of the response: what counts."""
+    return list(sequence["input_ids"][response_start(sequence) :])
+
+
+def next_responses(responses: Mapping[Place, list[int]]) -> dict[Place, list[int]]:
+    """For each row, the response of the next one; nothing where there is one row only.
+
+    Args:
+        responses: of all rows of the global batch that have one, by their places.
+    """
+    order = sorted(responses)
+    if len(order) < 2:
+        return {}
+    return {place: responses[after] for place, after in zip(order, [*order[1:], order[0]], strict=True)}
+
+
+def with_response(sequence: Mapping[str, Any], response: Sequence[int], limit: int | None) -> dict[str, Any]:
+    """The prompt of a sequence with another response, cut off at `limit` tokens, where one of its tokens is left.
+
+    Returns:
+        `input_ids`, `labels` and `length`.
+    """
+    start = response_start(sequence)
+    room = len(response) if limit is None else max(limit - start, 1)
+    ids = [*sequence["input_ids"][:start], *response[:room]]
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:], "length": len(ids)}
