@@ -18,12 +18,12 @@ Predicted before it was run (Spearman's rank correlation):
 - the stand-in is better than an answer's number of tokens, which in thinking should reach .3 to .6, and about as good
   as −Σ log p.
 
-What came (results/gradient-norm-proxy.md): in thinking a little more than predicted over all weights, .97 for answers and
-for prompts' means, less in one matrix (.89, means .79), and longer answers are the surer ones (−.43). With an empty trace
-the prediction was wrong: .78 over all weights, .52 in one matrix, and .60 for prompts' means. There answers are three
-tokens long and about equally unsure; presumably what ranks them is what stands behind the logits, of which log-probs know
-nothing. Σ(1 − p) is no cure (.82). So a budget's G is a good guide for thinking and a weak one for the empty mode. An
-earlier state of the reasoner gave .99, .97, .77 and .40 for answers: the picture was the same.
+What came (results/gradient-norm-proxy.md): in thinking a little more than predicted over all weights, .97 for answers
+and for prompts' means, less in one matrix (.89, means .79), and longer answers are the surer ones (−.43). With an empty
+trace the prediction was wrong: .78 over all weights, .52 in one matrix, and .60 for prompts' means. There answers are
+three tokens long and about equally unsure; presumably what ranks them is what stands behind the logits, of which
+log-probs know nothing. Σ(1 − p) is no cure (.82). So a budget's G is a good guide for thinking and a weak one for the
+empty mode. An earlier state of the reasoner gave .99, .97, .77 and .40 for answers: the picture was the same.
 """
 
 from __future__ import annotations
