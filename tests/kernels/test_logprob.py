@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("hypothesis")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.kernels import target_logps
@@ -111,9 +111,13 @@ def test_random_cases_in_triton(gpu_rounding, kwargs, dtype, frozen, tile):
     kwargs["n"] = min(kwargs["n"], 8)  # the interpreter takes a row at a time
     case = random_case(dtype=dtype, **kwargs)
     logps, grad_hidden, grad_weight = run(case, frozen=frozen, impl="triton", tile_vocab=tile)
-    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
+    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight, rounded=frozen)
 
 
+@example(  # one token between two words that nearly share a row
+    kwargs=dict(n=1, h=1, v=436, seed=27, spread=8.0, ignored=0.0, padding=0),
+    dtype=BF16, frozen=True, block=1, tile=16, small=False,
+)  # fmt: skip
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kwargs=CASES,
@@ -134,17 +138,32 @@ def test_random_cases_fused(gpu_rounding, kwargs, dtype, frozen, block, tile, sm
             for name, value in dict(TILE_TOKENS=16, TILE_ROWS=64, TILE_BYTES=64, GROUP=2, SUM_TILES=4).items():
                 patch.setattr(fused_logprob, name, value)
         logps, grad_hidden, grad_weight = run(case, frozen=frozen, **options)
-    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
+    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight, rounded=frozen)
 
 
-def check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight):
-    """At most twice the error of plain torch, or the bound of the dtype where that happens to be exact."""
+def conditioning(case: Case) -> float:
+    """How much larger the terms of dX are than dX: |Σ_{v≠t} p_v |W_v| · upstream| / |dX|, in float64."""
+    weight = case.weight_VH[: case.vocab_size].double()
+    probs = torch.softmax(case.hidden_NH.double() @ weight.T, dim=1)
+    kept = case.targets_N != -100
+    probs = probs.scatter(1, case.targets_N.clamp(min=0)[:, None], 0.0) * kept[:, None]
+    terms = (probs @ weight.abs()) * case.upstream_N.double().abs()[:, None]
+    size = expected(case)[1].norm().item()
+    return terms.norm().item() / size if size else 0.0
+
+
+def check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight, rounded: bool = False):
+    """At most twice the error of plain torch, or the bound of the dtype where that happens to be exact.
+
+    `rounded`: every exponential is rounded to bf16, by eps / 2 of its term at most, before the terms are added.
+    """
     truth, true_hidden, true_weight = expected(case)
     plain_logps, plain_hidden, plain_weight = plain_torch(case)
     plain_error = (plain_logps - truth).abs().max().item()
     assert (logps - truth).abs().max() <= max(2 * plain_error, logp_bound(dtype, truth))
     floor = GRAD_BOUND[dtype]
-    assert relative(grad_hidden, true_hidden) <= max(2 * relative(plain_hidden, true_hidden), floor)
+    terms = BF16_EPS / 2 * conditioning(case) if rounded and dtype == BF16 else 0.0
+    assert relative(grad_hidden, true_hidden) <= max(2 * relative(plain_hidden, true_hidden), floor + terms)
     if grad_weight is not None:
         assert relative(grad_weight, true_weight) <= max(2 * relative(plain_weight, true_weight), floor)
 
