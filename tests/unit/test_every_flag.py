@@ -46,6 +46,7 @@ LATER = {
 # 0 is never, none, or the first.
 ZERO = """
     save_steps eval_steps eval_iters lr_warmup_iters dataloader_num_workers manual_gc_steps data_seed mtp_num_layers
+    bvpo_mu_warmup_steps bvpo_mu_decay_steps
 """.split()
 # Where it is ms-swift or Megatron that says what is wrong, and says it well.
 THEIRS = "model_type template device_groups pipeline_model_parallel_layout muon_lr muon_min_lr".split()

@@ -27,6 +27,9 @@ def check_requests(args: argparse.Namespace, number: str, of: str, counts: tuple
     Raises:
         UserError: one of them is out of its range.
     """
+    for name in ("temperature", "timeout"):
+        if math.isinf(getattr(args, name)):
+            raise UserError("must be a finite number, found inf", field=f"--{name}")
     least = dict.fromkeys((number, "max_tokens", "concurrency", "tries", "limit", *counts), 1)
     for name, low in (least | {"temperature": 0, "patience": 0}).items():
         value = getattr(args, name)
@@ -36,9 +39,6 @@ def check_requests(args: argparse.Namespace, number: str, of: str, counts: tuple
         raise UserError(f"must be above 0 and at most 1, found {args.top_p}", field="--top_p")
     if not 0 < args.timeout < math.inf:
         raise UserError(f"must be above 0, found {args.timeout}", field="--timeout")
-    for name in ("temperature", "timeout"):
-        if math.isinf(getattr(args, name)):
-            raise UserError("must be a finite number, found inf", field=f"--{name}")
     if not args.model.strip():
         raise UserError("is empty", field="--model", remedy="give the name that the server knows the model by")
     if getattr(args, number) > 1 and args.temperature == 0:
