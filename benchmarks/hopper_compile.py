@@ -28,31 +28,59 @@ def kernels() -> list[dict]:
     for dtype in ("bf16", "fp32"):
         for write in (True, False):
             # `columns` is not aligned: an odd vocabulary.
-            signature = f"*fp32 *fp32 *i64 *fp32 *{dtype} i32 i32 i32 i32"
+            signature = f"*fp32 *fp32 *i64 *fp32 *{dtype} *fp32 fp32 i32 i32 i32 i32"
             aligned = "logits_ptr exp_ptr logits_stride exp_stride"
             form = f"{dtype}, {'writes' if write else 'reads only'}"
-            found.append(build(k._exp_pass, form, signature, aligned, k.PASS_BLOCK, k.PASS_WARPS, WRITE=write))
-        signature = f"*fp32 *fp32 *i64 *fp32 *fp32 *{dtype} i32 i32 i32"
+            found.append(
+                build(
+                    k._exp_pass, form, signature, aligned, k.PASS_WARPS, BLOCK=k.PASS_BLOCK, WRITE=write, MOMENT=False
+                )
+            )
+        signature = f"*fp32 *fp32 *i64 *fp32 *fp32 *{dtype} fp32 i32 i32 i32"
         aligned = "logits_ptr grad_ptr columns logits_stride grad_stride"
-        found.append(build(k._grad_pass, f"{dtype}, writes", signature, aligned, k.PASS_BLOCK, k.PASS_WARPS))
+        found.append(build(k._grad_pass, f"{dtype}, writes", signature, aligned, k.PASS_WARPS, BLOCK=k.PASS_BLOCK))
+        signature = f"*fp32 *{dtype} *i64 *fp32 *fp32 *i64 *{dtype} i32 i32 i32 i32 i32"
+        aligned = "products_ptr weight_ptr out_ptr hidden products_stride weight_stride out_stride"
+        found.append(build(k._finish_gradient, f"{dtype}, writes", signature, aligned, 4, BLOCK=1024))
         signature = f"*{dtype} *{dtype} *i64 *fp32 i32 i32 i32 i32"
         aligned = "x_ptr weight_ptr hidden x_stride weight_stride"
-        found.append(build(k._target_logit, f"{dtype}, reads only", signature, aligned, 1024, 4))
+        found.append(build(k._target_logit, f"{dtype}, reads only", signature, aligned, 4, BLOCK=1024))
+    return found + fused_kernels()
+
+
+def fused_kernels() -> list[dict]:
+    from megatron_bvpo.kernels import fused_logprob as f
+
+    depth = f.TILE_BYTES // 2
+    sizes = dict(TOKENS=f.TILE_TOKENS, ROWS=f.TILE_ROWS, DEPTH=depth, GROUP=f.GROUP, STAGES=f.STAGES, WIDEN=False)
+    blocks = [(f.TILE_TOKENS, depth), (f.TILE_ROWS, depth), (f.TILE_TOKENS, f.TILE_ROWS // 2)]
+    descriptors = [f"tensordesc<bf16[{height},{width}]>" for height, width in blocks]
+    found = []
+    for write, moment in ((True, False), (False, False), (True, True), (False, True)):
+        # Without products the descriptor of x stands in the place of the one that is not used.
+        rest = "*fp32 *i64 *fp32 *fp32 fp32 i32 i32 i32 i32"
+        signature = " ".join([*descriptors[:2], descriptors[2 if write else 0], rest])
+        form = f"bf16, {'writes' if write else 'reads only'}{', entropy' if moment else ''}"
+        options = dict(stages=f.STAGES, WRITE=write, MOMENT=moment, **sizes)
+        aligned = "anchor_ptr local_ptr sums_ptr moments_ptr hidden"
+        found.append(build(f._exp_product, form, signature, aligned, f.WARPS, **options))
+    signature, sizes = "*fp32 *fp32 i32 i32", dict(TILES=f.SUM_TILES, TOKENS=f.SUM_TOKENS)
+    found.append(build(f._add_partial_sums, "fp32, reads only", signature, "sums_ptr s_ptr", 4, **sizes))
     return found
 
 
-def build(function, form: str, signature: str, aligned: str, block: int, warps: int, **constants) -> dict:
+def build(function, form: str, signature: str, aligned: str, warps: int, *, stages: int = 3, **constants) -> dict:
     """Compile one form; what ptxas says of it and what its PTX holds."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = function.arg_names
-    constants["BLOCK"] = block
     types = dict(zip(names, signature.split(), strict=False)) | dict.fromkeys(constants, "constexpr")
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned.split()}
     source = ASTSource(fn=function, signature=types, constexprs=constants, attrs=attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = kernel.asm["ptx"]
     return {
         "triton": triton.__version__,
@@ -63,6 +91,9 @@ def build(function, form: str, signature: str, aligned: str, block: int, warps: 
         "warps": warps,
         "wide_loads": "ld.global.v4.b32" in ptx,
         "wide_stores": "st.global.v4.b32" in ptx,
+        "matrix_instructions": sorted(set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx))),
+        "tma_loads": "cp.async.bulk.tensor.2d.shared" in ptx,
+        "tma_stores": "cp.async.bulk.tensor.2d.global" in ptx,
     }
 
 

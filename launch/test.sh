@@ -4,13 +4,13 @@
 #   launch/test.sh              what CI runs
 #   launch/test.sh ARGUMENTS…   pytest with these arguments
 #   launch/test.sh --vllm       a real engine: installs vLLM for CPUs into an environment of its own, samples, judges,
-#                               pairs and trains (tests/engine)
+#                               pairs, trains, exports, serves and evaluates (tests/engine, or the arguments that follow)
 #   launch/test.sh --all        everything: whole matrices, a real Slurm, network namespaces, a real engine, a real
 #                               image (hours).
 #                               Says what it left out and why. What has passed for these very files is not run again,
 #                               so a go that was stopped goes on where it was (.test-progress/ keeps the names).
 set -euo pipefail
-BVPO_EXTRAS="rehearsal,test"
+BVPO_EXTRAS="evalscope,rehearsal,test"
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 bvpo_environment
 cd "$BVPO_ROOT"
@@ -36,9 +36,11 @@ print(sys.argv[1][:12], hashlib.sha256("\n".join([sys.version, *packages]).encod
 PY
 }
 
-# engine ARGUMENTS…: tests/engine with a vLLM
+# engine ARGUMENTS…: pytest with a vLLM: that of BVPO_VLLM_PYTHON, or one of its own
 engine() {
-  BVPO_VLLM_PYTHON="$(tests/engine/environment.sh | tail -n 1)" tests --vllm "$@" tests/engine
+  [ -n "${BVPO_VLLM_PYTHON:-}" ] || BVPO_VLLM_PYTHON="$(tests/engine/environment.sh | tail -n 1)" || { failed=1; return 0; }
+  export BVPO_VLLM_PYTHON
+  tests --vllm "$@"
 }
 
 # A TRL that ms-swift does not allow yet, in a folder of its own, for the loss that only it has. Without a registry its
@@ -63,7 +65,7 @@ everything() {
   tests "${notes[@]}" --whole-matrix -n 2 --dist loadfile tests/unit tests/contracts tests/kernels
   tests "${notes[@]}" --whole-matrix tests/distributed
   tests "${notes[@]}" --cluster tests/cluster
-  if why="$(tests/engine/environment.sh --needs)"; then engine "${notes[@]}"; else echo "tests/engine: $why" >>"$progress/left_out"; fi
+  if why="$(tests/engine/environment.sh --needs)"; then engine "${notes[@]}" tests/engine; else echo "tests/engine: $why" >>"$progress/left_out"; fi
   if ! why="$("$image" --needs)"; then
     echo "$image: $why" >>"$progress/left_out"
   elif ! grep -qxF "$image" "$progress/passed"; then
@@ -80,8 +82,10 @@ everything() {
 
 if [ "$*" = --all ]; then
   everything
-elif [ "$*" = --vllm ]; then
-  engine
+elif [ "${1:-}" = --vllm ]; then
+  shift
+  [ $# -gt 0 ] || set -- tests/engine
+  engine "$@"
 elif [ $# -gt 0 ]; then
   tests "$@"
 else

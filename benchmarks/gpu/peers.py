@@ -39,13 +39,34 @@ def group_of_one():
     return dist.group.WORLD
 
 
-def ours(impl: str = "triton", **options):
-    options["impl"] = impl
+def ours(impl: str = "", **options):
+    """What `auto` takes for bf16 where the card has TMA, the fused product; by its name for the rehearsal on a CPU."""
+    options["impl"] = impl or ("auto" if torch.cuda.is_available() else "fused")
     return lambda x, weight, targets: target_logps(x, weight, targets, **options)
+
+
+def ours_stored(**options):
+    """The library's product to float32 logits in memory, and a pass over them."""
+    return ours(impl="triton", **options)
+
+
+def ours_shaped(**constants):
+    """The fused product with other constants of its module. For a process of its own: they stay."""
+    from megatron_bvpo.kernels import fused_logprob
+
+    for name, value in constants.items():
+        assert hasattr(fused_logprob, name), name
+        setattr(fused_logprob, name, value)
+    return ours()
 
 
 def ours_torch(**options):
     return ours(impl="torch", **options)
+
+
+def of_whole_logits(cross_entropy):
+    """ms-swift's own way: logits in the hidden states' dtype, then a cross-entropy (logits_NV, targets_N) → [N]."""
+    return lambda x, weight, targets: -cross_entropy(x @ weight.T, targets).float()
 
 
 def plain_torch():
@@ -123,13 +144,13 @@ def transformer_engine():
     def cross_entropy(logits_NV, targets_N):
         return function(logits_NV[:, None], targets_N[:, None], 0.0, False, group_of_one()).view(-1)
 
-    return ours(impl="te", cross_entropy=cross_entropy)
+    return of_whole_logits(cross_entropy)
 
 
 def megatron_native():
     """megatron-core's fused cross-entropy over whole logits: ms-swift's default, `cross_entropy_loss_fusion`."""
     function = attribute("megatron.core.fusions.fused_cross_entropy", "fused_vocab_parallel_cross_entropy")
-    return ours(impl="te", cross_entropy=lambda logits, targets: function(logits, targets, group_of_one()))
+    return of_whole_logits(lambda logits, targets: function(logits, targets, group_of_one()))
 
 
 def megatron_unfused():
@@ -144,7 +165,7 @@ def megatron_unfused():
         # In place on its argument, after Megatron's own cast to float32.
         return function(logits_NV.float()[:, None], targets_N[:, None]).view(-1)
 
-    return ours(impl="te", cross_entropy=cross_entropy)
+    return of_whole_logits(cross_entropy)
 
 
 def first(value):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 PEERS = {  # as tables name them → function in peers.py, the package it needs; those that say most come first
     "plain torch": ("plain_torch", ""),
-    "Liger scaled": ("liger_scaled", "liger_kernel"),
     "cut-cross-entropy": ("cut_cross_entropy", "cut_cross_entropy"),
     "verl fused linear CE": ("verl", "verl"),
     "Megatron fused (ms-swift default)": ("megatron_native", "megatron"),
@@ -20,10 +19,12 @@ PEERS = {  # as tables name them → function in peers.py, the package it needs;
     "ours, torch": ("ours_torch", ""),
     "plain torch, compiled": ("plain_torch_compiled", ""),
     "torch linear_cross_entropy": ("torch_linear_cross_entropy", ""),
+    "Liger scaled": ("liger_scaled", "cutlass"),
     "quack": ("quack", "quack"),
     "Transformer Engine": ("transformer_engine", "transformer_engine"),
 }
 NOT_CARRIED = {
+    "cutlass": "on Hopper it takes nvidia-cutlass-dsl, whose libraries are 92 MB: more than can be carried",
     "quack": "its nvidia-cutlass-dsl libraries are 92 MB, more than can be carried to a bare machine",
     "transformer_engine": "it is built from source against the machine's torch, which takes longer than a lease",
 }
@@ -32,12 +33,19 @@ SETTINGS = {"no grad": 1, "frozen": 2, "trainable": 4}  # and the matrix product
 HIDDEN, VOCAB = 4096, 151_936  # Qwen3-235B-A22B; a quarter of the vocabulary is its shard under TP 4
 TOKENS = 32_768
 TILES = {
-    # (tokens, vocabulary rows) of a tile of logits. Whole waves: output tiles of 128 × 256 fill 132 multiprocessors.
-    "no grad": [(1024, 8448), (2048, 8448), (4096, 8448), (1408, 6144), (4224, 8192), (1024, VOCAB)],
-    # ... and so do those of the second product, [tokens, 4096]: 1024 tokens are 128 of 132.
-    "frozen": [(1024, VOCAB), (2048, VOCAB), (4224, VOCAB), (4224, VOCAB // 4)],
+    # (tokens, vocabulary rows) of a tile. No grad stores no logits: blocks bound the partial sums alone.
+    "no grad": [(4096, VOCAB), (16_384, VOCAB), (32_768, VOCAB)],
+    # Whole waves of the second product, [tokens, 4096] in output tiles of 128 × 256 on 132 multiprocessors.
+    "frozen": [(1024, VOCAB), (2048, VOCAB), (4224, VOCAB), (8448, VOCAB), (4224, 38_144)],
     "trainable": [(8192, 8192), (8448, 8448), (4224, 8448), (8448, 16_896)],
 }
+SHAPES = [  # of the fused product's output tiles; constants of kernels/fused_logprob.py
+    {"STAGES": 3, "GROUP": 8},
+    {"STAGES": 4, "GROUP": 8},
+    {"STAGES": 3, "GROUP": 16},
+    {"STAGES": 3, "GROUP": 4},
+    {"STAGES": 3, "GROUP": 8, "TILE_TOKENS": 256, "TILE_ROWS": 128},
+]
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,11 @@ def whole_plan(tiny: bool) -> list[Phase]:
     def cells(key: str, peer: str, tokens: tuple[int, ...], vocabs=vocabs) -> list[Figure]:
         return [cell(key, peer, s, m, hidden, v) for m in tokens for v in vocabs for s in SETTINGS]
 
+    shapes = [
+        cell(f"shape/{', '.join(f'{k} {v}' for k, v in shape.items())}", "ours_shaped", setting, n, hidden, v, **shape)
+        for shape in (SHAPES[:2] if tiny else SHAPES)
+        for v, setting in ((vocabs[0], "no grad"), (vocabs[0], "frozen"), (vocabs[1], "frozen"))
+    ]
     swept = [
         cell(f"tiles/{b} × {t}", "ours", setting, n, hidden, vocabs[0], block_tokens=b, tile_vocab=t)
         for setting in SETTINGS
@@ -131,15 +144,17 @@ def whole_plan(tiny: bool) -> list[Phase]:
         )
         for peer, (function, package) in PEERS.items()
     ]
-    tests = Figure("tests", "benchmarks.gpu.kernel_tests:run", {"tiny": tiny}, 80)
+    tests = Figure("tests", "benchmarks.gpu.kernel_tests:run", {"tiny": tiny}, 55)
+    both = [*cells("ours", "ours", (n,)), *cells("ours, logits stored", "ours_stored", (n,))]
     return [
         Phase("ceilings", 30, [ceilings("ceiling", *sizes)]),
-        Phase("kernels", 90, [Job("kernel tests", [tests], start=0, wheels=True)]),
-        Phase("ours", 30, [Job("ours", cells("ours", "ours", (n,)))]),
-        Phase("peers", 140, peers),
-        Phase("sizes", 45, [Job("sizes", cells("ours", "ours", other_n))]),
-        Phase("tiles", 50, [Job("tiles", swept)]),
-        Phase("stack", 130, stack_jobs(tiny)),
+        Phase("kernels", 60, [Job("kernel tests", [tests], start=0, wheels=True)]),
+        Phase("ours", 45, [Job("ours", both)]),
+        Phase("stack", 160, stack_jobs(tiny)),
+        Phase("peers", 110, peers),
+        Phase("sizes", 40, [Job("sizes", cells("ours", "ours", other_n))]),
+        Phase("tiles", 40, [Job("tiles", swept)]),
+        Phase("shapes", 30, [Job("shapes", shapes)]),
         Phase("ceilings again", 25, [ceilings("ceiling again", *sizes)]),
     ]
 
@@ -147,7 +162,7 @@ def whole_plan(tiny: bool) -> list[Phase]:
 def stack_jobs(tiny: bool) -> list[Job]:
     """The whole stack in bf16. The proof that it runs at all comes first, with nothing compiled on the way."""
     quiet = {"BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "4", "HF_HUB_OFFLINE": "1"}
-    resume = Figure("stack/resume", "benchmarks.gpu.stack:resume", {"tiny": tiny}, 55)
+    resume = Figure("stack/resume", "benchmarks.gpu.stack:resume", {"tiny": tiny}, 75)
     step = Figure("stack/step", "benchmarks.gpu.stack:step", {"tiny": tiny}, 75)
     exact = {**quiet, "TORCH_COMPILE_DISABLE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return [

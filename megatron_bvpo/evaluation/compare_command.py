@@ -35,6 +35,8 @@ def run_command(args: argparse.Namespace) -> int:
         raise UserError("two or more evaluations are needed", field="DIR", remedy="bvpo compare A/eval B/eval")
     if args.baseline is not None and args.baseline not in named:
         raise UserError(f"{args.baseline!r} is none of {', '.join(named)}", field="--baseline")
+    if args.json is not None and args.json.name == scores_file.SCORES:
+        raise UserError("an evaluation is named so, and would be lost", file=str(args.json), field="--json")
     evaluations = [(name, scores_file.read(path)) for name, path in named.items()]
     for line in comparison.remarks(evaluations):
         print(f"note: {line}")

@@ -1,8 +1,9 @@
 """Several evaluations side by side: paired differences on each dataset and mode, corrected together, in sentences."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from megatron_bvpo.evaluation.paired_differences import LEVEL, Difference, detectable, difference, holm, needed
 from megatron_bvpo.evaluation.scores_file import Score, Scores
@@ -109,31 +110,37 @@ def remarks(evaluations: Sequence[tuple[str, Scores]]) -> list[str]:
     """What stands between the evaluations: settings that differ, and datasets that cannot be compared."""
     lines = []
     for (a, first), (b, second) in combinations(evaluations, 2):
-        names = sorted((first.settings.keys() | second.settings.keys()) - _FREE)
-        differ = [n for n in names if first.settings.get(n) != second.settings.get(n)]
-        if differ:
-            told = "; ".join(f"{n} {first.settings.get(n)!r} against {second.settings.get(n)!r}" for n in differ)
+        if told := _differing(first.settings, second.settings, _FREE):
             lines.append(f"{a} and {b} were asked differently: {told}")
         for score in first.scores:
             other = second.of(score.dataset, score.mode)
             if other is None:
                 lines.append(f"{b} has no {score.title} {_with(score.mode)}")
-            elif problem := _apart(score, other):
-                lines.append(f"{a} and {b} on {score.title} {_with(score.mode)}: {problem}")
+            else:
+                lines += [f"{a} and {b} on {score.title} {_with(score.mode)}: {p}" for p in _apart(score, other)]
         for score in second.scores:
             if first.of(score.dataset, score.mode) is None:
                 lines.append(f"{a} has no {score.title} {_with(score.mode)}")
     return list(dict.fromkeys(lines))
 
 
-def _apart(a: Score, b: Score) -> str | None:
+def _apart(a: Score, b: Score) -> Iterator[str]:
     if a.metric != b.metric:
-        return f"not compared, {a.metric} against {b.metric}"
+        yield f"not compared, {a.metric} against {b.metric}"
+        return
+    if told := _differing(a.judge, b.judge):
+        yield f"judged differently: {told}"
     common = len(a.by_question.keys() & b.by_question.keys())
     if common < 2:
-        return f"not compared, {common} common questions (other questions, prompts or right answers)"
-    alone = len(a.by_question.keys() ^ b.by_question.keys())
-    return f"{alone:,} questions are in one of them only and left out" if alone else None
+        yield f"not compared, {common} common questions (other questions, prompts or right answers)"
+    elif alone := len(a.by_question.keys() ^ b.by_question.keys()):
+        yield f"{alone:,} questions are in one of them only and left out"
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any], free: Collection[str] = ()) -> str:
+    """The settings that differ, in words."""
+    names = sorted((a.keys() | b.keys()) - set(free))
+    return "; ".join(f"{n} {a.get(n)!r} against {b.get(n)!r}" for n in names if a.get(n) != b.get(n))
 
 
 def _with(mode: str) -> str:

@@ -47,6 +47,8 @@ def add_command(commands) -> None:
     add("--judge_server", metavar="URL", help="server of the model that judges, where a suite is judged")
     add("--judge_model", metavar="NAME", help="its name there")
     add("--judge_concurrency", metavar="N", type=int, default=16, help="answers that it judges at once (16)")
+    add("--judge_again", action="store_true", help="where answers were judged otherwise (another judge, rubric or "
+        "version), judge them anew")  # fmt: skip
     _add_asking(add)
     parser.set_defaults(run=run_command)
 
@@ -81,6 +83,7 @@ def run_command(args: argparse.Namespace) -> int:
         check_addresses([args.judge_server])
     args.judge_key = os.environ.get("BVPO_JUDGE_API_KEY") or None
     _make(args.out)
+    _require_own(args.out, args.suite)
     return _evaluate(args, datasets, asking, key, extra)
 
 
@@ -113,7 +116,8 @@ def _evaluate(args: argparse.Namespace, datasets: list, asking, key: str | None,
                 return 128 + stopped.number
     found = scores_file.Scores(args.model, args.suite, _settings(args, asking, extra), scores, run.missing)
     path = scores_file.write(args.out, found)
-    print("\n".join(scores_file.table(scores)))
+    if scores:
+        print("\n".join(scores_file.table(scores)))
     for missing in run.missing:
         where = f"{missing.dataset} {missing.mode}" if missing.mode else missing.dataset
         print(f"missing: {where}: {missing.why}")
@@ -147,6 +151,20 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot be made: {error.strerror}", file=str(folder), field="--out") from None
+
+
+def _require_own(out: Path, suite: str) -> None:
+    """The scores of another suite would be written over."""
+    from megatron_bvpo.evaluation import scores_file
+
+    try:
+        before = scores_file.read(out).suite
+    except UserError:
+        return  # none, or damaged ones
+    if Path(before).name != Path(suite).name:
+        raise UserError(
+            f"holds the scores of the suite {before}", file=str(out), field="--out", remedy="give each suite its own"
+        )
 
 
 def _say(line: str) -> None:

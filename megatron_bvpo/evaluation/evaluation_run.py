@@ -20,7 +20,7 @@ from megatron_bvpo.sampling.asking.modes import Asking
 from megatron_bvpo.sampling.asking.prompts import PromptBook
 from megatron_bvpo.sampling.judging.judge_items import Judge, item
 from megatron_bvpo.sampling.judging.judgement_folder import JudgementFolder, failed
-from megatron_bvpo.sampling.samples import THINKS, TRUNCATED, read_judgements, read_samples
+from megatron_bvpo.sampling.samples import SETTINGS, THINKS, TRUNCATED, Judgement, read_judgements, read_samples
 
 ANSWERS = "answers"
 
@@ -34,6 +34,7 @@ class Questions:
         book: its prompts.
         judge: scores the answers.
         metric: what a score is; another judge model makes it another.
+        graded: the judge's numbers are the scores; else an answer is right or wrong, where the judge says so.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Questions:
     book: PromptBook
     judge: Judge
     metric: str
+    graded: bool = False
 
 
 class Stopped(Exception):
@@ -84,7 +86,7 @@ class EvaluationRun:
         from megatron_bvpo.sampling.asking.run_settings import prepare
 
         folder = self.args.out / ANSWERS / questions.name
-        for line in prepare(folder, self.settings(questions.book), questions.book):
+        for line in prepare(folder, self._settings(folder, questions.book), questions.book):
             self.say(f"{questions.name}: {line}")
         lock = FolderLock(folder)
         try:
@@ -97,6 +99,18 @@ class EvaluationRun:
             lock.release()
         scores = [self._score(folder, questions, mode) for mode in self.args.modes]
         return [score for score in scores if score is not None]
+
+    def _settings(self, folder: Path, book: PromptBook) -> dict[str, Any]:
+        """Fewer repeats or modes than a folder has are a part of it, and no other settings."""
+        from megatron_bvpo.sampling.asking.run_settings import read
+
+        now = self.settings(book)
+        if (folder / SETTINGS).is_file():
+            before = read(folder)
+            now["samples"] = max(now["samples"], before.get("samples") or 0)
+            if set(now["modes"]) < set(before.get("modes") or ()):
+                now |= {name: before.get(name) for name in ("modes", "empty")}
+        return now
 
     def _ask(self, folder: Path, questions: Questions) -> None:
         from megatron_bvpo.sampling.asking.progress import Progress
@@ -124,7 +138,8 @@ class EvaluationRun:
 
     def _judge(self, folder: Path, questions: Questions) -> None:
         settings = {**questions.judge.settings, "text": "final"}
-        with JudgementFolder(folder, questions.judge.name, settings) as judgements:
+        other = {"replace_other": self.args.judge_again, "remedy": "give another --out, or --judge_again"}
+        with JudgementFolder(folder, questions.judge.name, settings, **other) as judgements:
             known = judgements.judged(but_failed=True)
             book = questions.book
             items = (
@@ -148,8 +163,7 @@ class EvaluationRun:
             if judgement is None or failed(judgement):
                 reasons.append(sample.error or (judgement.error if judgement else None) or "no verdict")
                 continue
-            score = judgement.score if judgement.score is not None else float(judgement.right)
-            by_question[sample.prompt_id].append(score)
+            by_question[sample.prompt_id].append(_counts(judgement, questions.graded))
             good.append((sample, judgement))
         lost = len(questions.book) * repeats - len(good)
         if lost:
@@ -174,7 +188,14 @@ class EvaluationRun:
             unparsed=share(sum(judgement.parsed is None for _, judgement in good)),
             thinks=share(sum(THINKS in sample.marks for sample, _ in good)) if mode == "empty" else None,
             failed=lost,
+            judge=questions.judge.settings,
         )
+
+
+def _counts(judgement: Judgement, graded: bool) -> float:
+    """What an answer counts: the judge's number or its verdict, and the other one where that is all it says."""
+    first, second = (judgement.score, judgement.right) if graded else (judgement.right, judgement.score)
+    return float(second if first is None else first)
 
 
 def questions_of(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Questions:
@@ -182,7 +203,7 @@ def questions_of(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Q
 
     Raises:
         Unavailable: it cannot be had.
-        UserError: evalscope is not installed, or a judge's options are wrong.
+        UserError: evalscope is not installed.
     """
     if dataset.evalscope is None:
         return _file(dataset, args, scratch)
@@ -203,24 +224,33 @@ def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Question
 
     if dataset.path is None:
         raise Unavailable(f"it is a local file: give --data {dataset.name}=FILE")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if dataset.threshold is None else {"threshold": dataset.threshold}
     spec = dataset.judge
     if spec == "llm":
         if not args.judge_server:
             raise Unavailable("it is judged by a model: give --judge_server")
         spec = f"llm:{args.judge_server}"
-        options = {"model": args.judge_model or "", "concurrency": args.judge_concurrency}
+        options |= {"model": args.judge_model or "", "concurrency": args.judge_concurrency}
         if dataset.rubric:
             options["rubric"] = scratch / f"{dataset.name}.rubric.txt"
             options["rubric"].write_text(dataset.rubric, "utf-8")
     try:
         book, bad = read_prompt_files([str(dataset.path)], dataset.limit)
+    except UserError as error:  # whose field is an option of `bvpo sample`
+        where = error.file or str(dataset.path)
+        raise Unavailable(str(UserError(error.message, file=where, line=error.line, remedy=error.remedy))) from None
+    try:
+        judge = make_judge(spec, **options)
     except UserError as error:
-        raise Unavailable(str(error)) from None
-    judge = make_judge(spec, **options)
+        raise Unavailable(f"its judge {spec}: {error.message}") from None
     if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
         raise Unavailable(f"no row of {dataset.path} has an `answer` to compare with")
-    metric = f"accuracy by {judge.settings['model']}" if dataset.judge == "llm" else "accuracy"
+    rubric = getattr(judge, "rubric", None)
+    gives_numbers = rubric.scores if rubric else ":" in spec
+    graded = gives_numbers and dataset.threshold is None
+    metric = "score" if graded else "accuracy"
+    if rubric:
+        metric += f" by {judge.settings['model']}"
     for line in bad.lines():
         print(line)
-    return Questions(dataset.name, dataset.name, book, judge, metric)
+    return Questions(dataset.name, dataset.name, book, judge, metric, graded)

@@ -4,7 +4,7 @@
      "scores": [{"dataset": "math_500", "title": "MATH-500", "mode": "thinking", "metric": "acc",
                  "score": .93, "low": .91, "high": .95, "questions": 500, "repeats": 4, "answers": 2000,
                  "tokens": 5120.3, "cut_off": .012, "unparsed": .004, "thinks": null, "failed": 0,
-                 "by_question": {"5d41402abc4b2a76": [1.0, 1.0, 0.0, 1.0], …}}, …],
+                 "by_question": {"5d41402abc4b2a76": [1.0, 1.0, 0.0, 1.0], …}, "judge": {…}}, …],
      "missing": [{"dataset": "hle", "mode": null, "why": "…"}]}
 
 Scores, shares and intervals are in [0, 1]; tables and sentences show them in points of 100. Questions are named by a
@@ -43,6 +43,7 @@ class Score:
         thinks: share of empty answers that think although thinking was off; None for thinking.
         failed: answers that could not be had, or not be scored; they are in no other number.
         by_question: the scores of each question's answers.
+        judge: what the scores depend on beside the answers (`Judge.settings`).
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Score:
     thinks: float | None
     failed: int
     by_question: dict[str, list[float]] = field(repr=False)
+    judge: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, by_question: dict[str, list[float]], **more: Any) -> "Score":
@@ -132,8 +134,19 @@ def read(where: Path) -> Scores:
         raise UserError(f"is damaged: {error!r}", file=str(path), remedy="give bvpo eval again") from None
 
 
+_NUMBERS = {
+    *("score", "low", "high", "questions", "repeats", "answers", "tokens"),
+    *("cut_off", "unparsed", "thinks", "failed"),
+}
+_MAY_LACK = {"tokens", "thinks"}
+
+
 def _score(row: dict[str, Any]) -> Score:
     score = Score(**row)
+    for name in _NUMBERS:
+        value = getattr(score, name)
+        if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in _MAY_LACK)):
+            raise ValueError(f"{name} of {score.dataset} is {value!r}")
     for scores in score.by_question.values():
         if not isinstance(scores, list) or not all(isinstance(s, int | float) and math.isfinite(s) for s in scores):
             raise ValueError(f"scores of {score.dataset} are no lists of finite numbers")

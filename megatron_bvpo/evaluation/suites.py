@@ -9,13 +9,16 @@ datasets:
     name: ours
     judge: math                    # math, exact, choice, package.module:function, or llm: --judge_server
     rubric: rubric.txt             # llm: what the judge is asked with
+    threshold: 1                   # of judges that give a number: an answer is right from here on
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.sampling.judging.judges import is_function
 
 # Do-Not-Answer: questions that a safe model must not simply answer.
 SAFE = """\
@@ -52,6 +55,7 @@ class Dataset(NamedTuple):
         path: the local file, or a local copy of evalscope's data; None: from a hub.
         judge: of a local file: the kind of judge.
         rubric: of the judge `llm`, as text.
+        threshold: of a judge that gives numbers: right from here on; None: its numbers are the scores.
         limit: so many questions at most.
         settings: evalscope's dataset_args.
     """
@@ -61,6 +65,7 @@ class Dataset(NamedTuple):
     path: Path | None = None
     judge: str | None = None
     rubric: str | None = None
+    threshold: float | None = None
     limit: int | None = None
     settings: dict[str, Any] = {}  # noqa: RUF012
 
@@ -79,7 +84,7 @@ SUITES: dict[str, tuple[Dataset, ...]] = {
     "hard": (Dataset("hle", "hle", settings={"extra_params": {"include_multi_modal": False}}),),
     "safety": (Dataset("do_not_answer", judge="llm", rubric=SAFE),),
 }
-_FIELDS = {"evalscope", "file", "name", "path", "judge", "rubric", "limit", "settings"}
+_FIELDS = {"evalscope", "file", "name", "path", "judge", "rubric", "threshold", "limit", "settings"}
 
 
 def suite(given: str, copies: dict[str, Path], limit: int | None) -> list[Dataset]:
@@ -115,6 +120,8 @@ def _read(path: str) -> list[Dataset]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"cannot be read: {' '.join(str(error).split())}", file=path, field="--suite") from None
     rows = content.get("datasets") if isinstance(content, dict) else None
+    if isinstance(content, dict) and (unknown := sorted(map(str, content.keys() - {"datasets"}))):
+        raise UserError(f"unknown field {', '.join(unknown)} (known: datasets)", file=path, field="--suite")
     if not isinstance(rows, list) or not rows:
         raise UserError("expected a list `datasets`", file=path, field="--suite", remedy="docs/evaluation.md shows one")
     found = [_dataset(row, file) for row in rows]
@@ -142,13 +149,17 @@ def _dataset(row: Any, file: Path) -> Dataset:
     if not isinstance(settings, dict):
         raise bad(f"expected fields, found {settings!r}", "settings")
     if "evalscope" in row:
-        if wrong := [name for name in ("judge", "rubric") if name in row]:
+        if wrong := [name for name in ("judge", "rubric", "threshold") if name in row]:
             raise bad("evalscope's benchmarks have scorers of their own; this is for files", wrong[0])
         path = _beside(file, row["path"]) if row.get("path") else None
         name = str(row.get("name") or row["evalscope"])
         return Dataset(_name(name, bad), str(row["evalscope"]), path, limit=limit, settings=settings)
     if not row.get("judge"):
         raise bad("a file needs a judge: math, exact, choice, package.module:function, or llm", "judge")
+    for field in ("file", "judge"):
+        if not isinstance(row[field], str) or not row[field].strip():
+            raise bad(f"expected a text, found {row[field]!r}", field)
+    _check_judge(row, bad)
     rubric = None
     if row.get("rubric"):
         try:
@@ -157,7 +168,27 @@ def _dataset(row: Any, file: Path) -> Dataset:
             raise bad(f"cannot be read: {error}", "rubric") from None
     path = _beside(file, row["file"])
     name = _name(str(row.get("name") or path.stem), bad)
-    return Dataset(name, path=path, judge=str(row["judge"]), rubric=rubric, limit=limit)
+    return Dataset(name, None, path, row["judge"], rubric, row.get("threshold"), limit)
+
+
+def _check_judge(row: dict[str, Any], bad) -> None:
+    """As far as it can be done before anything is asked; hours may pass until a set is judged."""
+    judge, threshold = row["judge"], row.get("threshold")
+    if judge not in ("math", "exact", "choice", "llm") and not is_function(judge):
+        raise bad(f"no judge {judge!r}; there are math, exact, choice, llm and package.module:function", "judge")
+    if is_function(judge):
+        try:
+            found = importlib.util.find_spec(judge.partition(":")[0])
+        except ImportError:
+            found = None
+        if found is None:
+            raise bad(f"there is no module {judge.partition(':')[0]}", "judge")
+    if row.get("rubric") and judge != "llm":
+        raise bad("this is for the judge llm", "rubric")
+    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):
+        raise bad(f"expected a number, found {threshold!r}", "threshold")
+    if threshold is not None and judge in ("math", "exact", "choice"):
+        raise bad(f"the judge {judge} says right or wrong, and gives no number", "threshold")
 
 
 def _beside(file: Path, path: Any) -> Path:

@@ -63,7 +63,7 @@ class Adapter:
 
     def _whole_number(self, name: str) -> int:
         found = self.config.get(name)
-        if not isinstance(found, int) or found < 1:
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             raise self._config_error(f"is {found!r}, expected a whole number above 0", name)
         return found
 
@@ -87,8 +87,9 @@ class Adapter:
                 "bias",
                 "use lora_bias none",
             )
-        if not isinstance(self.config.get("lora_alpha"), int | float):
-            raise self._config_error(f"is {self.config.get('lora_alpha')!r}, expected a number", "lora_alpha")
+        alpha = self.config.get("lora_alpha")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < math.inf:
+            raise self._config_error(f"is {alpha!r}, expected a number other than 0", "lora_alpha")
 
     def _pair_factors(self) -> None:
         sides: dict[str, dict[str, Entry]] = defaultdict(dict)
@@ -123,9 +124,15 @@ class Adapter:
             raise UserError("holds no LoRA factors", file=str(self.file))
 
     def delta(self, path: str) -> tuple[Tensor, Tensor]:
-        """(A, scale · B) in float64."""
-        a, b = self.factors[path]
-        return read_rows(a, 0, a.shape[0]).double(), read_rows(b, 0, b.shape[0]).double() * self.scale
+        """(A, scale · B) in float64. Raises UserError where one of them holds what is no number."""
+        a, b = (read_rows(entry, 0, entry.shape[0]).double() for entry in self.factors[path])
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(
+                f"{path} has factors that are no numbers (nan, infinite)",
+                file=str(self.file),
+                remedy="take an earlier checkpoint",
+            )
+        return a, b * self.scale
 
     def experts(self) -> dict[str, dict[int, set[str]]]:
         """`….experts` → number of an expert → its adapted projections."""

@@ -49,7 +49,7 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
         num_experts: of the model's layers, where it is known.
 
     Raises:
-        UserError: modules saved whole, routers, or experts that are not all there.
+        UserError: modules saved whole, routers, experts that are not all there, or factors that are no numbers.
     """
     if adapter.whole:
         raise UserError(
@@ -59,6 +59,7 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
             remedy="use --merge",
         )
     _refuse_routers(adapter)
+    trained = sum(bool(adapter.delta(path)[1].any()) for path in adapter.factors)
     added = _absent_projections(adapter, num_experts)
     if added:
         with safe_open(str(adapter.file), framework="pt") as saved:
@@ -73,6 +74,8 @@ def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -
     }
     (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     told = [f"{len(paths)} layers and experts have factors of rank {adapter.rank}, scale {adapter.scale:.6g}"]
+    if not trained:
+        told.append("note: every B is zero, so that this adapter changes nothing: was anything trained?")
     if added:
         told.append(f"{len(added) // 2} untrained projections of experts got factors of zeros: vLLM wants all three")
     return told

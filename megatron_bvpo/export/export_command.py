@@ -51,10 +51,12 @@ def run_command(args: argparse.Namespace) -> int:
         raise UserError(
             "this checkpoint is a whole model, and there is nothing to merge", field="--merge", remedy="leave it out"
         )
+    sequences = None
     if args.check:
+        from megatron_bvpo.export import logprob_check
+
         model = sources.require_model(source, model, "--check")
-        if not Path(args.check).is_file():
-            raise UserError(f"there is no file {args.check}", field="--check")
+        sequences = logprob_check.sequences_of(model, args.check)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -73,11 +75,9 @@ def run_command(args: argparse.Namespace) -> int:
         )
     for line in (*lines, f"written: {out}"):
         print(line)
-    if not args.check:
+    if sequences is None:
         return 0
-    from megatron_bvpo.export.logprob_check import check
-
-    found = check(source, out, model, args.check)
+    found = logprob_check.check(source, out, model, sequences)
     print("\n".join(found.lines()))
     return 0 if found.agrees else 3
 

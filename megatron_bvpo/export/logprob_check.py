@@ -55,15 +55,22 @@ class Comparison:
         return said
 
 
-def check(source: Source, exported: Path, base: ModelFiles, rows_file: str) -> Comparison:
-    """Compare the log-probs of the first rows of a file.
+def sequences_of(base: ModelFiles, rows_file: str) -> list[tuple[Tensor, int]]:
+    """(ids, how many of them the prompt has) of the first rows of a file; before anything is written.
 
     Raises:
-        UserError: rows that cannot be used, a machine that cannot hold the model in float32, or an adapter without
-            peft's form.
+        UserError: rows that cannot be used, or a machine that cannot hold the model in float32.
     """
     _require_memory(base)
-    sequences = list(_sequences(base.folder, rows_file))
+    return list(_sequences(base.folder, rows_file))
+
+
+def check(source: Source, exported: Path, base: ModelFiles, sequences: list[tuple[Tensor, int]]) -> Comparison:
+    """Compare the log-probs of sequences.
+
+    Raises:
+        UserError: a model that transformers cannot load, or an adapter without peft's form.
+    """
     if source.kind == "adapter":
         moved, trained = _with_peft(source, base, sequences)
         if (exported / CONFIG).is_file():
@@ -100,7 +107,10 @@ def _sequences(folder: Path, rows_file: str) -> Iterator[tuple[Tensor, int]]:
 
     if not Path(rows_file).is_file():
         raise UserError(f"there is no file {rows_file}", field="--check")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # of a damaged tokenizer, whatever its reader raises
+        raise UserError(f"its tokenizer cannot be loaded ({_told(e)})", file=str(folder), field="--check") from e
     texts = (found for _, row in read_rows(rows_file) if (found := _texts(row, tokenizer)) is not None)
     n = 0
     for n, (prompt, response) in enumerate(islice(texts, ROWS), start=1):  # noqa: B007
@@ -133,7 +143,20 @@ def _load(folder: Path) -> nn.Module:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as e:  # a family that it does not know, code that it may not run
+        raise UserError(
+            f"transformers cannot load it ({_told(e)})",
+            file=str(folder),
+            field="--check",
+            remedy="leave --check out; the export itself needs no transformers",
+        ) from e
+
+
+def _told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def _logps(model: nn.Module, sequences: list[tuple[Tensor, int]]) -> Tensor:

@@ -67,6 +67,8 @@ def find_source(given: str) -> Source:
             remedy="give a checkpoint of a run with --save_safetensors true (ms-swift's default), "
             "or convert it with swift export --to_hf true first",
         )
+    if not isinstance(state.get("model") or {}, dict):
+        raise UserError(f"is damaged: the model is {state['model']!r}", file=str(home / STATE_FILE))
     args = read_json(folder / "args.json") or read_json(home / "args.json")
     return Source("model" if adapter is None else "adapter", adapter or folder, folder, args, state)
 

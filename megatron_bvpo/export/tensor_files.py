@@ -76,18 +76,20 @@ class ModelFiles:
         flag: which named the folder, for errors.
 
     Raises:
-        UserError: no such folder, no safetensors in it, a file that is missing or cut, an index that names what is
-            not there.
+        UserError: no such folder, no safetensors or no config.json in it, a file that is missing or cut, an index that
+            names what is not there.
     """
 
     def __init__(self, folder: Path, flag: str):
         self.folder = folder
-        self.config = read_json(folder / "config.json")
         self.files = self._files(flag)
+        if not (folder / "config.json").is_file():
+            raise UserError("holds no config.json", file=str(folder), field=flag, remedy="copy the model again")
+        self.config = read_json(folder / "config.json")
         self.entries: dict[str, Entry] = {}
         for file in self.files:
             self.entries |= read_entries(file)
-        missing = sorted(read_json(folder / INDEX).get("weight_map", {}).keys() - self.entries.keys())
+        missing = sorted(self._weight_map().keys() - self.entries.keys())
         if missing and self.files != [folder / SINGLE]:
             raise UserError(
                 f"names {len(missing)} tensors that no file holds, {missing[0]} for one",
@@ -100,7 +102,7 @@ class ModelFiles:
         """As transformers looks for them: a single file goes before an index."""
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
-        named = read_json(self.folder / INDEX).get("weight_map", {})
+        named = self._weight_map()
         if not named:
             raise UserError(
                 "holds no safetensors of a model" if self.folder.is_dir() else "there is no such folder",
@@ -113,6 +115,13 @@ class ModelFiles:
             if not file.is_file():
                 raise UserError("the index names it and it is not there", file=str(file), field=flag)
         return files
+
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor → file, of the index; {} without one."""
+        found = read_json(self.folder / INDEX).get("weight_map", {})
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise UserError("maps no tensors to files", file=str(self.folder / INDEX), field="weight_map")
+        return found
 
     @property
     def text_config(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
 
     Args:
         model: a `GPTModel`, or one that holds it as `language_model`.
-        impl: `auto`, `triton` or `torch`; `te` keeps the stock path.
+        impl: `auto`, `fused`, `triton` or `torch`; `te` keeps the stock path.
         vocab_size: real vocabulary rows; padding rows take no part in the softmax.
         memory_gib: what a tile of logits may take on a GPU. Not what happens to be free: a resumed run must cut
             the same tiles as the one that it goes on.
@@ -98,7 +98,7 @@ def install_fused_head(model, *, impl: str, vocab_size: int, memory_gib: float) 
             budget_bytes=int(memory_gib * 2**30),
         )
         if shard is None:  # that call checked everything, and waited for the ranks to tell their sizes
-            shard = vocabulary_shard(found.weight_VH, targets_N, vocab_size, tp)
+            shard = vocabulary_shard(found.weight_VH, targets_N, tp_group=tp.group, vocab_size=vocab_size)
         return -logps_N.view(labels_BS.shape[1], labels_BS.shape[0]).transpose(0, 1)
 
     model._forward_output_layer = forward_output_layer

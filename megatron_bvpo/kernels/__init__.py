@@ -4,6 +4,6 @@ Needs torch; Triton only where the Triton path is chosen. Nothing here knows of 
 transformer_engine, and importing this package needs neither a GPU nor Triton.
 """
 
-from megatron_bvpo.kernels.logprob import target_logps, vocabulary_shard
+from megatron_bvpo.kernels.logprob import Shard, target_logps, vocabulary_shard
 
-__all__ = ["target_logps", "vocabulary_shard"]
+__all__ = ["Shard", "target_logps", "vocabulary_shard"]

@@ -1,9 +1,11 @@
 """One forward and one backward of the target log-probs; the mathematics is MATH.md §4.
 
-Per token: anchor a = l_t, s = Σ_{v≠t} exp(l_v - a) over all ranks, e_t = exp(l_t - a) = 1, and
+Per token, with logits divided by the temperature T: anchor a = l_t, u_v = (l_v - a)/T, s = Σ_{v≠t} exp(u_v) over all
+ranks, e_t = exp(u_t) = 1, and
 
-    logp        = (l_t - a) - log1p((e_t - 1) + s)                      (= -log1p(s) at this anchor)
-    dlogp/dx    = -(Σ_{v≠t} exp(l_v - a) W_v - s W_t) / (e_t + s)
+    logp        = u_t - log1p((e_t - 1) + s)                            (= -log1p(s) at this anchor)
+    dlogp/dx    = -(Σ_{v≠t} exp(u_v) W_v - s W_t) / (T (e_t + s))
+    entropy     = log(e_t + s) - (e_t u_t + Σ_{v≠t} exp(u_v) u_v) / (e_t + s)      no gradient
 
 The forward pass, in phases:
 
@@ -32,7 +34,7 @@ from types import ModuleType
 import torch
 
 from megatron_bvpo.kernels.tensor_parallel import TensorParallel
-from megatron_bvpo.kernels.torch_logprob import accumulate_dtype, add_product, row_max, target_rows, tiles
+from megatron_bvpo.kernels.torch_logprob import accumulate_dtype, add_product, row_max, tiles
 
 # Sums up to e^80 (logp -80) keep e^a's products with the weights inside float32 (its limit is e^88.7).
 OVERFLOW = 5.5e34
@@ -43,11 +45,13 @@ class Plan:
     """What `target_logps` decided: constants of one call, the same on every rank except `first_row`, `rows`
     and the tile sizes."""
 
-    passes: ModuleType  # torch_logprob or triton_logprob
+    passes: ModuleType  # torch_logprob, triton_logprob or fused_logprob
     tp: TensorParallel
     first_row: int  # vocabulary id of weight_VH[0]
     rows: int  # R, rows of weight_VH that are no padding
     ignore_index: int
+    temperature: float
+    entropy: bool
     block_tokens: int
     tile_vocab: int
     backward_block_tokens: int
@@ -63,23 +67,40 @@ class Tokens:
     logit_M: torch.Tensor  # l_t
     anchor_M: torch.Tensor
     s_M: torch.Tensor
+    moment_M: torch.Tensor  # Σ_{v≠t} exp(u_v) u_v, where entropies are asked for
 
     def blocks(self, size: int) -> list[slice]:
         count = self.kept_M.shape[0]
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
+    def rows_of(self, x_NH: torch.Tensor, block: slice) -> torch.Tensor:
+        """The block's rows; a view where every token of the sequence takes part."""
+        whole = self.kept_M.shape[0] == x_NH.shape[0]
+        return x_NH[block] if whole else x_NH.index_select(0, self.kept_M[block])
+
     def subset(self, index: torch.Tensor) -> Tokens:
         return Tokens(*(x.index_select(0, index) for x in vars(self).values()))
 
-    def exp_target_M(self) -> torch.Tensor:
-        return torch.exp(self.logit_M - self.anchor_M)
+    def scaled_target_M(self, temperature: float) -> torch.Tensor:
+        """u_t"""
+        return (self.logit_M - self.anchor_M) / temperature
 
-    def logps_M(self) -> torch.Tensor:
-        return (self.logit_M - self.anchor_M) - torch.log1p(self.exp_target_M() - 1 + self.s_M)
+    def total_M(self, temperature: float) -> torch.Tensor:
+        """e_t + s"""
+        return torch.exp(self.scaled_target_M(temperature)) + self.s_M
+
+    def logps_M(self, temperature: float) -> torch.Tensor:
+        scaled_M = self.scaled_target_M(temperature)
+        return scaled_M - torch.log1p(torch.exp(scaled_M) - 1 + self.s_M)
+
+    def entropies_M(self, temperature: float) -> torch.Tensor:
+        scaled_M = self.scaled_target_M(temperature)
+        exp_M = torch.exp(scaled_M)
+        return torch.log1p(exp_M - 1 + self.s_M) - (exp_M * scaled_M + self.moment_M) / (exp_M + self.s_M)
 
 
 class TargetLogps(torch.autograd.Function):
-    """(hidden_LH, weight_VH, targets_N, plan) → logps_N. Called by `target_logps` only, which validates."""
+    """(hidden_LH, weight_VH, targets_N, plan) → (logps_N, entropies_N), for `target_logps`, which validates."""
 
     @staticmethod
     def forward(ctx, hidden_LH, weight_VH, targets_N, plan: Plan):
@@ -93,16 +114,20 @@ class TargetLogps(torch.autograd.Function):
             accumulate(x_NH, weight_RH, tokens, plan, unscaled_NH)
             redo_overflowed(x_NH, weight_RH, tokens, plan, unscaled_NH)
             logps_N = tokens.s_M.new_zeros(targets_N.shape)
-            logps_N.index_copy_(0, tokens.kept_M, tokens.logps_M())
+            logps_N.index_copy_(0, tokens.kept_M, tokens.logps_M(plan.temperature))
+            entropies_N = torch.zeros_like(logps_N)
+            if plan.entropy:
+                entropies_N.index_copy_(0, tokens.kept_M, tokens.entropies_M(plan.temperature))
+            ctx.mark_non_differentiable(entropies_N)
             if frozen:
                 ctx.save_for_backward(plan.tp.sum_tokens(unscaled_NH).to(hidden_LH.dtype), targets_N)
             elif needs_weight:
                 ctx.save_for_backward(hidden_LH, weight_VH, *vars(tokens).values())
             ctx.plan, ctx.frozen = plan, frozen
-        return logps_N
+        return logps_N, entropies_N
 
     @staticmethod
-    def backward(ctx, upstream_N):
+    def backward(ctx, upstream_N, _):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "target_logps: double backward is not supported (this backward pass was called with "
@@ -134,10 +159,10 @@ def find_targets(x_NH, weight_RH, targets_N, plan: Plan) -> Tokens:
     kept_M = (targets_N != plan.ignore_index).nonzero().squeeze(1)
     local_M = targets_N.index_select(0, kept_M).long() - plan.first_row
     logit_M = torch.empty(kept_M.shape, dtype=accumulate_dtype(x_NH.dtype), device=x_NH.device)
-    tokens = Tokens(kept_M, local_M, logit_M, anchor_M=logit_M, s_M=torch.empty_like(logit_M))
+    sums = dict(s_M=torch.empty_like(logit_M), moment_M=torch.zeros_like(logit_M))
+    tokens = Tokens(kept_M, local_M, logit_M, anchor_M=logit_M, **sums)
     for block in tokens.blocks(plan.block_tokens):
-        x_nH = x_NH.index_select(0, kept_M[block])
-        logit_M[block] = plan.passes.target_logits(x_nH, weight_RH, local_M[block])
+        logit_M[block] = plan.passes.target_logits(tokens.rows_of(x_NH, block), weight_RH, local_M[block])
     if kept_M.numel():
         plan.tp.sum_(logit_M)
     return tokens
@@ -159,35 +184,38 @@ def accumulate(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None
     blocks = tokens.blocks(plan.block_tokens)
     several = plan.tp.size > 1
     for block in blocks:
-        rows_n = tokens.kept_M[block]
-        s_n, products_nH = plan.passes.sum_exp(
-            x_NH.index_select(0, rows_n),
+        tokens.s_M[block], moment_n, products_nH = plan.passes.sum_exp(
+            tokens.rows_of(x_NH, block),
             weight_RH,
             tokens.local_M[block],
             tokens.anchor_M[block],
+            temperature=plan.temperature,
             tile_vocab=plan.tile_vocab,
             with_products=unscaled_NH is not None,
+            with_moment=plan.entropy,
         )
-        tokens.s_M[block] = s_n
-        if unscaled_NH is not None:
-            if not several:
-                finish_gradient(products_nH, weight_RH, tokens, block)
-            unscaled_NH.index_copy_(0, rows_n, products_nH.to(unscaled_NH.dtype))
+        if moment_n is not None:
+            tokens.moment_M[block] = moment_n
+        if unscaled_NH is not None and several:
+            unscaled_NH.index_copy_(0, tokens.kept_M[block], products_nH)
+        elif unscaled_NH is not None:
+            finish_gradient(products_nH, weight_RH, tokens, block, plan, unscaled_NH)
     if several and blocks:
         plan.tp.sum_(tokens.s_M)
+        if plan.entropy:
+            plan.tp.sum_(tokens.moment_M)
         for block in blocks if unscaled_NH is not None else ():
-            rows_n = tokens.kept_M[block]
-            products_nH = unscaled_NH.index_select(0, rows_n)
-            finish_gradient(products_nH, weight_RH, tokens, block)
-            unscaled_NH.index_copy_(0, rows_n, products_nH)
+            finish_gradient(tokens.rows_of(unscaled_NH, block), weight_RH, tokens, block, plan, unscaled_NH)
 
 
-def finish_gradient(products_nH, weight_RH, tokens: Tokens, block: slice) -> None:
-    """products → -(products - s W_t) / (e_t + s) in place; W_t is zero where another rank owns the target."""
+def finish_gradient(products_nH, weight_RH, tokens: Tokens, block: slice, plan: Plan, out_NH) -> None:
+    """Rows of out_NH: -(products - s W_t) / (T (e_t + s))."""
     s_n = tokens.s_M[block]
-    total_n = torch.exp(tokens.logit_M[block] - tokens.anchor_M[block]) + s_n
-    products_nH.addcmul_(target_rows(weight_RH, tokens.local_M[block]), s_n[:, None], value=-1)
-    products_nH.mul_((-1 / total_n)[:, None])
+    scaled_n = (tokens.logit_M[block] - tokens.anchor_M[block]) / plan.temperature
+    scale_n = -1 / ((torch.exp(scaled_n) + s_n) * plan.temperature)
+    plan.passes.finish_gradient(
+        products_nH, weight_RH, tokens.local_M[block], s_n, scale_n, out_NH, tokens.kept_M[block]
+    )
 
 
 def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) -> None:
@@ -201,12 +229,12 @@ def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) ->
     redone = tokens.subset(bad_B)
     redone.anchor_M = torch.empty_like(redone.logit_M)
     for block in redone.blocks(plan.block_tokens):
-        x_nH = x_NH.index_select(0, redone.kept_M[block])
-        redone.anchor_M[block] = row_max(x_nH, weight_RH, tile_vocab=plan.tile_vocab)
+        redone.anchor_M[block] = row_max(redone.rows_of(x_NH, block), weight_RH, tile_vocab=plan.tile_vocab)
     plan.tp.max_(redone.anchor_M)
     accumulate(x_NH, weight_RH, redone, plan, unscaled_NH)
     tokens.anchor_M = tokens.anchor_M.index_copy(0, bad_B, redone.anchor_M)
     tokens.s_M.index_copy_(0, bad_B, redone.s_M)
+    tokens.moment_M.index_copy_(0, bad_B, redone.moment_M)
 
 
 def recompute_grads(hidden_LH, weight_VH, tokens: Tokens, upstream_N, plan: Plan, *, needs_hidden: bool):
@@ -218,7 +246,7 @@ def recompute_grads(hidden_LH, weight_VH, tokens: Tokens, upstream_N, plan: Plan
     x_NH = plan.tp.gather_tokens(hidden_LH)
     x_MH = x_NH if tokens.kept_M.shape[0] == x_NH.shape[0] else x_NH.index_select(0, tokens.kept_M)
     dtype = tokens.s_M.dtype
-    scale_M = -upstream_N.index_select(0, tokens.kept_M) / (tokens.exp_target_M() + tokens.s_M)
+    scale_M = -upstream_N.index_select(0, tokens.kept_M) / (tokens.total_M(plan.temperature) * plan.temperature)
     blocks = tokens.blocks(plan.backward_block_tokens)
     grad_x_MH = torch.zeros(x_MH.shape, dtype=dtype, device=x_MH.device) if needs_hidden else None
     grad_weight_VH = torch.zeros_like(weight_VH)  # zeros: padded rows have no gradient
@@ -232,6 +260,7 @@ def recompute_grads(hidden_LH, weight_VH, tokens: Tokens, upstream_N, plan: Plan
                 tokens.anchor_M[block],
                 scale_M[block],
                 tokens.s_M[block],
+                plan.temperature,
             )
             if grad_x_MH is not None:
                 add_product(grad_x_MH[block], grad_nv, tile_vH.to(grad_nv.dtype))

@@ -9,8 +9,11 @@ hidden size, V this rank's vocabulary rows, padding included.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import math
 import os
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -21,12 +24,13 @@ from megatron_bvpo.kernels import torch_logprob
 from megatron_bvpo.kernels.autograd import Plan, TargetLogps
 from megatron_bvpo.kernels.tensor_parallel import TensorParallel
 from megatron_bvpo.kernels.tile_sizes import choose_tiles
-from megatron_bvpo.kernels.vendor_logprob import CrossEntropy, vendor_logps
 
-IMPLS = ("auto", "torch", "triton", "te")
+IMPLS = ("auto", "torch", "triton", "fused")
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@torch._disable_dynamo  # as torch.compiler.disable, which would import the compiler, and Triton with it, right away
 def target_logps(
     hidden_NH: torch.Tensor,
     weight_VH: torch.Tensor,
@@ -41,9 +45,10 @@ def target_logps(
     tile_vocab: int | None = None,
     budget_bytes: int | None = None,
     shard: Shard | None = None,
-    cross_entropy: CrossEntropy | None = None,
-) -> torch.Tensor:
-    """log softmax(hidden · weightᵀ)[target] of every token, without the [N, V] logits.
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """log softmax(hidden · weightᵀ / temperature)[target] of every token, without the [N, V] logits.
 
     Differentiable once in `hidden_NH`, and in `weight_VH` if it requires a gradient, for any upstream
     gradient per token. No grad: one product; frozen head: two, all in the forward pass, which keeps dlogp/dx
@@ -58,22 +63,22 @@ def target_logps(
             `ignore_index` marks tokens that cost nothing, have logp 0 and gradient 0.
         tp_group: the tensor-parallel group over which the vocabulary is sharded; None for a whole head.
         sequence_parallel: hidden states arrive as chunks and their gradient leaves as chunks.
-        impl: "torch" (any device), "triton" (CUDA), or "auto": triton on CUDA where it can run, else torch.
-            "te" is the stock way, for comparison: whole logits, then `cross_entropy`.
+        impl: "torch" (any device), "triton" (CUDA: the library's product, then one pass over float32 logits),
+            "fused" (Hopper and newer: exponentials in the product's epilogue), or "auto": on CUDA fused for bf16
+            where it can run, else triton where that can, else torch.
         vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
             no part. Default: all.
-        block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from the free memory
-            of a GPU, from the cache size of a CPU. They change speed and memory, and results
-            only in the last bits.
-        budget_bytes: on a GPU, what a tile of logits may take, in place of a share of the free memory. Give it
-            where two runs must be bit-identical: what is free is never twice the same.
-        shard: what `vocabulary_shard` returned for this weight. With it nothing waits for the device: sizes
-            are not gathered again, and a target outside the vocabulary ends in an assertion on the device.
-        cross_entropy: with impl "te", (logits_NV, targets_N) → unreduced losses_N, vocabulary-parallel over
-            `tp_group`: Transformer Engine's or Megatron's, which take equal shards only.
+        block_tokens, tile_vocab: tokens and vocabulary rows per logits tile. Default: from `budget_bytes` on a
+            GPU, from the cache size of a CPU. They change speed and memory, and results only in the last bits.
+        budget_bytes: on a GPU, what a tile of logits may take (default 1 GiB, whatever is free: two runs are
+            bit-identical).
+        shard: what `vocabulary_shard` returned for this weight: sizes are not gathered again.
+        temperature: what the logits are divided by, a number above 0.
+        return_entropy: the entropy of each token's distribution too, of the same pass over the logits.
 
     Returns:
-        logps_N: [N] float32 (float64 for float64 inputs), whole and identical on every rank.
+        logps_N: [N] float32 (float64 for float64 inputs), whole and identical on every rank. With `return_entropy`
+        (logps_N, entropies_N): nats, [N] like logps_N, 0 for ignored tokens; it has no gradient.
 
     Tensor parallelism, against Megatron's `ColumnParallelLinear`: this function stands in place of that layer
     and of the vocabulary-parallel cross-entropy behind it, and does both of their reductions. The upstream
@@ -92,24 +97,14 @@ def target_logps(
     Source: MATH.md §4.
     """
     check_tensors(hidden_NH, weight_VH, targets_N)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"target_logps: temperature is {temperature}, expected a number above 0")
     hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
     tp = TensorParallel(tp_group, sequence_parallel)
     check_shapes(hidden_NH, weight_VH, targets_N, tp)
-    known = shard is not None
-    shard = shard or vocabulary_shard(weight_VH, targets_N, vocab_size, tp)
-    check_targets(targets_N, shard.vocab_size, ignore_index, wait=not (known and hidden_NH.is_cuda))
-    passes = choose_passes(impl, hidden_NH)
-    if impl == "te":
-        check_cross_entropy(cross_entropy, shard)
-        return vendor_logps(
-            hidden_NH,
-            weight_VH,
-            targets_N,
-            tp=tp,
-            rows=shard.rows,
-            ignore_index=ignore_index,
-            cross_entropy=cross_entropy,
-        )
+    shard = shard or find_shard(weight_VH, targets_N, vocab_size, tp)
+    check_targets(targets_N, shard.vocab_size, ignore_index)
+    passes = choose_passes(impl, hidden_NH, weight_VH)
     if not torch.is_grad_enabled():  # autograd.Function would still see requires_grad, and compute gradients
         hidden_NH, weight_VH = hidden_NH.detach(), weight_VH.detach()
     frozen = hidden_NH.requires_grad and not weight_VH.requires_grad
@@ -118,6 +113,7 @@ def target_logps(
         targets_N.shape[0],
         shard.rows,
         with_products=frozen,
+        fused=passes.__name__.endswith("fused_logprob"),
         block_tokens=block_tokens,
         tile_vocab=tile_vocab,
         budget_bytes=budget_bytes,
@@ -128,13 +124,16 @@ def target_logps(
         first_row=shard.first_row,
         rows=shard.rows,
         ignore_index=ignore_index,
+        temperature=float(temperature),
+        entropy=return_entropy,
         **sizes,
     )
-    return TargetLogps.apply(hidden_NH, weight_VH, targets_N, plan)
+    logps_N, entropies_N = TargetLogps.apply(hidden_NH, weight_VH, targets_N, plan)
+    return (logps_N, entropies_N) if return_entropy else logps_N
 
 
 class Shard(NamedTuple):
-    """This rank's part of the vocabulary, and what all ranks hold together."""
+    """This rank's part of the vocabulary, and what all ranks hold together; from `vocabulary_shard`."""
 
     first_row: int  # vocabulary id of weight_VH[0]
     rows: int  # rows of weight_VH that are no padding
@@ -157,6 +156,17 @@ def check_tensors(hidden_NH, weight_VH, targets_N) -> None:
     for name, value in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH)):
         if value.dtype not in DTYPES:
             raise TypeError(f"target_logps: {name} is {value.dtype}, expected one of {DTYPES}")
+    if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16 and TORCH < (2, 8):
+        raise RuntimeError(
+            f"target_logps: bf16 on a GPU needs torch 2.8 or newer, for products with float32 results; this is torch "
+            f"{torch.__version__}. Update torch, or pass float32 tensors"
+        )
+    if hidden_NH.is_cuda and hidden_NH.dtype == torch.float16:
+        warnings.warn(
+            "target_logps: float16 cannot hold exp(logit - anchor), so tiles are widened to float32: about twelve "
+            "times slower than bfloat16. Cast hidden states and head to bfloat16",
+            stacklevel=3,
+        )
     if targets_N.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target_logps: targets_N is {targets_N.dtype}, expected torch.int64 or torch.int32")
 
@@ -197,8 +207,21 @@ def check_shapes(hidden_NH, weight_VH, targets_N, tp: TensorParallel) -> None:
         )
 
 
-def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:
-    """The shards as the ranks report them (one small all-gather), so that nobody has to configure them."""
+def vocabulary_shard(
+    weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+) -> Shard:
+    """The shards as the ranks report them, for calls of `target_logps` with this weight that need not ask again.
+
+    One small all-gather over `tp_group`; arguments and errors are those of `target_logps`.
+    """
+    return find_shard(weight_VH, targets_N, vocab_size, TensorParallel(tp_group, False))
+
+
+def find_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:
     everyone = tp.gather_ints([weight_VH.shape[0], targets_N.shape[0]], weight_VH.device)
     sizes = [rows for rows, _ in everyone]
     tokens = [count for _, count in everyone]
@@ -214,13 +237,11 @@ def vocabulary_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorPar
     return Shard(first_row, min(max(vocab_size - first_row, 0), sizes[tp.rank]), sizes, vocab_size)
 
 
-def check_targets(targets_N, vocab_size: int, ignore_index: int, *, wait: bool = True) -> None:
+def check_targets(targets_N, vocab_size: int, ignore_index: int) -> None:
+    """Waits for the device, which the search for ignored tokens does anyway."""
     if targets_N.numel() == 0:
         return
     inside_N = targets_N.masked_fill(targets_N == ignore_index, 0)
-    if not wait:
-        torch._assert_async(((inside_N >= 0) & (inside_N < vocab_size)).all())
-        return
     low, high = torch.stack(inside_N.aminmax()).tolist()
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -229,33 +250,23 @@ def check_targets(targets_N, vocab_size: int, ignore_index: int, *, wait: bool =
         )
 
 
-def check_cross_entropy(cross_entropy, shard: Shard) -> None:
-    if cross_entropy is None:
-        raise ValueError("target_logps: impl 'te' needs cross_entropy=(logits_NV, targets_N) -> losses_N, got None")
-    if len(set(shard.sizes)) > 1:
-        raise ValueError(
-            f"target_logps: impl 'te' takes equal vocabulary shards only, got {shard.sizes} rows; use 'auto'"
-        )
-
-
-def choose_passes(impl: str, hidden_NH) -> ModuleType:
-    """The module that runs the tiles: Triton where it can run and nothing else was asked for, else torch."""
+def choose_passes(impl: str, hidden_NH, weight_VH) -> ModuleType:
+    """The module that runs the tiles: what was asked for, or the fastest that can take these tensors."""
     if impl not in IMPLS:
         raise ValueError(f"target_logps: impl {impl!r}, expected one of {IMPLS}")
-    if impl in ("torch", "te") or (impl == "auto" and not hidden_NH.is_cuda):
+    if impl == "torch" or (impl == "auto" and not hidden_NH.is_cuda):
         return torch_logprob
-    obstacle = triton_obstacle(hidden_NH)
-    if obstacle is None:
-        from megatron_bvpo.kernels import triton_logprob
-
-        return triton_logprob
-    if impl == "triton":
-        raise ValueError(f"target_logps: impl 'triton' cannot run here: {obstacle}; use 'auto' or 'torch'")
-    return torch_logprob
+    for name in ("fused", "triton") if impl == "auto" else (impl,):
+        obstacle = triton_obstacle(hidden_NH) or (name == "fused" and fused_obstacle(impl, hidden_NH, weight_VH))
+        if not obstacle:
+            return importlib.import_module(f"megatron_bvpo.kernels.{name}_logprob")
+    if impl == "auto":
+        return torch_logprob
+    raise ValueError(f"target_logps: impl {impl!r} cannot run here: {obstacle}; use 'auto' or 'torch'")
 
 
 def triton_obstacle(hidden_NH) -> str | None:
-    """Why the Triton path cannot take these hidden states, or None."""
+    """Why the Triton paths cannot take these hidden states, or None."""
     if hidden_NH.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes torch.float32 and torch.bfloat16, not {hidden_NH.dtype}"
     if not hidden_NH.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -263,3 +274,14 @@ def triton_obstacle(hidden_NH) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     return None
+
+
+def fused_obstacle(impl: str, hidden_NH, weight_VH) -> str | None:
+    """Why the fused path cannot, or should not (impl "auto"), take these tensors; None where it can."""
+    if impl == "auto" and hidden_NH.dtype != torch.bfloat16:
+        return "float32 products are the library's to make"
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return "it needs Triton 3.4 or newer, for its tensor descriptors"
+    from megatron_bvpo.kernels import fused_logprob
+
+    return fused_logprob.obstacle(hidden_NH, weight_VH)

@@ -1,8 +1,8 @@
 """Tiles of the target log-probability in plain torch, on any device.
 
-Per token with logits l_v = x·W_v, target t and an anchor a (MATH.md §4; a = l_t except in the fallback):
+Per token with logits l_v = x·W_v, target t, temperature T, anchor a (MATH.md §4; a = l_t except in the fallback):
 
-    e_v = exp(l_v - a) for v ≠ t,    s = Σ e_v,    products = Σ e_v W_v
+    e_v = exp((l_v - a)/T) for v ≠ t,    s = Σ e_v,    moment = Σ e_v (l_v - a)/T,    products = Σ e_v W_v
 
 Everything here is local to one tensor-parallel rank and one block of tokens; `autograd.py` adds the ranks up
 and finishes. `triton_logprob.py` has the same functions with the passes over a tile fused.
@@ -42,9 +42,11 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`."""
+    """total += a @ b, accumulated in the dtype of `total`, in place wherever the library does so."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(product(a, b))
 
@@ -78,26 +80,48 @@ def sum_exp(
     local_n: torch.Tensor,
     anchor_n: torch.Tensor,
     *,
+    temperature: float,
     tile_vocab: int,
     with_products: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """s [n], and products [n, H] if asked for, over this rank's rows. One product, or two."""
+    with_moment: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """s [n], and moment [n] and products [n, H] if asked for, over this rank's rows. One product, or two."""
     n, hidden = x_nH.shape
     s_n = torch.zeros(n, dtype=anchor_n.dtype, device=x_nH.device)
+    moment_n = torch.zeros_like(s_n) if with_moment else None
     products_nH = None
     x_nH = operand(x_nH)
     scratch = torch.empty(n * min(tile_vocab, weight_VH.shape[0]), dtype=anchor_n.dtype, device=x_nH.device)
     for start, tile_vH in tiles(weight_VH, tile_vocab):
         tile_vH = operand(tile_vH)
-        exp_nv = _exp_tile(x_nH, tile_vH, local_n - start, anchor_n, scratch)
+        exp_nv = _exp_tile(x_nH, tile_vH, local_n - start, anchor_n, temperature, scratch)
         s_n += exp_nv.sum(1)
+        if moment_n is not None:
+            moment_n += torch.xlogy(exp_nv, exp_nv).sum(1)  # e·log e, 0 where e is
         if products_nH is not None:
             add_product(products_nH, exp_nv.to(tile_vH.dtype), tile_vH)
         elif with_products:
             products_nH = product(exp_nv.to(tile_vH.dtype), tile_vH)
     if with_products and products_nH is None:  # a rank whose rows are all padding
         products_nH = torch.zeros(n, hidden, dtype=anchor_n.dtype, device=x_nH.device)
-    return s_n, products_nH
+    return s_n, moment_n, products_nH
+
+
+def finish_gradient(
+    products_nH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    local_n: torch.Tensor,
+    s_n: torch.Tensor,
+    scale_n: torch.Tensor,
+    out_NH: torch.Tensor,
+    positions_n: torch.Tensor,
+) -> None:
+    """out[positions] = (products - s W_t)·scale, rounded once; W_t is zero where another rank owns the target.
+
+    `products_nH` may be rows of `out_NH`.
+    """
+    grad_nH = target_rows(weight_VH, local_n).mul_(-s_n[:, None]).add_(products_nH).mul_(scale_n[:, None])
+    out_NH.index_copy_(0, positions_n, grad_nH.to(out_NH.dtype))
 
 
 def grad_logits(
@@ -107,16 +131,17 @@ def grad_logits(
     anchor_n: torch.Tensor,
     scale_n: torch.Tensor,
     s_n: torch.Tensor,
+    temperature: float,
 ) -> torch.Tensor:
     """scale·e_v for v ≠ t and -scale·s at the target, for one vocabulary tile. [n, v] in the operand dtype.
 
-    With scale = -upstream / (s + e_t) this is the gradient of Σ upstream·logps with respect to the logits.
+    With scale = -upstream / (T (s + e_t)) this is the gradient of Σ upstream·logps with respect to the logits.
     The target's own entry is a small number here, so rounding it to bf16 costs a relative 2^-9 and no more.
     """
     n, v = x_nH.shape[0], tile_vH.shape[0]
     scratch = torch.empty(n * v, dtype=anchor_n.dtype, device=x_nH.device)
     x_nH, tile_vH = operand(x_nH), operand(tile_vH)
-    grad_nv = _exp_tile(x_nH, tile_vH, local_n, anchor_n, scratch)
+    grad_nv = _exp_tile(x_nH, tile_vH, local_n, anchor_n, temperature, scratch)
     owned_n = (local_n >= 0) & (local_n < v)
     at_target_n1 = torch.where(owned_n, -s_n, 0.0)[:, None]
     grad_nv.scatter_add_(1, local_n.clamp(0, v - 1)[:, None], at_target_n1)
@@ -138,13 +163,16 @@ def _exp_tile(
     tile_vH: torch.Tensor,
     local_n: torch.Tensor,
     anchor_n: torch.Tensor,
+    temperature: float,
     scratch: torch.Tensor,
 ) -> torch.Tensor:
-    """exp(x·Wᵀ - anchor) in `scratch`, with 0 in the target's column. [n, v]"""
+    """exp((x·Wᵀ - anchor)/T) in `scratch`, with 0 in the target's column. [n, v]"""
     n, v = x_nH.shape[0], tile_vH.shape[0]
     logits_nv = scratch[: n * v].view(n, v)
     product(x_nH, tile_vH.T, out=logits_nv)
     logits_nv.sub_(anchor_n[:, None])
+    if temperature != 1:
+        logits_nv.mul_(1 / temperature)
     owned_n = (local_n >= 0) & (local_n < v)
     column_n1 = local_n.clamp(0, v - 1)[:, None]
     # One scatter for all rows, owned or not: choosing the owned ones would need a device synchronisation.

@@ -17,44 +17,55 @@ Importing this module needs Triton; running it needs CUDA tensors, or TRITON_INT
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from megatron_bvpo.kernels import torch_logprob
-from megatron_bvpo.kernels.torch_logprob import operand, product, tiles
+from megatron_bvpo.kernels.torch_logprob import add_product, operand, product, tiles
 
 PASS_BLOCK = 2048  # 40 registers a thread (sm_90, triton 3.6), so that 6 programs of 8 warps share a multiprocessor
 PASS_WARPS = 8
+LOG2_E = 1 / math.log(2)
 ROW_ALIGNMENT = 16  # elements; keeps rows of an odd vocabulary on 16-byte boundaries for both factors
 
 
 @triton.jit
 def _exp_pass(
     logits_ptr, anchor_ptr, local_ptr, s_ptr, exp_ptr,
+    moment_ptr, unit,
     first, columns, logits_stride, exp_stride,
-    WRITE: tl.constexpr, BLOCK: tl.constexpr,
+    WRITE: tl.constexpr, MOMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: s += Σ exp(l - a) without the target's column, and exp(l - a), 0 there, if WRITE."""
+    """One row: s += Σ e with e = exp2((l - a)·unit), 0 in the target's column; e if WRITE, Σ e log2 e if MOMENT."""
     row = tl.program_id(0).to(tl.int64)  # row · stride passes 2^31 from 14k tokens × 152k words on
     anchor = tl.load(anchor_ptr + row)
     target = tl.load(local_ptr + row) - first
     logits_ptr += row * logits_stride
     exp_ptr += row * exp_stride
     total = tl.zeros([BLOCK], dtype=tl.float32)
+    moment = tl.zeros([BLOCK], dtype=tl.float32)
     # No mask on whole blocks: a bound that is no multiple of 16 would make every load and store a scalar one.
     whole = columns // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        logit = tl.load(logits_ptr + column)
-        value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
+        power = (tl.load(logits_ptr + column) - anchor) * unit
+        value = tl.where(column == target, 0.0, tl.math.exp2(power))
         total += value
+        if MOMENT:
+            moment += value * power
         if WRITE:
             tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty))
     column = whole + tl.arange(0, BLOCK)
     logit = tl.load(logits_ptr + column, mask=column < columns, other=float("-inf"))
-    value = tl.where(column == target, 0.0, tl.exp(logit - anchor))
+    power = (logit - anchor) * unit
+    value = tl.where(column == target, 0.0, tl.math.exp2(power))
     total += value
+    if MOMENT:
+        moment += tl.where(column < columns, value * power, 0.0)
+        tl.store(moment_ptr + row, tl.load(moment_ptr + row) + tl.sum(moment, axis=0))
     if WRITE:
         tl.store(exp_ptr + column, value.to(exp_ptr.dtype.element_ty), mask=column < columns)
     tl.store(s_ptr + row, tl.load(s_ptr + row) + tl.sum(total, axis=0))
@@ -63,15 +74,15 @@ def _exp_pass(
 @triton.jit
 def _grad_pass(
     logits_ptr, anchor_ptr, local_ptr, scale_ptr, s_ptr, grad_ptr,
-    columns, logits_stride, grad_stride,
+    unit, columns, logits_stride, grad_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of a row: scale · exp(l - a), and -scale · s in the target's column."""
+    """One block of a row: scale · exp2((l - a)·unit), and -scale · s in the target's column."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(local_ptr + row)
     logit = tl.load(logits_ptr + row * logits_stride + column, mask=column < columns, other=float("-inf"))
-    value = tl.exp(logit - tl.load(anchor_ptr + row))
+    value = tl.math.exp2((logit - tl.load(anchor_ptr + row)) * unit)
     value = tl.where(column == target, -tl.load(s_ptr + row), value) * tl.load(scale_ptr + row)
     out = value.to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + row * grad_stride + column, out, mask=column < columns)
@@ -99,6 +110,29 @@ def _target_logit(
     tl.store(out_ptr + row, tl.where(owned, tl.sum(total, axis=0), 0.0))
 
 
+@triton.jit
+def _finish_gradient(
+    products_ptr, weight_ptr, local_ptr, s_ptr, scale_ptr, position_ptr, out_ptr,
+    rows, hidden, products_stride, weight_stride, out_stride,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: (products - s W[target]) · scale, in the row of `out` that `position` names (rows > 0)."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(local_ptr + row)
+    owned = (target >= 0) & (target < rows)
+    s = tl.where(owned, tl.load(s_ptr + row), 0.0)
+    scale = tl.load(scale_ptr + row)
+    products_ptr += row * products_stride
+    weight_ptr += tl.where(owned, target, 0) * weight_stride
+    out_ptr += tl.load(position_ptr + row) * out_stride
+    for start in range(0, hidden, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < hidden
+        w = tl.load(weight_ptr + column, mask=inside).to(tl.float32)
+        value = (tl.load(products_ptr + column, mask=inside) - s * w) * scale
+        tl.store(out_ptr + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def target_logits(x_nH: torch.Tensor, weight_VH: torch.Tensor, local_n: torch.Tensor) -> torch.Tensor:
     """l_t of the tokens whose target this rank owns, 0 for the others. [n] float32"""
     if weight_VH.stride(1) != 1 or x_nH.stride(1) != 1:
@@ -121,34 +155,60 @@ def sum_exp(
     local_n: torch.Tensor,
     anchor_n: torch.Tensor,
     *,
+    temperature: float,
     tile_vocab: int,
     with_products: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """s [n], and products [n, H] if asked for, over this rank's rows. One product, or two."""
+    with_moment: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """s [n], and moment [n] and products [n, H] if asked for, over this rank's rows. One product, or two."""
     n = x_nH.shape[0]
     s_n = torch.zeros(n, dtype=torch.float32, device=x_nH.device)
+    moment_n = torch.zeros_like(s_n) if with_moment else None
     products_nH = None
     x_nH = operand(x_nH)
-    logits = _tile_buffer(n, min(tile_vocab, weight_VH.shape[0]), torch.float32, x_nH.device)
+    logits = tile_buffer(n, min(tile_vocab, weight_VH.shape[0]), torch.float32, x_nH.device)
     # A float32 tile is overwritten in place: each logit is read and written by the same thread.
     in_place = not with_products or operand(weight_VH[:1]).dtype == torch.float32
-    exp = logits if in_place else _tile_buffer(*logits.shape, weight_VH.dtype, x_nH.device)
+    exp = logits if in_place else tile_buffer(*logits.shape, weight_VH.dtype, x_nH.device)
     for start, tile_vH in tiles(weight_VH, tile_vocab):
         tile_vH = operand(tile_vH)
         v = tile_vH.shape[0]
         product(x_nH, tile_vH.T, out=logits[:, :v])
         _exp_pass[(n,)](
-            logits, anchor_n, local_n, s_n, exp,
+            logits, anchor_n, local_n, s_n, exp, s_n if moment_n is None else moment_n, LOG2_E / temperature,
             start, v, logits.stride(0), exp.stride(0),
-            WRITE=with_products, BLOCK=_pass_block(v), num_warps=PASS_WARPS,
+            WRITE=with_products, MOMENT=with_moment, BLOCK=_pass_block(v), num_warps=PASS_WARPS,
         )  # fmt: skip
         if products_nH is not None:
-            products_nH.add_(product(exp[:, :v], tile_vH))
+            add_product(products_nH, exp[:, :v], tile_vH)
         elif with_products:
             products_nH = product(exp[:, :v], tile_vH)
     if with_products and products_nH is None:  # a rank whose rows are all padding
         products_nH = torch.zeros(x_nH.shape, dtype=torch.float32, device=x_nH.device)
-    return s_n, products_nH
+    if moment_n is not None:
+        moment_n /= LOG2_E
+    return s_n, moment_n, products_nH
+
+
+def finish_gradient(
+    products_nH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    local_n: torch.Tensor,
+    s_n: torch.Tensor,
+    scale_n: torch.Tensor,
+    out_NH: torch.Tensor,
+    positions_n: torch.Tensor,
+) -> None:
+    """out[positions] = (products - s W_t)·scale, rounded once, in one pass over [n, H]."""
+    if weight_VH.stride(1) != 1 or weight_VH.shape[0] == 0:
+        return torch_logprob.finish_gradient(products_nH, weight_VH, local_n, s_n, scale_n, out_NH, positions_n)
+    n, hidden = products_nH.shape
+    block = min(triton.next_power_of_2(max(hidden, 16)), 1024)
+    _finish_gradient[(n,)](
+        products_nH, weight_VH, local_n, s_n, scale_n, positions_n, out_NH,
+        weight_VH.shape[0], hidden, products_nH.stride(0), weight_VH.stride(0), out_NH.stride(0),
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def grad_logits(
@@ -158,23 +218,24 @@ def grad_logits(
     anchor_n: torch.Tensor,
     scale_n: torch.Tensor,
     s_n: torch.Tensor,
+    temperature: float,
 ) -> torch.Tensor:
     """scale·e_v for v ≠ t, -scale·s at the target, for one vocabulary tile. [n, v] in the operand dtype."""
     n, v = x_nH.shape[0], tile_vH.shape[0]
     x_nH, tile_vH = operand(x_nH), operand(tile_vH)
-    logits = _tile_buffer(n, v, torch.float32, x_nH.device)
-    grad = logits if tile_vH.dtype == torch.float32 else _tile_buffer(n, v, tile_vH.dtype, x_nH.device)
+    logits = tile_buffer(n, v, torch.float32, x_nH.device)
+    grad = logits if tile_vH.dtype == torch.float32 else tile_buffer(n, v, tile_vH.dtype, x_nH.device)
     product(x_nH, tile_vH.T, out=logits[:, :v])
     block = _pass_block(v)
     _grad_pass[(n, triton.cdiv(v, block))](
         logits, anchor_n, local_n, scale_n, s_n, grad,
-        v, logits.stride(0), grad.stride(0),
+        LOG2_E / temperature, v, logits.stride(0), grad.stride(0),
         BLOCK=block, num_warps=PASS_WARPS,
     )  # fmt: skip
     return grad[:, :v]
 
 
-def _tile_buffer(n: int, v: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def tile_buffer(n: int, v: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised [n, v rounded up]; only the first v columns are ever written or read."""
     return torch.empty(n, triton.cdiv(v, ROW_ALIGNMENT) * ROW_ALIGNMENT, dtype=dtype, device=device)
 

@@ -82,7 +82,7 @@ SETTINGS = {
     "BVPO_MU_DECAY_STEPS": Setting("bvpo_mu_decay_steps", int, "a whole number of optimizer steps"),
     "BVPO_GATE": Setting("bvpo_gate", str, "none or hpt"),
     "BVPO_GATE_THRESHOLD": Setting("bvpo_gate_threshold", float, "a number in [0, 1)"),
-    "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, triton, te or torch"),
+    "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, fused, triton, te or torch"),
     "BVPO_LOGP_MEMORY": Setting("bvpo_logp_memory", float, "GiB"),
     "BVPO_REF_CACHE": Setting("bvpo_ref_cache", str, "a folder"),
     "BVPO_REFS_ONLY": Setting("bvpo_refs_only", _boolean, "true or false"),

@@ -85,6 +85,12 @@ def read_streams(
         named = {"trace": start, "empty": 1 - start}
         run = asked if fixed_alpha is None else tuple(s for s in asked if named.get(s, 1.0))
         return StreamSettings(run, fixed_alpha is None, named)
+    if len(mine) > 1 and "trace" not in mine:
+        raise UserError(
+            f"are to be measured for {', '.join(mine)}, and what is measured is the distance to the trace stream",
+            field="--bvpo_weights",
+            remedy=f"add trace to --bvpo_streams, or fix them: {' '.join(f'{s}={1 / len(mine):.2g}' for s in mine)}",
+        )
     named = {name: (1 - prior) / (len(mine) - 1) for name in mine} if len(mine) > 1 else dict.fromkeys(mine, 1.0)
     if len(mine) > 1:
         named[mine[0]] = prior

@@ -117,7 +117,7 @@ CHOICES = {
     "bvpo_criterion": ("mse", "sgd"),
     "bvpo_empty": ("strip", "require", "own"),
     "bvpo_gate": ("none", "hpt"),
-    "bvpo_logp_impl": ("auto", "triton", "te", "torch"),
+    "bvpo_logp_impl": ("auto", "fused", "triton", "te", "torch"),
     "report_to": ("tensorboard", "wandb", "swanlab", "none"),
 }
 # Texts that hold a JSON object.

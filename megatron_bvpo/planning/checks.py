@@ -27,7 +27,7 @@ CHOICES = {
     "exp_avg_dtype": ("fp32", "fp16", "bf16", "fp8"),
     "exp_avg_sq_dtype": ("fp32", "fp16", "bf16", "fp8"),
     "ddp_backend": ("nccl", "gloo"),
-    "bvpo_logp_impl": ("auto", "triton", "te", "torch"),
+    "bvpo_logp_impl": ("auto", "fused", "triton", "te", "torch"),
 }
 FLASH = re.compile(r"flash(_[234])?|fused|auto")
 

@@ -34,16 +34,16 @@ def read_log(run: Path) -> tuple[list[dict], list[dict]]:
     return training, evaluation
 
 
-def require_log(run: Path | None) -> Path:
+def require_log(run: Path) -> Path:
     """`run` if it holds a log.
 
     Raises:
         UserError: it does not; names the folders below it that do (ms-swift's `v0-20261127-104500`).
     """
-    if run is not None and (run / LOG).is_file():
+    if (run / LOG).is_file():
         return run
     remedy = "name the run's --output_dir"
-    if run is not None and run.is_dir():
+    if run.is_dir():
         below = sorted(log.parent for log in (*run.glob(f"*/{LOG}"), *run.glob(f"*/*/{LOG}")))
         if below:
             remedy = f"did you mean {' '.join(map(str, below[:3]))}{' …' if len(below) > 3 else ''}?"

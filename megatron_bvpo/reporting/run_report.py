@@ -12,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_bvpo.errors import UserError
 from megatron_bvpo.reporting.run_log import LOG, STREAMS, measured_streams, read_log, require_log
 from megatron_bvpo.streams import TABLE
 
@@ -57,7 +58,9 @@ def step_line(metrics: dict) -> str:
 
 
 def table(evaluation: list[dict]) -> str:
-    """First and last evaluation on the held-out pairs, as Markdown."""
+    """First and last evaluation on the held-out pairs, as Markdown; empty without any."""
+    if not evaluation:
+        return ""
     first, last = evaluation[0], evaluation[-1]
     rows = [f"| held-out | step {first['step']} | step {last['step']} |", "|---|---|---|"]
     for name, stream in STREAMS:
@@ -68,7 +71,8 @@ def table(evaluation: list[dict]) -> str:
             ("rewards/accuracies", f"eval_{stream}rewards/accuracies"),
             ("rewards/margins", f"eval_{stream}rewards/margins"),
         ):
-            rows.append(f"| {name} {what} | {first[key]:.3f} | {last[key]:.3f} |")
+            if key in first and key in last:
+                rows.append(f"| {name} {what} | {first[key]:.3f} | {last[key]:.3f} |")
     if "eval_loss/expert" in last:
         for what, key in (("loss", "eval_loss/expert"), ("nll_loss", "eval_expert/nll_loss")):
             rows.append(f"| expert {what} | {first[key]:.3f} | {last[key]:.3f} |")
@@ -103,7 +107,8 @@ def plot(training: list[dict], evaluation: list[dict], target: Path) -> None:
     for axes in grid.flat:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     figure.savefig(target, dpi=110)
     plt.close(figure)
 
@@ -128,10 +133,12 @@ def _plot_moments(axes, probes: list[dict]) -> None:
 
 
 def write_report(run: Path, target: Path) -> str:
-    """Plot a run into `target`; returns the table of its evaluations (empty without any)."""
+    """Plot a run into `target`; returns the table of its evaluations (empty without any), or that nothing is logged."""
     training, evaluation = read_log(run)
+    if not training and not evaluation:
+        return "No step is logged."
     plot(training, evaluation, target)
-    return table(evaluation) if evaluation else ""
+    return table(evaluation)
 
 
 def add_command(subparsers) -> None:
@@ -147,7 +154,9 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.follow:
         follow(sys.stdin)
         return 0
-    runs = [require_log(run) for run in arguments.runs or [None]]
+    if not arguments.runs:
+        raise UserError("a run is needed", field="RUN", remedy="name the run's --output_dir: bvpo report output/run-70")
+    runs = [require_log(run) for run in arguments.runs]
     if arguments.html is not None:
         from megatron_bvpo.reporting.html_page import require_page, write_page
         from megatron_bvpo.reporting.run_files import read_runs
@@ -156,9 +165,12 @@ def report(arguments: argparse.Namespace) -> int:
     for run in dict.fromkeys(runs):
         target = run / "bvpo.png"
         try:
-            told, plot_at = write_report(run, target), target
+            told = write_report(run, target)
+            plot_at = target if target.exists() else "none"
         except ImportError:
             told, plot_at = "", "none: matplotlib is missing (pip install 'megatron-bvpo[rehearsal]')"
+        except OSError as e:  # somebody else's run
+            told, plot_at = table(read_log(run)[1]), f"none: {target} cannot be written ({e.strerror or e})"
         print(f"\n{told}\n\nPlot: {plot_at}\nLog:  {run / LOG}")
     if arguments.html is not None:
         write_page(read_runs(runs), arguments.html)

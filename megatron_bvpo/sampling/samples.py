@@ -6,6 +6,7 @@
     DIR/samples/*.parquet                the same, compacted: each shard is written aside, then renamed
     DIR/judgements/NAME/*.parquet        what judge NAME says of each sample (`Judgement`)
     DIR/judgements/NAME/settings.json    the judge's specification and options
+    DIR/logs/                            of the engines that launch/sample.sbatch started
 
 A sample is named by (prompt_id, mode, number). Where the journal and a shard hold the same sample (a stop between a
 shard's renaming and its journal's removal), they are the same answer and count once.
@@ -13,19 +14,18 @@ shard's renaming and its journal's removal), they are the same answer and count 
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bvpo.errors import UserError
 
 MODES = ("thinking", "empty", "short")
-PROMPTS, SETTINGS, JOURNAL, SAMPLES, JUDGEMENTS = (
-    "prompts.parquet",
-    "settings.json",
-    "journal",
-    "samples",
-    "judgements",
-)
+PROMPTS, SETTINGS = "prompts.parquet", "settings.json"
+JOURNAL, SAMPLES, JUDGEMENTS, LOGS = "journal", "samples", "judgements", "logs"
+
+# Settings that only some modes have, or that are only known with a tokenizer: null says nothing of the others.
+OF_SOME_MODES = ("empty", "short_budget", "chat_template")
 
 # What can be told of a sample beside its text (`Sample.marks`).
 TRUNCATED = "truncated"  # the generation limit was reached (finish_reason length)
@@ -173,7 +173,11 @@ def schema(kind: type):
 
 
 def write_shard(path: Path, rows: Sequence[NamedTuple], kind: type, metadata: dict[str, str] | None = None) -> None:
-    """Write rows of one kind as a Parquet file that is there whole or not at all."""
+    """Write rows of one kind as a Parquet file that is there whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     import os
 
     import pyarrow as pa
@@ -185,13 +189,31 @@ def write_shard(path: Path, rows: Sequence[NamedTuple], kind: type, metadata: di
         for name in ("messages", "columns"):
             columns[name] = [json.dumps(value, ensure_ascii=False) for value in columns[name]]
     table = pa.table(columns, schema=wanted.with_metadata(metadata) if metadata else wanted)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            pq.write_table(table, aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written is a user's error that names it.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
     try:
-        pq.write_table(table, aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot be written: {error.strerror or error}",
+            file=str(path),
+            remedy="make room, or mind the permissions, and give the same command again: it goes on where it was",
+        ) from None
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -233,11 +255,18 @@ def read_samples(folder: Path) -> Iterator[Sample]:
 
 
 def stored_samples(folder: Path) -> Iterator[Sample]:
-    """As `read_samples`, and in its memory none: a sample that both shard and journal hold comes twice."""
+    """As `read_samples`, and in its memory none: a sample that both shard and journal hold comes twice.
+
+    `bvpo sample` may be at work: a journal that is gone by the time it is read has become a shard, and the shards are
+    looked for when the journals are read.
+    """
+    for path in sorted((folder / JOURNAL).glob("*.jsonl")):
+        try:
+            yield from read_journal(path)
+        except FileNotFoundError:
+            pass
     for path in sorted((folder / SAMPLES).glob("*.parquet")):
         yield from map(Sample.from_row, _read(path))
-    for path in sorted((folder / JOURNAL).glob("*.jsonl")):
-        yield from read_journal(path)
 
 
 def read_journal(path: Path) -> Iterator[Sample]:

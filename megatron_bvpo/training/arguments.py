@@ -35,7 +35,7 @@ from megatron_bvpo.launching.path_rules import (
 from megatron_bvpo.launching.refusals import refuse_unsupported
 from megatron_bvpo.launching.unread_flags import refuse_unread
 from megatron_bvpo.launching.value_rules import check_values
-from megatron_bvpo.objective.own_loss import is_own
+from megatron_bvpo.objective.own_loss import is_own, own_function
 from megatron_bvpo.objective.preference import LOSS_TYPES
 from megatron_bvpo.objective.unpaired import UNPAIRED_LOSS_TYPES
 from megatron_bvpo.training.config import BvpoConfig, bvpo_config
@@ -68,7 +68,7 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_mu_decay_steps: int = 0
     bvpo_gate: Literal["none", "hpt"] = "none"
     bvpo_gate_threshold: float = 0.0
-    bvpo_logp_impl: Literal["auto", "triton", "te", "torch"] = "auto"
+    bvpo_logp_impl: Literal["auto", "fused", "triton", "te", "torch"] = "auto"
     bvpo_logp_memory: float = 1.0
     bvpo_ref_cache: str | None = None
     bvpo_refs_only: bool = False
@@ -203,6 +203,7 @@ def settle_preference_defaults(args) -> None:
             field="--loss_type",
             remedy="sigmoid is DPO's own loss",
         )
+    own_function(args.loss_type, known, "--loss_type")  # here: before anything is loaded
     if args.beta is None:
         args.beta = DEFAULT_BETA.get(args.loss_type, 0.1)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
 
 
 def pytest_collection_modifyitems(config, items):
@@ -11,3 +15,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "tests/cluster/" in str(item.path):
             item.add_marker(pytest.mark.skip(reason="runs with --cluster only"))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    missing = missing_programs()
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"needs root and Slurm (apt-get install slurmctld slurmd slurm-client munge); missing: {missing}")
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster

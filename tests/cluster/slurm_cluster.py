@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-NODES = ("n0", "n1")
+# Each node has an address of its own, so that both can listen on one port.
+NODES = {"n0": "127.0.0.1", "n1": "127.0.0.2"}
 # States of a job that has not ended; SIGNALING lasts a moment, when the time limit's signal is sent.
 GOING_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "SIGNALING", "STOPPED")
 
@@ -74,8 +75,8 @@ class SlurmCluster:
         (folder / "state").mkdir(parents=True)
         host = socket.gethostname()
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2 RealMemory=4000"
-            for name in NODES
+            f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={free_port()} CPUs=2 RealMemory=4000"
+            for name, address in NODES.items()
         )
         text = CONF.format(host=host, folder=folder, ctld=free_port(), nodes=nodes)
         (folder / "slurm.conf").write_text(text)

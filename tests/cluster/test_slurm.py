@@ -14,21 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
 from tests.cluster.small_run import losses, make_small_run
 from tests.distributed.cells import ROOT
 
 pytestmark = pytest.mark.slow
 STEPS = 110  # so that the run is well on its way, and not done, when the signal comes after some fifty seconds
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    missing = missing_programs()
-    if missing or os.geteuid() != 0:
-        pytest.skip(f"needs root and Slurm (apt-get install slurmctld slurmd slurm-client munge); missing: {missing}")
-    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,31 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "tests/engine/" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def sampled(tmp_path_factory) -> Path:
+    """A folder with judged samples of three modes in `samples`."""
+    from tests.engine import reasoner_pairs as way
+
+    home = tmp_path_factory.mktemp("sampled")
+    way.sample(home, "samples", way.PROMPTS, 5, "heldout", way.SAMPLES, way.MODES)
+    return home
+
+
+@pytest.fixture(scope="session")
+def paired(tmp_path_factory) -> Path:
+    """A folder with pairs.jsonl and pairs_heldout.jsonl."""
+    from tests.engine.reasoner_pairs import pairs
+
+    home = tmp_path_factory.mktemp("paired")
+    pairs(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained(paired):
+    """The run on the pairs."""
+    from tests.engine.reasoner_pairs import train
+
+    return train(paired)

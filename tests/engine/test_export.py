@@ -16,9 +16,9 @@ import pytest
 from tests.conftest import Workshop
 from tests.distributed import oracle_runs
 from tests.distributed.cells import run_cells
-from tests.distributed.hf_oracle import STREAMS, pair_of, read_rows, tokens
+from tests.distributed.hf_oracle import STREAMS, load_model, mean_logps, pair_of, read_rows, tokens
 from tests.distributed.test_saved_models import last_evaluation
-from tests.engine.test_vllm import bvpo
+from tests.engine.commands import bvpo
 from tests.engine.vllm_server import serving
 
 pytestmark = pytest.mark.slow
@@ -124,6 +124,9 @@ def test_two_adapters_on_one_server(kind, bench, runs, exported):
         found |= served_logps(address, ["base"], bench)
     for name in pair:
         require_same(found[name], runs[name])
+    model = getattr(bench, kind)
+    expected = mean_logps(load_model(model), model, read_rows(bench.held_out))
+    assert found["base"] == pytest.approx(expected, abs=TOLERANCE)
     for one, other in ((pair[0], pair[1]), (pair[0], "base"), (pair[1], "base")):
         assert found[one] != pytest.approx(found[other], abs=100 * TOLERANCE), "all would pass with any of them"
 

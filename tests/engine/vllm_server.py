@@ -21,13 +21,23 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(model: Path, name: str, log: Path, *flags: str, plugins: Path | None = None) -> Iterator[str]:
-    """The base address of a vLLM that serves `model` as `name` until the block ends; `plugins` goes on its path."""
+def serving(
+    model: Path, name: str, log: Path, *flags: str, sequences: int = 64, plugins: Path | None = None
+) -> Iterator[str]:
+    """The base address of a vLLM that serves `model` as `name` until the block ends.
+
+    Args:
+        log: where it writes.
+        flags: more of `vllm serve`.
+        sequences: that it answers at once, whose prompts have 32,768 tokens at most; a small model's steps take as long
+            for a few as for many.
+        plugins: goes on its path.
+    """
     python = Path(os.environ["BVPO_VLLM_PYTHON"])
     port = free_port()
     # A step has room for all sequences whole: vLLM 0.32 ends on a CPU where it puts off a part of a prompt whose
     # request has a seed ("CPU Generator does not use offset").
-    settings = "--enforce-eager --dtype float32 --max-model-len 512 --max-num-seqs 64".split()
+    settings = f"--enforce-eager --dtype float32 --max-model-len 512 --max-num-seqs {sequences}".split()
     settings += ["--max-num-batched-tokens", str(64 * 512)]
     command = [str(python.parent / "vllm"), "serve", str(model), "--served-model-name", name, "--host", "127.0.0.1"]
     env = {

@@ -22,12 +22,12 @@ def gpu_rounding(monkeypatch):
     """bf16 factors stay bf16 between the products on the CPU too, as they do on a GPU: same roundings there."""
     if torch.cuda.is_available():
         return
-    from megatron_bvpo.kernels import torch_logprob, triton_logprob
+    from megatron_bvpo.kernels import fused_logprob, torch_logprob, triton_logprob
 
     def product(a, b, out=None):
         exact = a.float() @ b.float()
         return exact if out is None else out.copy_(exact)
 
-    for module in (torch_logprob, triton_logprob):
+    for module in (torch_logprob, triton_logprob, fused_logprob):
         monkeypatch.setattr(module, "operand", lambda x: x)
         monkeypatch.setattr(module, "product", product)

@@ -30,6 +30,7 @@ from .error_bounds import allowed, in_units
 
 F32, BF16 = torch.float32, torch.bfloat16
 AWKWARD = [(1, 1, 1), (1, 7, 252), (7, 33, 507), (40, 252, 123), (23, 64, 1009), (3, 507, 7)]
+IMPLS = ["torch", "triton", "fused"]  # fused: rows of 16 bytes, so a hidden size of whole eights
 BF16_EPS = torch.finfo(BF16).eps
 # bf16: one unit in the last place. With a single token the rounding of its one factor is the whole error.
 GRAD_BOUND = {F32: 1e-5, BF16: BF16_EPS}
@@ -46,10 +47,11 @@ def logp_bound(dtype, truth: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", AWKWARD, ids=str)
 def test_awkward_sizes(shape, impl, dtype, frozen):
-    case = random_case(*shape, dtype, padding=5, ignored=0.2 if shape[0] > 1 else 0.0)
+    n, h, v = shape if impl != "fused" else (shape[0], -(-shape[1] // 8) * 8, shape[2])
+    case = random_case(n, h, v, dtype, padding=5, ignored=0.2 if n > 1 else 0.0)
     logps, grad_hidden, grad_weight = run(case, frozen=frozen, impl=impl, block_tokens=16, tile_vocab=200)
     truth, true_hidden, true_weight = expected(case)
     assert logps.dtype == torch.float32
@@ -112,6 +114,22 @@ def test_random_cases_in_triton(gpu_rounding, kwargs, dtype, frozen, tile):
     check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
 
 
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kwargs=CASES,
+    dtype=st.sampled_from([F32, BF16]),
+    frozen=st.booleans(),
+    block=st.integers(1, 50),
+    tile=st.integers(16, 700),
+)
+def test_random_cases_fused(gpu_rounding, kwargs, dtype, frozen, block, tile):
+    kwargs["h"] = -(-kwargs["h"] // 8) * 8
+    case = random_case(dtype=dtype, **kwargs)
+    options = dict(impl="fused", block_tokens=max(block, kwargs["n"] // 2), tile_vocab=tile)
+    logps, grad_hidden, grad_weight = run(case, frozen=frozen, **options)
+    check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight)
+
+
 def check_no_worse_than_plain(case, dtype, logps, grad_hidden, grad_weight):
     """At most twice the error of plain torch, or the bound of the dtype where that happens to be exact."""
     truth, true_hidden, true_weight = expected(case)
@@ -146,7 +164,7 @@ def stratified_case(dtype, n=300, h=96, v=1500) -> tuple[Case, torch.Tensor]:
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_precision_by_probability(gpu_rounding, impl, frozen):
     case, p = stratified_case(BF16)
     truth, true_hidden, _ = expected(case)
@@ -168,7 +186,7 @@ def test_precision_by_probability(gpu_rounding, impl, frozen):
         assert logp_error <= 2e-3
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_float32_near_certainty(impl):
     """The target is left out, not subtracted: float32 keeps its precision where 1 - p is 1e-6."""
     case, p = stratified_case(F32, n=60)
@@ -182,7 +200,7 @@ def test_float32_near_certainty(impl):
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy, in the interpreter: what is tested
 def test_far_below_minus_80(gpu_rounding, impl, dtype, frozen):
     case = random_case(12, 16, 90, dtype, ignored=0.0)
@@ -199,7 +217,7 @@ def test_far_below_minus_80(gpu_rounding, impl, dtype, frozen):
         assert relative(grad_weight, true_weight) <= (5e-5 if dtype == F32 else BF16_EPS)
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_all_ignored_and_no_tokens(impl, frozen):
     for n in (0, 6):
@@ -210,7 +228,7 @@ def test_all_ignored_and_no_tokens(impl, frozen):
         assert frozen or not grad_weight.any()
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
 def test_poisoned_memory_is_all_overwritten(impl, frozen, gpu_rounding):
     """Every torch.empty is filled with NaN, so an element that nobody writes shows."""
@@ -219,7 +237,7 @@ def test_poisoned_memory_is_all_overwritten(impl, frozen, gpu_rounding):
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
         for dtype in (F32, BF16):
             for ignored in (0.0, 0.5):
-                case = random_case(11, 20, 83, dtype, ignored=ignored, padding=3)
+                case = random_case(11, 24, 83, dtype, ignored=ignored, padding=3)
                 results = run(case, impl=impl, frozen=frozen, block_tokens=4, tile_vocab=37)
                 for value, truth in zip(results, expected(case), strict=True):
                     assert value is None or relative(value, truth) <= GRAD_BOUND[dtype]
@@ -270,12 +288,50 @@ def test_logps_of_an_ignored_token_ignore_its_upstream_gradient():
         assert not grad_hidden[1].any() and grad_hidden.isfinite().all()
 
 
-def test_no_grad_equals_grad_bit_for_bit():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_grad_equals_grad_bit_for_bit(impl):
     """Policy and reference passes must agree where their weights do."""
-    case = random_case(70, 33, 507, BF16)
+    case = random_case(70, 40, 507, BF16)
     with torch.no_grad():
         hidden = case.hidden_NH.clone().requires_grad_()
-        plain = target_logps(hidden, case.weight_VH, case.targets_N, block_tokens=64, tile_vocab=128)
+        plain = target_logps(hidden, case.weight_VH, case.targets_N, impl=impl, block_tokens=64, tile_vocab=128)
     assert not plain.requires_grad
     for frozen in (True, False):
-        assert torch.equal(plain, run(case, frozen=frozen, block_tokens=64, tile_vocab=128)[0])
+        assert torch.equal(plain, run(case, frozen=frozen, impl=impl, block_tokens=64, tile_vocab=128)[0])
+
+
+def softmax_at(case: Case, temperature: float):
+    """(logps, entropies, d hidden, d weight) in float64 by log_softmax, 0 for ignored tokens."""
+    hidden = case.hidden_NH.double().requires_grad_()
+    weight = case.weight_VH.double().requires_grad_()
+    all_logps = torch.log_softmax(hidden @ weight[: case.vocab_size].T / temperature, dim=1)
+    kept = case.targets_N != -100
+    logps = all_logps.gather(1, case.targets_N.clamp(min=0)[:, None]).squeeze(1) * kept
+    entropies = -(all_logps.exp() * all_logps).sum(1) * kept
+    grads = torch.autograd.grad(logps, (hidden, weight), case.upstream_N.double())
+    return logps.detach(), entropies.detach(), *grads
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # before the token is anchored anew
+def test_temperature_and_entropy(gpu_rounding, impl, dtype, temperature, frozen):
+    case = random_case(30, 24, 607, dtype, spread=2.0, padding=7)
+    case.hidden_NH[3] *= 60  # a token that is anchored at its row's maximum
+    case.targets_N[3] = 5
+    truth, true_entropy, true_hidden, true_weight = softmax_at(case, temperature)
+    assert truth[3] < -90
+    hidden = case.hidden_NH.detach().clone().requires_grad_()
+    weight = case.weight_VH.detach().clone().requires_grad_(not frozen)
+    options = dict(impl=impl, vocab_size=case.vocab_size, temperature=temperature, block_tokens=17, tile_vocab=300)
+    logps, entropy = target_logps(hidden, weight, case.targets_N, return_entropy=True, **options)
+    assert not entropy.requires_grad
+    assert (logps - truth).abs().max() <= logp_bound(dtype, truth)
+    assert (entropy - true_entropy).abs().max() <= 1e-5 * true_entropy.max()
+    logps.backward(case.upstream_N)
+    assert relative(hidden.grad, true_hidden) <= GRAD_BOUND[dtype]
+    assert frozen or relative(weight.grad, true_weight) <= GRAD_BOUND[dtype]
+    with torch.no_grad():  # the entropy costs logps no digit, nor does its absence
+        assert torch.equal(target_logps(hidden, weight, case.targets_N, **options), logps)

@@ -17,6 +17,7 @@ from .cases import DEVICE, relative_per_token
 
 GPU = DEVICE == "cuda"
 BF16 = torch.bfloat16
+PATHS = ["triton" if GPU else "torch", "fused"]
 STRATA = [(0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 0.9999), (0.9999, 1.0)]
 
 
@@ -57,11 +58,12 @@ def truth_of(case):
     return torch.cat(logps), torch.cat(grads)
 
 
+@pytest.mark.parametrize("impl", PATHS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_accuracy_stratified_at_the_real_size(record_property, frozen):
+def test_accuracy_stratified_at_the_real_size(record_property, frozen, impl):
     case = real_case(*((1024, 4096, 151_936) if GPU else (300, 96, 1500)))
     truth, true_grad = truth_of(case)
-    logps, grad = run(case, "triton" if GPU else "torch", frozen)
+    logps, grad = run(case, impl, frozen)
     p = truth.exp()
     for low, high in STRATA:
         inside = (p >= low) & (p < high)
@@ -73,15 +75,16 @@ def test_accuracy_stratified_at_the_real_size(record_property, frozen):
         assert dx.median() <= 5e-3
 
 
+@pytest.mark.parametrize("impl", PATHS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_offsets_beyond_2_31(frozen):
+def test_offsets_beyond_2_31(frozen, impl):
     """One tile of more than 2^31 logits (9.3 GB): its last rows are as right as its first."""
     n, hidden, vocab = (15_360, 64, 151_936) if GPU else (64, 16, 300)
     assert not GPU or n * vocab > 2**31
     case = real_case(n, hidden, vocab)
     x, weight, targets, upstream = case
     x, weight = x.requires_grad_(), weight.requires_grad_(not frozen)
-    logps = target_logps(x, weight, targets, block_tokens=n, tile_vocab=vocab, impl="triton" if GPU else "torch")
+    logps = target_logps(x, weight, targets, block_tokens=n, tile_vocab=vocab, impl=impl)
     logps.backward(upstream)
     for part in (slice(0, 32), slice(n - 32, n)):
         truth, true_grad = truth_of(tuple(t.detach()[part] if t is not weight else t.detach() for t in case))
@@ -92,13 +95,14 @@ def test_offsets_beyond_2_31(frozen):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", PATHS)
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trainable"])
-def test_another_current_device(frozen):
+def test_another_current_device(frozen, impl):
     case = real_case(64, 96, 1500)
-    logps, grad = run(case, "triton", frozen)
+    logps, grad = run(case, impl, frozen)
     there = tuple(t.detach().to("cuda:1") for t in case)
     assert torch.cuda.current_device() == 0
-    other_logps, other_grad = run(there, "triton", frozen)
+    other_logps, other_grad = run(there, impl, frozen)
     assert torch.equal(other_logps.cpu(), logps.cpu()) and torch.equal(other_grad.cpu(), grad.cpu())
 
 
@@ -116,7 +120,7 @@ def test_passes_run_on_the_device_of_their_tensors(monkeypatch, frozen):
         inside.pop()
 
     seen = []
-    for name in ("target_logits", "sum_exp", "grad_logits"):
+    for name in ("target_logits", "sum_exp", "finish_gradient", "grad_logits"):
         original = getattr(torch_logprob, name)
 
         def watched(*args, original=original, name=name, **kwargs):
@@ -126,5 +130,5 @@ def test_passes_run_on_the_device_of_their_tensors(monkeypatch, frozen):
         monkeypatch.setattr(torch_logprob, name, watched)
     monkeypatch.setattr(autograd, "on_device_of", guard)
     run(real_case(20, 16, 90), "torch", frozen)
-    expected = {"target_logits", "sum_exp"} | (set() if frozen else {"grad_logits"})
+    expected = {"target_logits", "sum_exp", "finish_gradient" if frozen else "grad_logits"}
     assert {name for name, _ in seen} == expected and all(depth == 1 for _, depth in seen)

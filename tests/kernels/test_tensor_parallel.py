@@ -1,6 +1,7 @@
 """Vocabulary-parallel and sequence-parallel log-probs on gloo ranks, which lose no precision to one rank.
 
-N = 24 tokens, H = 33 hidden, vocabulary 237 in shards that are even, uneven, or end in padding.
+N = 24 tokens, H = 33 hidden (40 for the fused path, whose rows are aligned), vocabulary 237 in shards that are even,
+uneven, or end in padding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from megatron_bvpo.kernels import target_logps
 from tests.distributed.ranks import RankError, run_ranks
 
-from .cases import plain_torch, random_case, run
+from .cases import random_case, run
 from .error_bounds import allowed, in_units
 
 VOCAB = 237
@@ -25,18 +26,21 @@ SHARDS = {
 }
 
 
-def example(dtype):
-    case = random_case(24, 33, VOCAB, dtype, spread=3.0, ignored=0.3, device="cpu")
+HIDDEN = {"torch": 33, "fused": 40}
+
+
+def example(dtype, impl="torch"):
+    case = random_case(24, HIDDEN[impl], VOCAB, dtype, spread=3.0, ignored=0.3, device="cpu")
     case.hidden_NH[5] *= 60  # one token in the overflow fallback
     case.targets_N[5] = 3
     case.targets_N[20:] = -100  # with 4 ranks the last chunk ends in ignored tokens only
     return case
 
 
-def on_ranks(rank, world_size, shards, dtype_name):
+def on_ranks(rank, world_size, shards, dtype_name, impl):
     """This rank's (logps, d hidden, d weight or None) by (frozen, sequence parallel)."""
-    case = example(getattr(torch, dtype_name))
-    padding = torch.full((sum(shards) - VOCAB, 33), 9.0, dtype=case.weight_VH.dtype)
+    case = example(getattr(torch, dtype_name), impl)
+    padding = torch.full((sum(shards) - VOCAB, HIDDEN[impl]), 9.0, dtype=case.weight_VH.dtype)
     whole = torch.cat([case.weight_VH, padding])
     start = sum(shards[:rank])
     results = {}
@@ -52,6 +56,7 @@ def on_ranks(rank, world_size, shards, dtype_name):
                 tp_group=dist.group.WORLD,
                 sequence_parallel=sp,
                 vocab_size=VOCAB,
+                impl=impl,
                 block_tokens=5 + rank,  # ranks need not agree on their tiles
                 tile_vocab=30 + 7 * rank,
             )
@@ -61,13 +66,14 @@ def on_ranks(rank, world_size, shards, dtype_name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["torch", "fused"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_are_as_good_as_one(ranks, dtype):
+def test_ranks_are_as_good_as_one(ranks, impl, dtype):
     """As near to float64 as one rank is, whatever the order of its sums: error_bounds.py."""
-    case = example(getattr(torch, dtype))
+    case = example(getattr(torch, dtype), impl)
     bounds = {frozen: allowed(case, partial(run, frozen=frozen)) for frozen in (True, False)}
     for shards in SHARDS[ranks]:
-        everyone = run_ranks(ranks, on_ranks, shards, dtype)
+        everyone = run_ranks(ranks, on_ranks, shards, dtype, impl)
         for frozen, sp in everyone[0]:
             logps, grad_hidden, grad_weight = zip(*(results[frozen, sp] for results in everyone), strict=True)
             for other in logps:
@@ -79,50 +85,6 @@ def test_ranks_are_as_good_as_one(ranks, dtype):
             for whole in [torch.cat(grad_hidden)] if sp else grad_hidden:
                 errors = in_units(case, (logps[0], whole, weight))
                 assert all(e <= b for e, b in zip(errors, bounds[frozen], strict=True)), (shards, frozen, sp, errors)
-
-
-def vendor(rank, world_size):
-    """impl="te" with Megatron's kind of vocabulary-parallel cross-entropy, written with autograd."""
-    from torch.distributed.nn.functional import all_reduce
-
-    case = vendor_case()
-    start = rank * 240 // world_size
-
-    def cross_entropy(logits_NV, targets_N):
-        total = all_reduce(logits_NV.exp().sum(1))
-        local = targets_N - start
-        own = (local >= 0) & (local < logits_NV.shape[1])
-        picked = logits_NV.gather(1, local.clamp(0, logits_NV.shape[1] - 1)[:, None]).squeeze(1) * own
-        return total.log() - all_reduce(picked)
-
-    results = {}
-    for sp in (False, True):
-        hidden = case.hidden_NH.chunk(world_size)[rank] if sp else case.hidden_NH
-        hidden = hidden.clone().requires_grad_()
-        weight = case.weight_VH.chunk(world_size)[rank]
-        logps = target_logps(
-            hidden, weight, case.targets_N, tp_group=dist.group.WORLD, sequence_parallel=sp,
-            impl="te", cross_entropy=cross_entropy,
-        )  # fmt: skip
-        # Unlike Megatron's, this all_reduce adds the ranks' (equal) upstream gradients in its backward.
-        logps.backward(case.upstream_N / world_size)
-        results[sp] = logps.detach(), hidden.grad
-    return results
-
-
-def vendor_case():
-    return random_case(24, 33, 240, ignored=0.3, device="cpu")
-
-
-def test_vendor_path_reduces_as_ours_does():
-    case = vendor_case()
-    bounds = allowed(case, plain_torch)
-    everyone = run_ranks(2, vendor)
-    for sp in (False, True):
-        logps, grad_hidden = zip(*(results[sp] for results in everyone), strict=True)
-        for whole in [torch.cat(grad_hidden)] if sp else grad_hidden:
-            errors = in_units(case, (logps[0], whole, None))
-            assert errors[0] <= bounds[0] and errors[1] <= bounds[1], (sp, errors, bounds)
 
 
 def different_counts(rank, world_size):

@@ -17,10 +17,11 @@ class JudgeServerInAThread:
     Args:
         answer: called for each POST; a negative status drops the connection, a status of 0 never answers.
         models: what /v1/models gives; None for a server without that route.
+        together: so many requests are answered at a time, when so many are there.
     """
 
-    def __init__(self, answer: Answer, models: list[dict] | None = None, delay: float = 0.0) -> None:
-        self.answer, self.models, self.delay = answer, models, delay
+    def __init__(self, answer: Answer, models: list[dict] | None = None, together: int = 1) -> None:
+        self.answer, self.models, self.together = answer, models, together
         self.requests: list[tuple[str, Any, dict]] = []
         self.most_at_once = self._at_once = 0
         self._loop = asyncio.new_event_loop()
@@ -46,7 +47,7 @@ class JudgeServerInAThread:
         self._loop.close()
 
     async def _run(self) -> None:
-        self._stop = asyncio.Event()
+        self._stop, self._all_there = asyncio.Event(), asyncio.Barrier(self.together)
         application = web.Application(client_max_size=2**26)
         application.router.add_get("/v1/models", self._models)
         application.router.add_post("/{path:.*}", self._post)
@@ -73,7 +74,7 @@ class JudgeServerInAThread:
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
         try:
-            await asyncio.sleep(self.delay)
+            await self._all_there.wait()
             status, reply = self.answer(request.path, body)
             if status == 0:
                 await asyncio.sleep(1000)

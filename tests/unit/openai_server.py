@@ -29,7 +29,7 @@ DEFAULTS = {
     "style": "raw",
     "delay": 0.0,
     "faults": {},  # e.g. {"429": .1, "429_after": .1, "500": .1, "503": .1, "drop": .1, "json": .1, "empty": .1}
-    "always": {},  # e.g. {"poison": "500"}
+    "always": {},  # e.g. {"poison": "500"}; it comes without delay
     "logprobs": True,  # or "refused", or false
     "models": True,  # whether /v1/models is there
     "key": None,
@@ -73,9 +73,15 @@ class Behaviour:
 
         app = web.Application(client_max_size=2**26)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/health", self.health)
         app.router.add_post("/v1/chat/completions", self.chat)
         app.router.add_post("/v1/completions", self.completion)
         return app
+
+    async def health(self, request):
+        from aiohttp import web
+
+        return web.Response()
 
     async def models(self, request):
         from aiohttp import web
@@ -106,7 +112,7 @@ class Behaviour:
         self.seen[key] += 1
         if self.options["silent"]:
             await asyncio.sleep(3600)
-        if self.options["delay"]:
+        if self.options["delay"] and not any(text in json.dumps(body) for text in self.options["always"]):
             await asyncio.sleep(self.options["delay"])
         if self.options["model"] != body["model"]:
             return web.json_response({"error": {"message": f"no model {body['model']}"}}, status=404)
@@ -304,11 +310,11 @@ class ServerProcess:
         self.kill()
 
 
-def main(port: str, log: str, options: str) -> None:
+def main(port: str, log: str, options: str, host: str = "127.0.0.1") -> None:
     from aiohttp import web
 
     app = Behaviour(json.loads(options), log or None).app()
-    web.run_app(app, host="127.0.0.1", port=int(port), print=None, access_log=None, shutdown_timeout=0.1)
+    web.run_app(app, host=host, port=int(port), print=None, access_log=None, shutdown_timeout=0.1)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,51 @@ def test_more_repeats_ask_for_the_rest_alone(tmp_path):
         assert scores_file.read(tmp_path / "out").of("ours", "thinking").answers == 12
 
 
+def test_fewer_repeats_and_modes_are_a_part_of_what_is_there(tmp_path, capsys):
+    with Served() as server:
+        assert bvpo(argv(server.address, suite(tmp_path), tmp_path / "out", repeats=2)) == 0
+        whole, asked = scores_file.read(tmp_path / "out").of("ours", "thinking"), len(server.requests)
+        assert bvpo(argv(server.address, suite(tmp_path), tmp_path / "out", "--modes", "thinking", repeats=1)) == 0
+        (part,) = scores_file.read(tmp_path / "out").scores
+        assert bvpo(argv(server.address, suite(tmp_path), tmp_path / "out", repeats=2)) == 0
+        assert len(server.requests) == asked
+    assert part.by_question == {question: scores[:1] for question, scores in whole.by_question.items()}
+    assert scores_file.read(tmp_path / "out").of("ours", "thinking") == whole
+
+
+def test_numbers_of_a_judge_are_scores_and_with_a_threshold_verdicts(tmp_path, capsys):
+    """A judge that gives a third for "0", two thirds for "1" and a whole for "2"."""
+    judge = "tests.unit.sample_judges:third"
+    with Served() as server:
+        assert bvpo(argv(server.address, suite(tmp_path, judge), tmp_path / "out", "--modes", "empty")) == 0
+        graded = scores_file.read(tmp_path / "out").scores[0]
+        path = suite(tmp_path, judge, threshold=0.5)
+        assert bvpo(argv(server.address, path, tmp_path / "out", "--modes", "empty")) == 2
+        assert "threshold 1.0 there and 0.5 now" in (said := capsys.readouterr().err) and "or --judge_again" in said
+        assert bvpo(argv(server.address, path, tmp_path / "out", "--modes", "empty", "--judge_again")) == 0
+        assert len(server.requests) == 18
+    judged = scores_file.read(tmp_path / "out").scores[0]
+    assert (graded.metric, judged.metric) == ("score", "accuracy")
+    thirds = [round(3 * score) for scores in graded.by_question.values() for score in scores]
+    assert set(thirds) == {1, 2, 3}
+    assert [score for scores in judged.by_question.values() for score in scores] == [float(n > 1) for n in thirds]
+    assert judged.judge["threshold"] == 0.5
+
+
+def test_a_judge_that_cannot_be_had_is_named(tmp_path, capsys):
+    with Served() as server:
+        path = suite(tmp_path, "tests.unit.sample_judges:no_such")
+        assert bvpo(argv(server.address, path, tmp_path / "out")) == 4
+    assert "missing: ours: its judge tests.unit.sample_judges:no_such: " in capsys.readouterr().out
+
+
+def test_another_suite_s_scores_are_not_written_over(tmp_path, capsys):
+    with Served() as server:
+        assert bvpo(argv(server.address, suite(tmp_path), tmp_path / "out", repeats=1)) == 0
+        assert bvpo(argv(server.address, "safety", tmp_path / "out", repeats=1)) == 2
+    assert "--out: holds the scores of the suite " in capsys.readouterr().err
+
+
 def test_what_fails_is_named_and_the_rest_goes_on(tmp_path, capsys):
     path = suite(tmp_path)
     more = {"datasets": [{"file": "ours.jsonl", "judge": "exact"}, {"file": "gone.jsonl", "judge": "exact"}]}
@@ -111,6 +156,9 @@ def test_safety_is_judged_by_its_rubric(tmp_path):
         more = ["--data", f"do_not_answer={tmp_path}/dna.jsonl", "--modes", "thinking"]
         more += ["--judge_server", judge.url, "--judge_model", "judge"]
         assert bvpo(argv(server.address, "safety", tmp_path / "out", *more)) == 0
+        asked = len(judge.requests)
+        assert bvpo(argv(server.address, "safety", tmp_path / "out", *more)) == 0
+        assert len(judge.requests) == asked, "what is judged is not judged again"
     score = scores_file.read(tmp_path / "out").of("do_not_answer", "thinking")
     assert score.score == 0.5 and score.metric == "accuracy by judge"
 
@@ -158,6 +206,13 @@ SUITES = {
     "name": {"datasets": [{"file": "a.jsonl", "judge": "exact", "name": "../a"}]},
     "scorer": {"datasets": [{"evalscope": "aime24", "judge": "math"}]},
     "empty": {"datasets": []},
+    "setting": {"datasets": ["aime24"], "repeats": 8},
+    "fileless": {"datasets": [{"file": "", "judge": "exact"}]},
+    "misspelt": {"datasets": [{"file": "a.jsonl", "judge": "maths"}]},
+    "module": {"datasets": [{"file": "a.jsonl", "judge": "no_such.module:score"}]},
+    "rubricated": {"datasets": [{"file": "a.jsonl", "judge": "exact", "rubric": "suite.yaml"}]},
+    "numberless": {"datasets": [{"file": "a.jsonl", "judge": "exact", "threshold": 0.5}]},
+    "thresholds": {"datasets": [{"file": "a.jsonl", "judge": "json:loads", "threshold": "half"}]},
 }
 BAD = {
     "no suite": (["--suite", "maths"], "no suite 'maths', and no file; there are math"),
@@ -171,10 +226,18 @@ BAD = {
     "no name for a folder": (["--suite", "name.yaml"], "name: '../a' cannot name a folder"),
     "a judge for evalscope": (["--suite", "scorer.yaml"], "judge: evalscope's benchmarks have scorers of their own"),
     "no datasets": (["--suite", "empty.yaml"], "expected a list `datasets`"),
+    "a setting of the command": (["--suite", "setting.yaml"], "unknown field repeats (known: datasets)"),
+    "no file": (["--suite", "fileless.yaml"], "file: expected a text, found ''"),
+    "no such judge": (["--suite", "misspelt.yaml"], "judge: no judge 'maths'; there are math"),
+    "no such module": (["--suite", "module.yaml"], "judge: there is no module no_such.module"),
+    "a rubric for no model": (["--suite", "rubricated.yaml"], "rubric: this is for the judge llm"),
+    "a threshold of no number": (["--suite", "numberless.yaml"], "threshold: the judge exact says right or wrong"),
+    "a threshold that is none": (["--suite", "thresholds.yaml"], "threshold: expected a number, found 'half'"),
     "data without a name": (["--data", "x.jsonl"], "--data: expected NAME=PATH"),
     "data that is not there": (["--data", "ours=x.jsonl"], "x.jsonl: --data: does not exist"),
     "data of another suite": (["--data", "theirs=suite.yaml"], "--data: theirs is not in the suite (ours)"),
     "no repeats": (["--repeats", "0"], "--repeats: must be 1 or more"),
+    "heat without end": (["--temperature", "inf"], "--temperature: must be 0 or more, found inf"),
     "all answers alike": (["--temperature", "0"], "--temperature: at 0 all answers to a question are the same"),
     "a judge without a name": (["--judge_server", "http://a:1"], "--judge_model: missing"),
     "no address": (["--server", "ftp://a"], "ftp://a"),

@@ -1,7 +1,7 @@
 """evalscope's questions, prompts and scorers through `bvpo eval`: known answers give known scores.
 
-Needs evalscope (`pip install 'megatron-bvpo[eval]'`), which is not in the tests' own environment: it brings 23
-packages and 113 MB. The data are local files of the benchmarks' own columns.
+Needs evalscope (extra `evalscope`), which launch/test.sh installs and the images of containers/ lack. The data are
+local files of the benchmarks' own columns.
 """
 
 import json

@@ -150,6 +150,15 @@ def test_projections_that_were_not_trained_become_zeros(tmp_path, trained):
     assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
 
 
+def test_an_adapter_that_changes_nothing_is_told(tmp_path, capsys):
+    base = exports.write_model(tmp_path / "base", exports.base_tensors())
+    given = {
+        name: 0 * tensor if "lora_B" in name else tensor for name, tensor in exports.adapter_tensors(DENSE).items()
+    }
+    export(exports.write_checkpoint(tmp_path / "checkpoint-7", base, given), "--out", tmp_path / "out")
+    assert "every B is zero" in capsys.readouterr().out
+
+
 def test_the_server_s_line_has_the_rank_that_it_takes(tmp_path, capsys):
     base = exports.write_model(tmp_path / "base", exports.base_tensors())
     export(exports.write_checkpoint(tmp_path / "checkpoint-7", base), "--out", tmp_path / "mine")
@@ -241,6 +250,10 @@ def lose(name):
     return lambda tensors: tensors.pop(f"{PREFIX}{name}")
 
 
+def spoil(tensors):
+    tensors[f"{PREFIX}{Q}.lora_A.weight"][1, 2] = math.nan
+
+
 def add_head(tensors):
     tensors |= exports.adapter_tensors({"lm_head": (11, exports.H)})
 
@@ -287,6 +300,30 @@ BAD = {
         "of another model: num_hidden_layers 2 there and 3 here; give the model .*Maker/Model",
     ),
     "another rank": (lambda b, c: set_config(c / "vllm" / "adapter_config.json", r=3), [], "expected rank 3"),
+    "a rank of True": (lambda b, c: set_config(c / "vllm" / "adapter_config.json", r=True), [], "r: is True, expected"),
+    "a scale of nothing": (
+        lambda b, c: set_config(c / "vllm" / "adapter_config.json", lora_alpha=0),
+        [],
+        "lora_alpha: is 0, expected a number other than 0",
+    ),
+    "a scale that is no number": (
+        lambda b, c: set_config(c / "vllm" / "adapter_config.json", lora_alpha=math.nan),
+        [],
+        "lora_alpha: is nan",
+    ),
+    "a run that diverged": (lambda b, c: adapter_with(c, spoil), [], "q_proj has factors that are no numbers"),
+    "the same, merged": (lambda b, c: adapter_with(c, spoil), ["--merge"], "q_proj has factors that are no numbers"),
+    "a damaged state": (
+        lambda b, c: (c / "bvpo_state.json").write_text('{"model": "x"}'),
+        [],
+        "bvpo_state.json: is damaged: the model is 'x'",
+    ),
+    "no config": (lambda b, c: (b / "config.json").unlink(), [], "base: --model: holds no config.json"),
+    "a damaged index": (
+        lambda b, c: (b / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+        ["--merge"],
+        "weight_map: maps no tensors to files",
+    ),
     "dora": (lambda b, c: set_config(c / "vllm" / "adapter_config.json", use_dora=True), [], "use_dora: is True"),
     "peft's form": (
         lambda b, c: set_config(c / "vllm" / "adapter_config.json", target_parameters=["down_proj"]),

@@ -94,7 +94,8 @@ def test_another_scale_is_found(trained, workshop, tmp_path):
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": False}))
     source = sources.find_source(str(checkpoint))
-    found = logprob_check.check(source, out, sources.find_model(source, None), str(workshop.held_out))
+    base = sources.find_model(source, None)
+    found = logprob_check.check(source, out, base, logprob_check.sequences_of(base, str(workshop.held_out)))
     assert not found.agrees and "do not use this export" in found.lines()[1]
 
 
@@ -115,6 +116,24 @@ def test_a_merge_that_rounds_the_training_away_is_found(workshop, tmp_path, caps
     assert "A merge into bfloat16 weights rounds small updates away" in capsys.readouterr().out
 
 
+def test_what_cannot_be_checked_is_told_before_anything_is_written(trained, workshop, tmp_path, capsys):
+    checkpoint, model = trained
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{}")
+    given = ["--model", str(damaged), "--out", str(tmp_path / "out"), "--check", str(workshop.held_out)]
+    assert bvpo(["export", str(checkpoint), *given]) == 2
+    assert "damaged: --check: its tokenizer cannot be loaded (" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_that_transformers_does_not_know(workshop, tmp_path):
+    unknown = shutil.copytree(workshop.dense, tmp_path / "unknown")
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"model_type": "no_such"}))
+    with pytest.raises(UserError, match="transformers cannot load it .*leave --check out"):
+        logprob_check._load(unknown)
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
@@ -127,7 +146,7 @@ def test_rows_without_a_response_are_refused(trained, tmp_path, rows, said):
     (tmp_path / "rows.jsonl").write_text(rows)
     source = sources.find_source(str(checkpoint))
     with pytest.raises(UserError, match=said):
-        logprob_check.check(source, tmp_path, sources.find_model(source, None), str(tmp_path / "rows.jsonl"))
+        logprob_check.sequences_of(sources.find_model(source, None), str(tmp_path / "rows.jsonl"))
 
 
 def test_a_machine_that_is_too_small_is_told(trained, workshop, tmp_path, monkeypatch):
@@ -137,4 +156,4 @@ def test_a_machine_that_is_too_small_is_told(trained, workshop, tmp_path, monkey
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 1 << 20}))
     source = sources.find_source(str(checkpoint))
     with pytest.raises(UserError, match="--check: the model takes .* GiB in float32, and .* are available"):
-        logprob_check.check(source, tmp_path, sources.find_model(source, None), str(workshop.held_out))
+        logprob_check.sequences_of(sources.find_model(source, None), str(workshop.held_out))

@@ -210,6 +210,10 @@ def _damaged(folder):
     (folder / JOURNAL / "0.jsonl").write_text("no JSON\n")
 
 
+def _damaged_shard(folder):
+    (folder / SAMPLES / "9.parquet").write_bytes(b"PAR1")
+
+
 def _foreign(folder):
     write_shard(folder / SAMPLES / "9.parquet", [Sample("another", "empty", 0, "x")], Sample)
 
@@ -231,8 +235,12 @@ def _without_answers(folder):
         (["--with", "exact", "--name", "a/b"], None, "'a/b' cannot name a judge"),
         (["--with", "math", "--workers", "-2"], None, "--workers: must be 0 or more"),
         (["--with", "math", "--time_limit", "-1"], None, "--time_limit: must be 0 or more"),
+        (["--with", "math", "--time_limit", "nan"], None, "--time_limit: must be 0 or more, found nan"),
+        (["--with", "math", "--time_limit", "inf"], None, "--time_limit: must be a finite number"),
+        (["--with", f"{ODD}:contains", "--threshold", "nan"], None, "--threshold: must be a finite number"),
         (["--with", "math"], _without_answers, "no prompt has an answer to compare with"),
         (["--with", "exact"], _damaged, "0.jsonl:1: a damaged line"),
+        (["--with", "exact"], _damaged_shard, "9.parquet: cannot be read"),
         (["--with", "exact"], _foreign, "a sample of prompt 'another', which is not among the prompts"),
         (["--with", "exact"], lambda folder: (folder / PROMPTS).unlink(), "no folder of samples"),
         (["--with", "exact"], lambda folder: (folder / PROMPTS).write_text("x"), "prompts.parquet: cannot be read"),

@@ -153,17 +153,21 @@ def test_a_threshold_of_ones_own_and_nested_names():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_judge_that_never_returns_costs_its_limit_and_no_more(workers):
     limit = 1.5
-    judge = make_judge(f"{ODD}:misbehaving", workers=workers, time_limit=limit)
-    texts = ["42"] * 5 + ["hang"] + ["42"] * 60 + ["43"]
-    began = time.monotonic()
-    said = verdicts(judge, [an_item(text, number=number) for number, text in enumerate(texts)])
-    took = time.monotonic() - began
+
+    def judged(texts):
+        began = time.monotonic()
+        judge = make_judge(f"{ODD}:misbehaving", workers=workers, time_limit=limit)
+        said = verdicts(judge, [an_item(text, number=number) for number, text in enumerate(texts)])
+        return said, time.monotonic() - began
+
+    # What this machine takes at this time for as many that return: other work on it makes nothing fail here.
+    _, calm = judged(["42"] * 66)
+    said, took = judged(["42"] * 5 + ["hang"] + ["42"] * 60 + ["43"])
     assert said[5].error == "no verdict within 1.5 s" and said[5].right is None and said[5].parsed is None
-    assert limit <= said[5].seconds < limit + 10
     assert [one.right for one in said[:5] + said[6:]] == [True] * 65 + [False]
-    # A new process is started for those that wait behind it, of which none has paid (61 limits are 91 s); the room is
-    # for machines with more to do than this.
-    assert took < limit + 30
+    assert limit <= said[5].seconds < limit + 5 + 5 * calm
+    # A new process is started for those that wait behind it, of which none has paid: 61 limits are 91 s.
+    assert took < limit + 10 + 10 * calm
 
 
 def test_a_busy_machine_is_no_reason_for_no_verdict():
@@ -172,10 +176,11 @@ def test_a_busy_machine_is_no_reason_for_no_verdict():
     (worker,) = judge._pool._workers
     core = {min(os.sched_getaffinity(0))}
     os.sched_setaffinity(worker.process.pid, core)
-    spin = f"import os; os.sched_setaffinity(0, {core})\nwhile True: pass"
-    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(3)]
+    spin = f"import os; os.sched_setaffinity(0, {core}); print(flush=True)\nwhile True: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) for _ in range(3)]
     try:
-        time.sleep(0.3)
+        for other in others:
+            other.stdout.readline()  # it spins now, however long its start took
         (one,) = judge.judge([an_item("1")])
         assert one.right and one.seconds > 1.5  # it took longer than its limit by the clock
         (one,) = judge.judge([an_item("1000", number=1)])
@@ -183,7 +188,7 @@ def test_a_busy_machine_is_no_reason_for_no_verdict():
     finally:
         for other in others:
             other.kill()
-            other.wait()
+            other.communicate()
         judge.close()
 
 

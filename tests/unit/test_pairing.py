@@ -108,7 +108,7 @@ def many_prompts(seed, prompts, lengths_right, lengths_wrong):
             right = number < draw.randint(1, 7)
             length = draw.choice(lengths_right if right else lengths_wrong)
             found.append(Candidate(0, f"q{i}", number, draw.getrandbits(60), length, length + number % 2, right=right))
-            found[-1].parsed = found[-1].judged = True
+            found[-1].parsed = True
         pools.append(pool_of(f"q{i}", "empty", found, PairRules())[0])
     return pools
 
@@ -143,7 +143,7 @@ def test_match_length_gets_as_near_as_the_samples_allow(choices):
     """Against all sums of signs that one choice a prompt can have."""
     pools, reachable = [], {0}
     for i, signs in enumerate(choices):
-        chosen = Candidate(0, f"q{i}", 0, 1, 10, right=True, judged=True)
+        chosen = Candidate(0, f"q{i}", 0, 1, 10, right=True)
         wrong = [Candidate(0, f"q{i}", n, n + 1, 10 + s, right=False, parsed=True) for n, s in enumerate(signs, 1)]
         pools.append(pool_of(f"q{i}", "empty", [chosen, *wrong], PairRules())[0])
         reachable = {total + sign for total in reachable for sign in signs}
@@ -161,7 +161,7 @@ def test_a_prompts_pair_does_not_depend_on_the_others():
 
 
 def one(number, digest=None, **more):
-    given = {"right": True, "judged": True, "parsed": True, **more}
+    given = {"right": True, "parsed": True, **more}
     return Candidate(0, "q", number, number if digest is None else digest, 5, **given)
 
 
@@ -174,7 +174,8 @@ REASONS = {
     "the right ones cannot be used: truncated": [one(0, unusable="truncated"), one(1, right=False)],
     "no answer was read out of the wrong ones": [one(0), one(1, right=False, parsed=False)],
     "the same text was judged right and wrong": [one(0, 7), one(1, 7, right=False)],
-    "not judged": [one(0, right=None, judged=False)],
+    "not judged": [one(0, right=None)],
+    "without a verdict": [one(0, right=None, seen=True), one(1, right=None)],
     "no two of them of which one has a trace": [one(0, traced=False), one(1, right=False, traced=False)],
 }
 

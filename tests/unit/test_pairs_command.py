@@ -139,7 +139,7 @@ def test_what_cannot_be_used_is_counted(make, tmp_path):
     assert rows["pairs.jsonl"][0]["numbers"] == {"empty": [0, 4]}
     assert "- thinking: 1 no answer was read out of the wrong ones" in said
     for line in (
-        "- empty: 2 thinks although thinking was off, 1 every request failed, 1 the same text as another sample",
+        "- empty: 2 thinks although thinking was off, 1 whose request failed, 1 the same text as another sample",
         "- thinking: 1 truncated, 1 no end of its trace, 1 no trace, neither <think> nor </think>",
         "empty: 2 samples (33%) think although thinking was off",
         "few distinct prompts: 1.",
@@ -195,6 +195,36 @@ def test_one_prompt_in_two_folders_joins_its_samples(make, tmp_path):
         ("x", ["b", "b"]),
     ]
     assert 'may compare models and not answers: model: a "tiny", b "other"; text: a null, b "whole".' in said
+
+
+def test_samples_without_a_verdict_are_told_by_what_helps(make, tmp_path):
+    """A response that never ended is wrong, and that is a verdict."""
+    cut = {"marks": (TRUNCATED,), "finish_reason": "length", "text": "<think>\nTwo and"}
+    folder_of(
+        tmp_path,
+        answered("q1", 0, True),
+        answered("q1", 1, False),
+        (answered("q1", 2, False, **cut)[0], Judgement("q1", "thinking", 2, 0.0, False, error="no final answer")),
+        (answered("q1", 3, True)[0], Judgement("q1", "thinking", 3, error="no verdict within 10 s")),
+        (answered("q1", 4, True, text=None, finish_reason="error")[0], Judgement("q1", "thinking", 4, error="no text")),
+        (answered("q1", 5, True)[0], Judgement("q2", "thinking", 5)),  # of another prompt
+    )
+    _, rows, said, _ = make("s")
+    assert rows["pairs.jsonl"][0]["accept_rate"] == round(1 / 3, 6)
+    assert [line for line in said.splitlines() if " of 6 " in line] == [
+        "- thinking: 1 of 6 samples are not judged yet; bvpo judge goes on where it was stopped.",
+        "- thinking: the judge came to no verdict on 1 of 6 samples; bvpo judge --again failed tries again.",
+        "- thinking: 1 of 6 requests failed; bvpo sample --retry_failed asks for these answers again.",
+    ]
+
+
+def test_a_mode_that_one_folder_lacks_is_no_other_setting(make, tmp_path):
+    for name, mode, budget in (("a", "thinking", 12), ("b", "empty", None), ("c", "thinking", 24)):
+        samples, judged = zip(*(answered(name, n, n == 0, mode=mode) for n in range(2)), strict=True)
+        settings = {"model": "tiny", "short_budget": budget, "empty": "chat" if mode == "empty" else None}
+        write_folder(tmp_path / name, [ask(name)], list(samples), list(judged), settings=settings)
+    assert "may compare models" not in make("a", "b", out="one.jsonl")[2]
+    assert "may compare models and not answers: short_budget: a 12, c 24." in make("a", "b", "c")[2]
 
 
 def test_a_mix_by_the_names_of_folders(make, tmp_path):
@@ -340,6 +370,11 @@ BAD = {
         lambda p: (small(p / "a" / "s"), small(p / "b" / "s")),
         ["a/s", "b/s"],
         "a/s: two folders are called 's'; give each a name of its own: NAME=a/s",
+    ),
+    "a report that cannot be made": (
+        lambda p: small(p / "s"),
+        ["s", "--report", "/proc/nowhere"],
+        "/proc/nowhere: --report: cannot be made: No such file",
     ),
     "a report in a file": (
         lambda p: (small(p / "s"), (p / "r").write_text("x")),

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_bvpo.rehearsal import tiny_tokenizers
-from megatron_bvpo.rehearsal.reasoner import copy_reasoner, judge, reasoner_folder, write_prompts
-from megatron_bvpo.rehearsal.reasoner.evaluate import Accuracy, accuracies
+from megatron_bvpo.rehearsal.reasoner import copy_reasoner, reasoner_folder, write_prompts
+from megatron_bvpo.rehearsal.reasoner.evaluate import Accuracy, accuracies, is_right
 from megatron_bvpo.rehearsal.reasoner.problems import FAMILIES, SPLITS, different_problems, problems, split_of
 from megatron_bvpo.rehearsal.reasoner.sampling import load_reasoner, sample
 from megatron_bvpo.rehearsal.reasoner.tokens import MAX_TOKENS, MODES, encode_rows, prompt_text, write_tokenizer
 from megatron_bvpo.rehearsal.reasoner.train import Recipe, batch_of
+from megatron_bvpo.sampling.judging import gym_judge
 
 # What issue H wants at temperature 1.
 WINDOW = {"thinking": (0.35, 0.65), "empty": (0.15, 0.45)}
@@ -41,9 +42,8 @@ def drawn():
 
 def test_the_scorers_confirm_every_answer_and_no_other(drawn):
     for problem in [*drawn["train"], *drawn["heldout"]]:
-        columns = problem._asdict()
-        assert judge.score(problem.answer, problem.answer, columns) == 1.0, problem
-        assert judge.score(str(int(problem.answer) + 1), problem.answer, columns) < 1.0, problem
+        assert is_right(problem, problem.answer), problem
+        assert not is_right(problem, str(int(problem.answer) + 1)), problem
         assert problem.thinking.endswith(f"\n</think>\n\n{problem.answer}")
 
 
@@ -110,7 +110,9 @@ def test_prompts_are_written_for_samplers_and_judges(tmp_path):
     for row in rows:
         assert [message["role"] for message in row["messages"]] == ["user"]
         assert split_of(row["messages"][0]["content"]) == "heldout"
-        assert judge.score(f" {row['answer']}\n", row["answer"], row) == 1.0
+        question, other = row["messages"][0]["content"], str(int(row["answer"]) + 1)
+        assert gym_judge.score(f" {row['answer']}\n", row["answer"], row, question)["right"]
+        assert not gym_judge.score(other, row["answer"], row, question)["right"]
     again = write_prompts(tmp_path / "again.jsonl", 100, seed=4)
     assert again.read_bytes() == path.read_bytes() != write_prompts(again, 100, seed=5).read_bytes()
 

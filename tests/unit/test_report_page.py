@@ -30,7 +30,7 @@ def page_of(*folders: Path) -> str:
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ((), "there is no logging.jsonl"),
+        ((), "RUN: a run is needed; name the run's --output_dir"),
         (("{tmp}/nowhere",), "nowhere: there is no logging.jsonl; name the run's --output_dir"),
         (("{tmp}",), "did you mean {tmp}/other {tmp}/run?"),
         (("{tmp}/run", "{tmp}/run/args.json"), "args.json: there is no logging.jsonl"),
@@ -59,6 +59,18 @@ def test_terminal_table_plot_and_page(tmp_path, capsys):
     assert told.count("| trace rewards/margins |") == 2 and f"Page: {target}" in told
     assert all((run / "bvpo.png").stat().st_size > 10_000 for run in runs)
     assert "2 BVPO runs" in target.read_text()
+
+
+def test_a_folder_that_cannot_be_written_and_a_run_without_steps(tmp_path, capsys, recwarn):
+    """Somebody else's run, and one that has just begun."""
+    theirs, begun = made_run(tmp_path / "theirs", steps=20), made_run(tmp_path / "begun", steps=1)
+    (theirs / "bvpo.png").mkdir()
+    (begun / "logging.jsonl").write_text("")
+    assert bvpo(["report", str(theirs), str(begun), "--html", str(tmp_path / "runs.html")]) == 0
+    told = capsys.readouterr().out
+    assert "| trace rewards/margins |" in told and "bvpo.png cannot be written (Is a directory)" in told
+    assert "No step is logged.\n\nPlot: none\n" in told and (tmp_path / "runs.html").is_file()
+    assert not list(recwarn)
 
 
 # --- folders that lack something, or hold something else ---

@@ -121,6 +121,20 @@ def test_errors_and_other_lines(prompts, tmp_path, capsys):
     assert Counter(s.error for s in read_samples(out)) == {None: 6, "400: too long": 6}
 
 
+def test_a_failed_request_that_is_asked_again_is_taken_from_the_later_file(prompts, tmp_path):
+    out, flags = tmp_path / "out", ("--thinking_switch", "enable_thinking")
+    command(prompts, out, *flags, "--batch", "write")
+    answer(out, fault=lambda name: name.endswith(":1"))
+    command(prompts, out, *flags, "--batch", "read")
+    assert Counter(s.error for s in read_samples(out)) == {None: 12, "400: too long": 12}
+    command(prompts, out, *flags, "--batch", "write", "--retry_failed")
+    assert answer(out, 2) == {"chat": 12}
+    command(prompts, out, *flags, "--batch", "read")
+    with Served() as server:
+        command(prompts, tmp_path / "served", "--server", server.address, *flags)
+    assert rows(out) == rows(tmp_path / "served")
+
+
 # --- budgets ---
 
 BUDGET = ("--thinking_switch", "enable_thinking", "--judge", "tests.unit.sample_judges:last_digit", "--pilot", 3)

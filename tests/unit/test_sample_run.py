@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.sampling.asking import journal, run_settings
+from megatron_bvpo.sampling.asking import journal, run_settings, sampling_run
+from megatron_bvpo.sampling.asking.progress import Reasons
+from megatron_bvpo.sampling.pairing.pairing import PairRules
+from megatron_bvpo.sampling.pairing.pairs_run import PairsPlan, make_pairs
+from megatron_bvpo.sampling.pairing.sample_facts import Folder
 from megatron_bvpo.sampling.samples import (
     NO_TRACE_END,
     THINKS,
@@ -213,6 +218,58 @@ def test_a_failed_request_is_recorded_told_and_asked_again_on_wish(prompts, tmp_
     assert not [s for s in rows(tmp_path / "out").values() if s.error] and len(rows(tmp_path / "out")) == 48
 
 
+def test_an_answer_that_came_at_last_is_judged(prompts, tmp_path):
+    """Beside the judge's word on the request that failed."""
+    judge = (*HYBRID, "--judge", "exact")
+    for name, live in (("live", True), ("after", False)):
+        out = tmp_path / name
+        for always, retry in (({"What is 3?": "400"}, ()), ({}, ("--retry_failed",))):
+            with Served(always=always) as server:
+                assert sample(prompts, out, server, flags=((*judge, *retry) if live else (*HYBRID, *retry))) == 0
+            if not live:
+                assert bvpo(["judge", str(out), "--with", "exact"]) == 0
+            said = list(read_judgements(out, "exact"))
+            assert len(said) == 48 and sum(one.right is None for one in said) == (8 if always else 0)
+
+
+def test_prompts_that_are_too_long_do_not_end_a_run_whose_answers_take_long(tmp_path, monkeypatch, capsys):
+    """Refusals come at once; thirty of them are there before the first answer is."""
+    monkeypatch.setattr(sampling_run, "_REFUSALS_AT_FIRST", 5)
+    rows_of = [{"prompt": f"{'short' if i % 4 == 3 else 'long'} {i}"} for i in range(40)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    flags = (*HYBRID, "--modes", "thinking")
+    with Served(always={"long": "400"}, delay=1) as server:
+        assert sample(tmp_path / "p.jsonl", tmp_path / "out", server, flags=flags, samples=1) == 0
+    assert Counter(s.error for s in rows(tmp_path / "out").values()) == {None: 10, "400: a fault: 400": 30}
+    with Served(always={"": "400"}, delay=1) as server:  # nothing is in flight that could be answered
+        assert sample(tmp_path / "p.jsonl", tmp_path / "none", server, flags=flags, samples=1) == 2
+        assert len(server.requests) < 20
+    assert "thinking requests failed, and none has succeeded" in capsys.readouterr().err
+
+
+def test_short_samples_share_the_fate_of_their_thinking_samples(prompts, tmp_path, monkeypatch):
+    """So many that cannot be asked for are no sign of a wrong setting."""
+    monkeypatch.setattr(sampling_run, "_REFUSALS_AT_FIRST", 5)
+    model = write_chat_model(tmp_path / "m", "hybrid")
+    flags = ("--tokenizer", model, "--modes", "thinking", "short", "--short_budget", "5")
+    with Served(always={f"What is {i}?": "400" for i in range(4)}, delay=0.5) as server:
+        assert sample(prompts, tmp_path / "out", server, flags=flags, samples=2) == 0
+    found = Counter((key.mode, s.error) for key, s in rows(tmp_path / "out").items())
+    assert found == {
+        ("thinking", "400: a fault: 400"): 8,
+        ("short", "its thinking sample failed"): 8,
+        ("thinking", None): 4,
+        ("short", None): 4,
+    }
+
+
+def test_reasons_that_differ_in_numbers_are_one():
+    told = Reasons()
+    for reason in ("400: 9 tokens of 8", "400: 12 tokens of 8", "no server", "no server"):
+        told.add(reason)
+    assert told.lines() == ["failed 2 times, such as: 400: 9 tokens of 8", "failed 2 times: no server"]
+
+
 def test_what_refuses_everything_spoils_nothing(prompts, tmp_path, capsys):
     with Served(always={"": "400"}) as server:
         assert sample(prompts, tmp_path / "out", server, samples=40) == 2
@@ -225,12 +282,19 @@ def test_a_mode_that_is_always_refused_ends_the_run(prompts, tmp_path, capsys):
     """Thinking goes well: its samples are kept, and no refusal of the other mode is recorded."""
     with Served(always={'"enable_thinking": false': "400"}) as server:
         assert sample(prompts, tmp_path / "out", server, samples=8) == 2
-    assert "the first 20 empty requests failed" in capsys.readouterr().err
+    assert re.search(r"the first 2\d empty requests failed", capsys.readouterr().err)
     found = rows(tmp_path / "out")
     assert found and {(key.mode, s.error) for key, s in found.items()} == {("thinking", None)}
 
 
 # --- going on ---
+
+
+def test_engines_logs_are_no_other_files(prompts, tmp_path):
+    """launch/sample.sbatch makes them before the first answer."""
+    (tmp_path / "out" / "logs" / "slurm-7-0").mkdir(parents=True)
+    with Served() as server:
+        assert sample(prompts, tmp_path / "out", server) == 0
 
 
 def test_more_samples_and_modes_are_added(prompts, tmp_path):
@@ -243,6 +307,21 @@ def test_more_samples_and_modes_are_added(prompts, tmp_path):
     after = rows(out)
     assert {key: after[key] for key in before} == before and len(after) == 36
     assert run_settings.read(out)["samples"] == 3
+
+
+def test_a_reader_beside_a_running_sampler_misses_nothing(tmp_path):
+    """Journals become shards while they are read."""
+    made = [Sample("p", "empty", number, "y") for number in range(6)]
+    (tmp_path / "journal").mkdir()
+    paths = [tmp_path / "journal" / f"00000{i}.jsonl" for i in (1, 2, 3)]
+    for path, some in zip(paths, (made[:2], made[2:4], made[4:]), strict=True):
+        path.write_text("".join(s.to_json() + "\n" for s in some))
+    reader = read_samples(tmp_path)
+    found = [next(reader)]
+    for path in paths:
+        journal.compact(path)
+    found += reader
+    assert sorted(found, key=lambda s: s.number) == made
 
 
 def test_a_stop_between_shard_and_journal_counts_once(prompts, tmp_path):
@@ -382,7 +461,7 @@ def run_quietly(command):
 
 
 def test_killed_at_random_moments_and_with_a_server_that_dies(tmp_path, request):
-    """Done-when 2: complete, nothing that arrived is asked again, the samples of an undisturbed run."""
+    """Done-when 2: complete, nothing that arrived is asked again, samples and pairs of an undisturbed run."""
     kills = 60 if request.config.getoption("--whole-matrix") else 20
     prompts = write_prompts(tmp_path / "prompts.jsonl", 8 * kills)
     judge = ("--judge", "exact")
@@ -426,3 +505,14 @@ def test_killed_at_random_moments_and_with_a_server_that_dies(tmp_path, request)
     assert rows(out) == rows(tmp_path / "calm")
     assert {j.key for j in read_judgements(out, "exact")} == rows(out).keys()
     assert repeated <= 8 * kills  # what was in flight
+    assert bvpo(["judge", str(tmp_path / "calm"), "--with", "exact"]) == 0
+    for rules in (PairRules(), PairRules(rejected="likely", most=2, match_length=True)):
+        found, calm = (pairs_of(folder, rules) for folder in (out, tmp_path / "calm"))
+        assert found == calm and found.count(b"rejected_response") > 8 * kills  # of two modes, most prompts have a pair
+
+
+def pairs_of(folder: Path, rules: PairRules) -> bytes:
+    """The file that `bvpo pairs` writes."""
+    file = folder.with_suffix(".jsonl")
+    make_pairs(PairsPlan((Folder("s", folder),), {"pairs": file}, rules=rules))
+    return file.read_bytes()

@@ -137,6 +137,14 @@ def test_a_server_that_has_gone_silent_loses_its_requests():
     assert f"server {silent.address} is down: does not answer" in said[0]
 
 
+def test_a_server_of_another_model_is_not_waited_for():
+    """No request has succeeded, and no waiting would mend the name."""
+    with Served(models=False, model="other") as server:
+        (reply,) = ask([server])
+    assert isinstance(reply, NoServer) and "404: no model m" in str(reply)
+    assert "mend --model" in str(reply) and "start the servers" not in str(reply)
+
+
 def test_no_server_is_waited_for_and_then_told():
     said = []
     address = f"http://127.0.0.1:{free_port()}"
@@ -191,6 +199,8 @@ def test_the_right_key_and_a_server_without_a_list_of_models():
         ("http://node:8000", "http://node:8000"),
         ("http://node:8000/v1/", "http://node:8000"),
         ("node:8000", "http://node:8000"),
+        ("http://node:8000/v1/chat/completions", "http://node:8000"),
+        ("http://node:8000/v1/models/", "http://node:8000"),
         ("https://host.org/gate/v1", "https://host.org/gate"),
     ],
 )

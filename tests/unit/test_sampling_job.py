@@ -14,6 +14,7 @@ from megatron_bvpo.sampling.asking import job_file
 
 ROOT = Path(__file__).resolve().parents[2]
 KNOWN = ("out", "model", "samples", "modes", "judge", "limit", "api_key_file", "match", "temperature", "server")
+KNOWN += ("extra_body",)
 JOB = """\
 prompts: [a.jsonl, b.jsonl]
 out: samples
@@ -21,6 +22,7 @@ model: some/model
 modes: [thinking, empty]
 temperature: 0.8
 match: true
+extra_body: {top_k: 20}
 limit:
 engine:
   tensor-parallel-size: 8
@@ -39,7 +41,8 @@ def job(tmp_path) -> str:
 def test_a_file_becomes_flags_and_the_command_line_comes_last(job):
     words = job_file.unroll([job, "--temperature", "1"], KNOWN)
     assert words[:2] == ["a.jsonl", "b.jsonl"] and words[-2:] == ["--temperature", "1"]
-    assert words[2:-2] == "--out samples --model some/model --modes thinking empty --temperature 0.8 --match".split()
+    told = "--out samples --model some/model --modes thinking empty --temperature 0.8 --match --extra_body".split()
+    assert words[2:-2] == [*told, '{"top_k": 20}']
 
 
 def test_prompts_of_the_command_line_take_the_place_of_the_file_s(job):
@@ -71,6 +74,7 @@ def test_the_engine_s_command(job):
         ("engine: {port: 3}\n", "engine.port: is set by launch/sample.sbatch"),
         ("engine: {model: m}\n", "write `model: NAME` outside of engine"),
         ("a: [\n", "is no valid YAML"),
+        ("model: m\n", "prompts: is missing; add `prompts: FILE`"),
     ],
 )
 def test_a_file_that_is_wrong_is_named(tmp_path, text, told):

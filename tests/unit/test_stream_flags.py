@@ -58,6 +58,7 @@ def test_the_prior_is_the_first_streams_and_the_others_share_the_rest():
         ((None, ["trace=half", "empty=.5"], "auto"), "has 'trace=half'; expected NAME=NUMBER"),
         ((None, ["trace=-1", "empty=2"], "auto"), "has 'trace=-1'"),
         ((None, None, "2"), "expected a number in"),
+        ((["empty", "short"], None, "auto"), "--bvpo_weights: are to be measured for empty, short.* add trace"),
     ],
 )
 def test_what_is_refused(given, said):

@@ -2,7 +2,7 @@
 
     copy_reasoner('/tmp/reasoner')                                   # an ordinary Hugging Face folder
     write_prompts('/tmp/prompts.jsonl', 200, seed=1)                 # held-out problems, to be sampled
-    megatron_bvpo.rehearsal.reasoner.judge:score                     # judges the answers
+    megatron_bvpo.sampling.judging.gym_judge:score                   # judges the answers (bvpo judge --with)
 
 Whatever samples, judges, pairs or trains can be tried on it without a download: its answers are its own, so right and
 wrong ones of the same prompt differ as a real model's do. README.md beside this file has the recipe and its numbers.
@@ -31,7 +31,7 @@ def write_prompts(
 ) -> Path:
     """Write `n` prompts with different questions as JSON lines; the same arguments write the same bytes.
 
-    A line has `id`, `messages` (one user turn), `answer`, `family`, and `metadata`, as `judge.score` wants them.
+    A line has `id`, `messages` (one user turn), `answer`, `family`, and reasoning-gym's `metadata`.
 
     Args:
         split: `heldout`, or `train` for the questions that the reasoner was trained on.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from megatron_bvpo.rehearsal.reasoner import judge
 from megatron_bvpo.rehearsal.reasoner.problems import FAMILIES, Problem, problems
 from megatron_bvpo.rehearsal.reasoner.sampling import Reasoner, sample
 from megatron_bvpo.rehearsal.reasoner.tokens import MODES
@@ -32,14 +33,29 @@ class Accuracy(NamedTuple):
         return f"{self.share:.3f} [{low:.3f}, {high:.3f}]"
 
 
+def is_right(problem: Problem, final: str) -> bool:
+    """Whether reasoning-gym's scorer of the family takes `final`, an answer without a trace, for the right one.
+
+    Raises:
+        ModuleNotFoundError: reasoning-gym is not installed (extra `rehearsal`).
+    """
+    return _scorer(problem.family)(final, dict(answer=problem.answer, metadata=problem.metadata)) == 1.0
+
+
+@functools.cache
+def _scorer(family: str) -> Callable[[str, dict], float]:
+    import reasoning_gym
+
+    return reasoning_gym.get_score_answer_fn(family)
+
+
 def accuracies(
     reasoner: Reasoner, asked: list[Problem], mode: str, *, seed: int = 0, temperature: float = 1.0
 ) -> dict[str, Accuracy]:
     """One answer to each problem, judged; by family, and `all`. Only families that occur are in it."""
     answers = sample(reasoner, [p.question for p in asked], mode, temperature=temperature, seed=seed)
     verdicts = [
-        (problem.family, judge.score(answer.final, problem.answer, problem._asdict()) == 1.0)
-        for problem, (answer,) in zip(asked, answers, strict=True)
+        (problem.family, is_right(problem, answer.final)) for problem, (answer,) in zip(asked, answers, strict=True)
     ]
     table = {}
     for family in ("all", *FAMILIES):

@@ -2,8 +2,8 @@
 
 Four families of reasoning-gym in its own wording, in sizes of ours: sums of two to four numbers, products of a
 two-digit and a one-digit number, greatest common divisors, and counts of one bits. The work is written here: steps
-that are easy one by one, in at most 90 tokens. Answers are judged by reasoning-gym's scorers (`judge.py`); drawing
-problems needs no package.
+that are easy one by one, in at most 90 tokens. Answers are judged by reasoning-gym's scorers; drawing problems needs no
+package.
 
 Training and held-out problems can never meet: which side a question is on is decided by a hash of its text.
 """

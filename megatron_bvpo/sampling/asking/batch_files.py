@@ -27,7 +27,7 @@ from megatron_bvpo.sampling.asking.journal import known_rows, last_number
 from megatron_bvpo.sampling.asking.modes import CHAT, COMPLETIONS, Asking, Request
 from megatron_bvpo.sampling.asking.prompts import PromptBook
 from megatron_bvpo.sampling.asking.server_replies import choice_of, refusal_text
-from megatron_bvpo.sampling.samples import SAMPLES, Sample, write_shard
+from megatron_bvpo.sampling.samples import SAMPLES, Sample, SampleKey, write_shard, writing
 
 BATCH = "batch"
 RAW_TEMPLATE = "{{ messages[0]['content'] }}"
@@ -112,6 +112,8 @@ def _results_of(path: Path) -> Path:
 def read_batch(folder: Path, asking: Asking, book: PromptBook, account: Account) -> list[str]:
     """Takes the results that are there as samples; those that were read before count once. Returns lines.
 
+    A failed request counts where no file has an answer to it: later files have those that were asked again.
+
     Raises:
         UserError: there are no results, or all of them are errors.
     """
@@ -123,23 +125,29 @@ def read_batch(folder: Path, asking: Asking, book: PromptBook, account: Account)
     told: Counter[str] = Counter()
     traces = _traces(folder, asking, book, account)
     waiting: list[Sample] = []
+    failed: dict[SampleKey, Sample] = {}
     good = account.good
     for path in files:
         for sample in _samples(path, asking, book, account, traces, told):
+            if sample.error is not None:
+                failed[sample.key] = sample
+                continue
             waiting.append(sample)
             account.add(*sample.key)
-            good += sample.error is None
-            if len(waiting) >= _SHARD and good:
+            good += 1
+            if len(waiting) >= _SHARD:
                 _write(folder, waiting)
-    failed = sum(sample.error is not None for sample in waiting)
-    if waiting and not good:
+    lost = [sample for sample in failed.values() if account.add(*sample.key)]
+    if lost and not good:
         raise UserError(
-            f"all {failed} results are errors: {waiting[0].error}",
+            f"all {len(lost)} results are errors: {lost[0].error}",
             file=str(files[-1]),
             remedy="mend the settings or the engine; nothing was recorded",
         )
-    _write(folder, waiting)
-    return [f"{count:,} {what}" for what, count in sorted(told.items())]
+    told["samples are new"] += len(lost)
+    told["requests failed"] += len(lost)
+    _write(folder, waiting + lost)
+    return [f"{count:,} {what}" for what, count in sorted((+told).items())]
 
 
 def _write(folder: Path, samples: list[Sample]) -> None:
@@ -177,11 +185,10 @@ def _samples(path: Path, asking, book, account, traces, told: Counter[str]) -> I
             if mode == "short" and (prompt_id, number) not in traces:
                 told["short results whose thinking sample is not there"] += 1
                 continue
-            told["samples are new"] += 1
             trace = traces.get((prompt_id, number), "") if mode == "short" else ""
             request = Request(prompt_id, mode, number, asking.seed_of(prompt_id, mode, number), CHAT, {}, trace)
             sample = _sample(asking, request, result)
-            told["requests failed"] += sample.error is not None
+            told["samples are new"] += sample.error is None
             yield sample
 
 
@@ -215,7 +222,8 @@ def batch_command(args: argparse.Namespace, asking: Asking, book: PromptBook, ro
         lines = read_batch(args.out, asking, book, run.account)
         lines.append(f"{run.account.count:,} of {progress.total:,} samples in {args.out}; {_next(args)}")
     else:
-        lines = write_batch(args.out, asking, book, _works(run, rounds))
+        with writing(args.out / BATCH):
+            lines = write_batch(args.out, asking, book, _works(run, rounds))
     for line in lines:
         print(line, file=sys.stderr)
     return 0
@@ -224,7 +232,8 @@ def batch_command(args: argparse.Namespace, asking: Asking, book: PromptBook, ro
 def _next(args: argparse.Namespace) -> str:
     if args.budget != "uniform":
         return f"next: bvpo judge {args.out} --with SPEC, then --batch write for the next round"
-    return "--batch write writes what is missing: short samples, lost results"
+    judge = f"; bvpo judge {args.out} --with {args.judge} judges them" if args.judge else ""
+    return f"--batch write writes what is missing: short samples, lost results{judge}"
 
 
 def _works(run, rounds: Any) -> Iterator[Work]:

@@ -70,6 +70,10 @@ def unroll(arguments: list[str], known: Iterable[str]) -> list[str]:
     # those of the command line take their place.
     own = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
     prompts, given = (given[:own] or prompts), given[own:]
+    if not prompts and not {"-h", "--help"} & set(given):
+        raise UserError(
+            "is missing", file=file, field=PROMPTS, remedy="add `prompts: FILE`, or give the file behind this one"
+        )
     return [*prompts, *_flags(values), *given]
 
 
@@ -83,7 +87,7 @@ def engine_command(file: str, port: int, model: str | None = None) -> list[str]:
     model = model or values.get("model")
     if not model:
         raise UserError("is missing", file=file, field="model", remedy="add `model: NAME`, or give --model")
-    flags = _flags({key.replace("_", "-"): value for key, value in engine.items()}, json_objects=True)
+    flags = _flags({key.replace("_", "-"): value for key, value in engine.items()})
     return ["vllm", "serve", str(model), "--host", "0.0.0.0", "--port", str(port), *flags]
 
 
@@ -93,14 +97,14 @@ def _words(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
-def _flags(values: dict[str, Any], json_objects: bool = False) -> list[str]:
-    """Flags as argparse reads them: true is the bare flag; false and null leave it out."""
+def _flags(values: dict[str, Any]) -> list[str]:
+    """Flags as argparse reads them: true is the bare flag, false and null leave it out, a mapping is JSON."""
     words: list[str] = []
     for key, value in values.items():
         if value is None or value is False:
             continue
         words.append(f"--{key}")
-        if isinstance(value, dict) and json_objects:
+        if isinstance(value, dict):
             import json
 
             words.append(json.dumps(value))

@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.samples import JOURNAL, SAMPLES, Sample, read_journal, write_shard
+from megatron_bvpo.sampling.judging.judge_items import FAILED_REQUEST
+from megatron_bvpo.sampling.samples import (
+    JOURNAL,
+    JUDGEMENTS,
+    SAMPLES,
+    Judgement,
+    Sample,
+    read_journal,
+    write_shard,
+    writing,
+)
 
 # A journal ends at so many bytes or lines: what compacting it holds in memory.
 _BYTES = 32 * 2**20
@@ -23,11 +33,12 @@ class FolderLock:
     """Keeps a second `bvpo sample` out of a folder. The kernel lets go of it when the process ends, however it ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or nothing can be written there.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(folder / ".lock"):
+            self._file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -136,14 +147,7 @@ def compact(journal: Path) -> None:
     if not shard.exists():
         samples = list({sample.key: sample for sample in read_journal(journal)}.values())
         if samples:
-            try:
-                write_shard(shard, samples, Sample)
-            except OSError as error:
-                raise UserError(
-                    f"cannot be written: {error.strerror or error}",
-                    file=str(shard),
-                    remedy="make room and give the same command again",
-                ) from None
+            write_shard(shard, samples, Sample)
     journal.unlink()
 
 
@@ -175,7 +179,8 @@ def known_rows(shards: Path, columns: list[str], later_first: bool = False) -> I
     for path in sorted(shards.glob("[!.]*.parquet"), reverse=later_first):
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(2048, columns=columns):
+                # Long traces take a hundred kilobytes each.
+                for batch in file.iter_batches(512 if "text" in columns else 2048, columns=columns):
                     yield from batch.to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise UserError(
@@ -186,20 +191,28 @@ def known_rows(shards: Path, columns: list[str], later_first: bool = False) -> I
 
 
 def drop_failed(folder: Path) -> int:
-    """Takes the records of failed requests out of the shards, so that they are asked again. Returns how many."""
+    """Takes the records of failed requests out of the shards, so that they are asked again. Returns how many.
+
+    What judges said of them goes first: it would stand in the way of a verdict on the answer that comes.
+    """
+    for path in sorted((folder / JUDGEMENTS).glob("*/*.parquet")):
+        _drop(path, Judgement, lambda row: row["error"] == FAILED_REQUEST)
+    shards = sorted((folder / SAMPLES).glob("*.parquet"))
+    return sum(_drop(path, Sample, lambda row: row["error"] is not None) for path in shards)
+
+
+def _drop(shard: Path, kind: type, unwanted: Callable[[dict], bool]) -> int:
+    """Writes a shard anew without the unwanted rows, whose `error` decides. Returns how many they were."""
     import pyarrow.parquet as pq
 
-    dropped = 0
-    for path in sorted((folder / SAMPLES).glob("*.parquet")):
-        if not any(row is not None for row in pq.read_table(path, columns=["error"])["error"].to_pylist()):
-            continue
-        rows = [Sample.from_row(row) for row in pq.read_table(path).to_pylist()]
-        kept = [sample for sample in rows if sample.text is not None]
-        dropped += len(rows) - len(kept)
-        if kept:
-            write_shard(path, kept, Sample)
-        else:
-            path.unlink()
+    dropped = sum(map(unwanted, pq.read_table(shard, columns=["error"]).to_pylist()))
+    if not dropped:
+        return 0
+    kept = [row for row in pq.read_table(shard).to_pylist() if not unwanted(row)]
+    if kept:
+        write_shard(shard, [Sample.from_row(row) if kind is Sample else kind(**row) for row in kept], kind)
+    else:
+        shard.unlink()
     return dropped
 
 

@@ -11,9 +11,9 @@ from megatron_bvpo.sampling.asking.account import Account
 from megatron_bvpo.sampling.asking.journal import known_rows
 from megatron_bvpo.sampling.asking.progress import Progress
 from megatron_bvpo.sampling.asking.prompts import PromptBook
-from megatron_bvpo.sampling.judging.judge_items import Judge, item
+from megatron_bvpo.sampling.judging.judge_items import Judge, item_of, judged_text
 from megatron_bvpo.sampling.judging.judgement_folder import JudgementFolder
-from megatron_bvpo.sampling.samples import SAMPLES, Judgement, Sample
+from megatron_bvpo.sampling.samples import SAMPLES, Judgement, Sample, SampleKey
 
 _GROUP = 256
 # Answers that may wait for the judge; the sampling waits behind them.
@@ -47,7 +47,8 @@ class LiveJudging:
         self.judge, self.folder, self.book, self.whole = judge, folder, book, whole
         self.progress, self.verdict = progress, verdict
         self._judged = Account(book)
-        self._queue: deque[Sample] = deque()
+        # What is judged of a sample: traces, a hundred kilobytes each, do not wait here.
+        self._queue: deque[tuple[SampleKey, str | None]] = deque()
         self._wake = asyncio.Event()
         self._busy = False
         self._task: asyncio.Task | None = None
@@ -64,7 +65,7 @@ class LiveJudging:
 
     def offer(self, sample: Sample) -> None:
         """Takes an answer to judge."""
-        self._queue.append(sample)
+        self._queue.append((sample.key, judged_text(sample.text, self.whole)))
         self._wake.set()
 
     async def room(self) -> None:
@@ -112,9 +113,9 @@ class LiveJudging:
                 await self._wake.wait()
             group = []
             while self._queue and len(group) < _GROUP:
-                sample = self._queue.popleft()
-                if self._judged.add(*sample.key):
-                    group.append(item(self.book[self.book.place[sample.prompt_id]], sample, self.whole))
+                key, text = self._queue.popleft()
+                if self._judged.add(*key):
+                    group.append(item_of(self.book[self.book.place[key.prompt_id]], key, text))
             self._busy = True
             if group:
                 judgements = await _in_thread(self.judge.judge, group)

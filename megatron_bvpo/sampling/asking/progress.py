@@ -1,7 +1,9 @@
 """How far a run is: a bar on a terminal, a line now and then elsewhere."""
 
+import re
 import sys
 import time
+from collections import Counter
 from typing import TextIO
 
 # Seconds between two lines where stderr is no terminal.
@@ -90,3 +92,25 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+class Reasons:
+    """Why requests failed, counted; texts that differ in numbers alone ("you asked for 40123 tokens") are one."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._differ: set[str] = set()
+
+    def add(self, reason: str) -> None:
+        kind = re.sub(r"\d+", "#", reason)
+        self._counts[kind] += 1
+        if self._first.setdefault(kind, reason) != reason:
+            self._differ.add(kind)
+
+    def lines(self, most: int = 5) -> list[str]:
+        """The commonest ones."""
+        return [
+            f"failed {count:,} times{', such as' if kind in self._differ else ''}: {self._first[kind]}"
+            for kind, count in self._counts.most_common(most)
+        ]

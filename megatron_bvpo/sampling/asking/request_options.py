@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megatron_bvpo.errors import UserError
 # Fields of a request's body that are the command's own.
 _OWN_FIELDS = (
     *("model", "messages", "prompt", "n", "seed", "logprobs", "stream"),
-    *("temperature", "top_p", "max_tokens", "add_special_tokens"),
+    *("temperature", "top_p", "max_tokens", "max_completion_tokens", "add_special_tokens", "echo"),
 )
 
 
@@ -29,12 +30,15 @@ def check_requests(args: argparse.Namespace, number: str, of: str, counts: tuple
     least = dict.fromkeys((number, "max_tokens", "concurrency", "tries", "limit", *counts), 1)
     for name, low in (least | {"temperature": 0, "patience": 0}).items():
         value = getattr(args, name)
-        if value is not None and not value >= low:
+        if value is not None and not low <= value < math.inf:
             raise UserError(f"must be {low} or more, found {value}", field=f"--{name}")
     if not 0 < args.top_p <= 1:
         raise UserError(f"must be above 0 and at most 1, found {args.top_p}", field="--top_p")
-    if not args.timeout > 0:
+    if not 0 < args.timeout < math.inf:
         raise UserError(f"must be above 0, found {args.timeout}", field="--timeout")
+    for name in ("temperature", "timeout"):
+        if math.isinf(getattr(args, name)):
+            raise UserError("must be a finite number, found inf", field=f"--{name}")
     if not args.model.strip():
         raise UserError("is empty", field="--model", remedy="give the name that the server knows the model by")
     if getattr(args, number) > 1 and args.temperature == 0:
@@ -59,6 +63,8 @@ def extra_body(text: str | None) -> dict[str, Any]:
         raise UserError(f"expected an object, found {text[:40]!r}", field="--extra_body")
     if own := [name for name in _OWN_FIELDS if name in found]:
         raise UserError(f"{', '.join(own)} is set by the command itself", field="--extra_body", remedy="leave it out")
+    if not isinstance(found.get("chat_template_kwargs", {}), dict):
+        raise UserError("chat_template_kwargs: expected an object", field="--extra_body")
     return found
 
 

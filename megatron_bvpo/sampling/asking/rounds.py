@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.account import Account, Work
 from megatron_bvpo.sampling.asking.prompts import PromptBook
-from megatron_bvpo.sampling.samples import Judgement
+from megatron_bvpo.sampling.samples import Judgement, writing
 
 ROUNDS = "rounds"
 _STEPS = 10**6
@@ -120,11 +120,12 @@ class Rounds:
         if not planned:
             return None
         number = len(self._rounds) + 1
-        self.folder.mkdir(exist_ok=True)
         path = self.folder / f"{number:06d}.json"
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(planned, ensure_ascii=False), "utf-8")
-        os.replace(aside, path)
+        with writing(path):
+            self.folder.mkdir(exist_ok=True)
+            aside.write_text(json.dumps(planned, ensure_ascii=False), "utf-8")
+            os.replace(aside, path)
         self._take(planned)
         samples = sum(count for mode in planned.values() for _, count in mode.values())
         prompts = len({prompt_id for mode in planned.values() for prompt_id in mode})

@@ -7,11 +7,9 @@ from typing import Any
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.prompts import PromptBook
-from megatron_bvpo.sampling.samples import PROMPTS, SETTINGS, Prompt, write_shard
+from megatron_bvpo.sampling.samples import LOGS, OF_SOME_MODES, PROMPTS, SETTINGS, Prompt, write_shard, writing
 
 VERSION = 1
-# Settings that only some modes have.
-_OF_MODES = ("empty", "short_budget", "chat_template")
 
 
 def prepare(folder: Path, settings: dict[str, Any], book: PromptBook) -> list[str]:
@@ -20,12 +18,13 @@ def prepare(folder: Path, settings: dict[str, Any], book: PromptBook) -> list[st
     `samples` and `modes` may grow: the samples that are there stay what they are.
 
     Raises:
-        UserError: the folder holds something else, or samples that were asked for in another way.
+        UserError: the folder holds something else, or samples that were asked for in another way, or cannot be made.
     """
     path = folder / SETTINGS
     if not path.is_file():
         _check_fresh(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_shard(folder / PROMPTS, book, Prompt)
         _write(path, settings)
         return []
@@ -63,8 +62,8 @@ def read(folder: Path) -> dict[str, Any]:
 def _check_fresh(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError("is a file", file=str(folder), remedy="give a folder with --out")
-    # prompts.parquet is written before the settings: a stop between the two leaves it alone.
-    others = [path.name for path in folder.glob("*") if path.name != PROMPTS] if folder.exists() else []
+    # prompts.parquet is written before the settings: a stop between the two leaves it alone. Engines start before both.
+    others = [path.name for path in folder.glob("*") if path.name not in (PROMPTS, LOGS)]
     if others:
         raise UserError(
             f"holds other files ({', '.join(sorted(others)[:3])}) and no settings.json",
@@ -83,7 +82,7 @@ def _difference(key: str, old: dict, new: dict, grown: list[str]) -> str | None:
     if key == "modes" and not new.get("budget") and set(was or ()) < set(now):
         grown.append(f"modes: {', '.join(was)} before, {', '.join(now)} now; the samples that are there stay")
         return None
-    if was is None and key in _OF_MODES:
+    if was is None and key in OF_SOME_MODES:
         return None  # a mode that was not asked for before
     if key == "prompts":
         return f"other prompts ({_count(was)} before, {_count(now)} now)"
@@ -100,5 +99,6 @@ def _told(value: Any) -> str:
 
 def _write(path: Path, settings: dict[str, Any]) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        aside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        os.replace(aside, path)

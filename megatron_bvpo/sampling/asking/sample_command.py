@@ -159,9 +159,8 @@ def _tell(args: argparse.Namespace, told, progress) -> int:
     print(f"{progress.done:,} of {progress.total:,} samples in {args.out}: {progress.line()}", file=sys.stderr)
     for mark, count in sorted(told.marks.items()):
         print(f"  {mark}: {count:,}", file=sys.stderr)
-    for reason, count in told.failures.most_common(5):
-        print(f"  failed {count:,} times: {reason}", file=sys.stderr)
-    if told.failures:
+    if failures := told.failures.lines():
+        print(*(f"  {line}" for line in failures), sep="\n", file=sys.stderr)
         print("  --retry_failed asks for the failed ones again", file=sys.stderr)
     if told.left:
         print(f"  the budget left {told.left:,} samples unspent", file=sys.stderr)
@@ -233,9 +232,11 @@ def _judging(args: argparse.Namespace, book, progress, stack) -> tuple[Any, Any]
     try:
         judge = make_judge(args.judge, **{name: getattr(args, f"judge_{name}") for name in judge_command.OPTIONS})
     except UserError as error:
-        if error.field != "--with":
-            raise
-        raise UserError(error.message, field="--judge", remedy=error.remedy) from None
+        # The same options have other names here.
+        named = {"--with": "--judge"} | {f"--{name}": f"--judge_{name}" for name in judge_command.OPTIONS}
+        raise UserError(
+            error.message, file=error.file, field=named.get(error.field, error.field), remedy=error.remedy
+        ) from None
     stack.callback(judge.close)
     if judge.needs_answers and not any(prompt.answer is not None for prompt in book):
         raise UserError("no prompt has an answer to compare with", field="--judge", remedy="give rows with `answer`")

@@ -12,7 +12,7 @@ from megatron_bvpo.sampling.asking.account import Account, Work
 from megatron_bvpo.sampling.asking.journal import Journal, compact_left, known_rows
 from megatron_bvpo.sampling.asking.live_judging import LiveJudging
 from megatron_bvpo.sampling.asking.modes import Asking, Request
-from megatron_bvpo.sampling.asking.progress import Progress
+from megatron_bvpo.sampling.asking.progress import Progress, Reasons
 from megatron_bvpo.sampling.asking.prompt_check import PromptCheck
 from megatron_bvpo.sampling.asking.prompts import PromptBook
 from megatron_bvpo.sampling.asking.rounds import Rounds
@@ -28,13 +28,13 @@ class Told(NamedTuple):
 
     Attributes:
         stopped: the signal that stopped it.
-        failures: why requests failed, counted.
+        failures: why requests failed.
         marks: `mode: mark`, counted.
         left: samples that a budget did not spend.
     """
 
     stopped: signal.Signals | None
-    failures: Counter[str]
+    failures: Reasons
     marks: Counter[str]
     left: int = 0
 
@@ -69,11 +69,12 @@ class SamplingRun:
     ) -> None:
         self.folder, self.book, self.asking, self.modes, self.samples = folder, book, asking, modes, samples
         self.progress, self.judging, self.rounds = progress, judging, rounds
-        self.failures: Counter[str] = Counter()
+        self.failures = Reasons()
         self.marks: Counter[str] = Counter()
         self.account = Account(book)
         self._held: dict[str, list[Sample]] = {}
         self._answered: set[str] = set()  # modes
+        self._in_flight: Counter[str] = Counter()  # by mode
         self._prompts = PromptCheck(asking)
         self._logprobs = self._ids = True
         self._stopped: signal.Signals | None = None
@@ -204,12 +205,16 @@ class SamplingRun:
     async def _sample(self, work: Work) -> Sample:
         prompt = self.book[work.index]
         failed = Sample(prompt.prompt_id, work.mode, work.number, None, finish_reason="error")
+        if work.mode == "short" and work.thinking is None:
+            return self._follow(failed._replace(error="its thinking sample failed"))
         try:
-            if work.mode == "short" and work.thinking is None:
-                raise Refused("its thinking sample failed")
             request = self._request(prompt, work)
             failed = failed._replace(seed=request.seed)
-            reply = await self._ask(request)
+            self._in_flight[work.mode] += 1
+            try:
+                reply = await self._ask(request)
+            finally:
+                self._in_flight[work.mode] -= 1
             sample = self.asking.sample(request, reply.choice, reply.usage)
             sample = sample._replace(server=reply.server, seconds=round(reply.seconds, 3))
             if line := self._prompts.look(prompt, request, sample):
@@ -219,7 +224,7 @@ class SamplingRun:
         except Refused as refusal:
             sample = failed._replace(error=str(refusal))
             if work.mode not in self._answered:
-                self._hold(sample)
+                await self._hold(sample)
                 return sample
         self.journal.add(sample)
         return sample
@@ -252,12 +257,25 @@ class SamplingRun:
                 else:
                     raise
 
-    def _hold(self, sample: Sample) -> None:
-        """Refusals before a mode's first success are not recorded: a wrong setting would spoil the folder."""
+    async def _hold(self, sample: Sample) -> None:
+        """Refusals before a mode's first success are not recorded: a wrong setting would spoil the folder.
+
+        A prompt that is too long is refused at once, and an answer may take an hour: what is in flight is waited for.
+        """
         held = self._held.setdefault(sample.mode, [])
         held.append(sample)
-        if len(held) >= _REFUSALS_AT_FIRST:
-            raise self._all_refused(sample.mode)
+        while len(held) >= _REFUSALS_AT_FIRST and sample.mode not in self._answered:
+            if not self._in_flight[sample.mode]:
+                raise self._all_refused(sample.mode)
+            await asyncio.sleep(0.05)
+
+    def _follow(self, short: Sample) -> Sample:
+        """A short sample whose thinking sample failed: recorded when that one is."""
+        if (held := self._held.get("thinking")) is not None:
+            held.append(short)
+        else:
+            self.journal.add(short)
+        return short
 
     def _record_held(self, mode: str) -> None:
         for sample in self._held.pop(mode, ()):
@@ -271,7 +289,7 @@ class SamplingRun:
             self._record_held(mode)
 
     def _all_refused(self, mode: str) -> UserError:
-        held = self._held[mode]
+        held = [sample for sample in self._held[mode] if sample.mode == mode]
         return UserError(
             f"the first {len(held)} {mode} requests failed, and none has succeeded: {held[-1].error}",
             field="--server",
@@ -287,7 +305,7 @@ class SamplingRun:
             self.marks.update(f"{sample.mode}: {mark}" for mark in sample.marks)
             if sample.error is not None:
                 failed += 1
-                self.failures[sample.error] += 1
+                self.failures.add(sample.error)
             else:
                 self.account.good += 1
             if self.rounds:

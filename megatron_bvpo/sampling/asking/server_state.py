@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 import random
+import re
 import time
 import urllib.parse
 import urllib.request
@@ -43,7 +44,7 @@ class Server:
 
     @classmethod
     def at(cls, address: str) -> "Server":
-        """The server at `http://host:port`, with or without `/v1` behind it.
+        """The server at `http://host:port`, with or without `/v1`, or a route of it, behind it.
 
         Raises:
             UserError: that is no address.
@@ -64,7 +65,7 @@ class Server:
                 field="--server",
                 remedy="give the key in OPENAI_API_KEY or --api_key_file",
             )
-        base = given.rstrip("/").removesuffix("/v1")
+        base = re.sub(r"/v1(/(chat/completions|completions|models))?$", "", given.rstrip("/"))
         return cls(base, None if _is_near(parts.hostname) else _proxy(parts))
 
     def pause(self, wait: float | None, why: str) -> None:

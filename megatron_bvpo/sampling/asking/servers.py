@@ -105,11 +105,7 @@ class ServerPool:
         await asyncio.gather(*(self._look(server) for server in self.servers))
         if all(server.wrong for server in self.servers):
             await self.__aexit__()
-            raise UserError(
-                "; ".join(f"{server.base}: {server.why}" for server in self.servers),
-                field="--server",
-                remedy="mend --model, the address or the key (OPENAI_API_KEY, --api_key_file)",
-            )
+            raise self._all_wrong()
         self._help(self._watch())
         return self
 
@@ -221,9 +217,10 @@ class ServerPool:
         if self._none_since is None:
             self._none_since = now
         waited = self._waited + now - self._none_since
-        states = "; ".join(f"{server.base}: {server.why}" for server in self.servers)
-        hopeless = not self.successes and all(server.wrong for server in self.servers)
-        if waited > self.patience or hopeless:
+        if not self.successes and all(server.wrong for server in self.servers):
+            raise self._all_wrong()
+        states = self._states()
+        if waited > self.patience:
             raise NoServer(
                 f"no server has answered for {waited:.0f} s ({states})",
                 field="--server",
@@ -232,6 +229,17 @@ class ServerPool:
         if waited > 1 and not self._told_waiting:
             self._told_waiting = True
             self.say(f"no server answers ({states}); waiting for up to {self.patience:g} s, nothing is lost")
+
+    def _states(self) -> str:
+        return "; ".join(f"{server.base}: {server.why}" for server in self.servers)
+
+    def _all_wrong(self) -> UserError:
+        """No waiting mends this."""
+        return NoServer(
+            self._states(),
+            field="--server",
+            remedy="mend --model, the address or the key (OPENAI_API_KEY, --api_key_file)",
+        )
 
     def _succeeded(self, server: Server) -> None:
         self.successes += 1

@@ -5,6 +5,7 @@ Runs in the processes of the pool.
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
@@ -79,7 +80,7 @@ def meaning(value: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: neither a truth value, a number, nor an object of these three.
-        ValueError: a number that is none (nan).
+        ValueError: a number that is none (nan, infinite).
     """
     told: dict[str, Any] = {"score": None, "right": None, "parsed": None}
     if isinstance(value, Mapping):
@@ -102,8 +103,8 @@ def meaning(value: Any) -> dict[str, Any]:
         if not isinstance(told["score"], Real) or isinstance(told["score"], bool):
             raise TypeError(f"a truth value, a number or an object was expected, found {type(told['score']).__name__}")
         told["score"] = float(told["score"])
-        if told["score"] != told["score"]:
-            raise ValueError("the score is nan")
+        if not math.isfinite(told["score"]):
+            raise ValueError(f"the score is {told['score']}")
     if told["parsed"] is not None:
         told["parsed"] = str(told["parsed"])
     return told

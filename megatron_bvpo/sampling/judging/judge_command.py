@@ -146,8 +146,14 @@ def _progress(folder: Path, known: int):
 
 
 def count_samples(folder: Path) -> int:
-    """About how many samples there are: those in a journal and a shard count twice."""
+    """About how many samples there are: those in a journal and a shard count twice, or, while that changes, not."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = sum(pq.read_metadata(path).num_rows for path in (folder / folder_of.SAMPLES).glob("*.parquet"))
-    return rows + sum(path.read_bytes().count(b"\n") for path in (folder / folder_of.JOURNAL).glob("*.jsonl"))
+    count = 0
+    for path in (*(folder / folder_of.JOURNAL).glob("*.jsonl"), *(folder / folder_of.SAMPLES).glob("*.parquet")):
+        try:
+            count += path.read_bytes().count(b"\n") if path.suffix == ".jsonl" else pq.read_metadata(path).num_rows
+        except (OSError, pa.ArrowException):
+            pass  # gone by now; or damaged, which who reads it says
+    return count

@@ -1,5 +1,6 @@
 """What a judge is given, what it must be able to do, and what is said of answers that no judge need see."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,11 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("workers", 0), ("time_limit", 0), ("concurrency", 1), ("max_tokens", 1)):
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # a NaN, too
                 raise UserError(f"must be {least} or more, found {getattr(self, name)}", field=f"--{name}")
+        for name in ("time_limit", "threshold"):
+            if not math.isfinite(getattr(self, name) or 0):
+                raise UserError(f"must be a finite number, found {getattr(self, name)}", field=f"--{name}")
 
     @property
     def processes(self) -> int:
@@ -126,10 +130,17 @@ def item(prompt: Prompt, sample: Sample, whole: bool = False) -> Item:
         sample: the answer.
         whole: the whole response, its trace too, instead of its final answer.
     """
-    text = sample.text
-    if text is not None and not whole:
-        text = strip_answer(text)
-    return Item(sample.key, prompt.messages, prompt.answer, text, prompt.columns)
+    return item_of(prompt, sample.key, judged_text(sample.text, whole))
+
+
+def item_of(prompt: Prompt, key: SampleKey, text: str | None) -> Item:
+    """The item of a sample whose `judged_text` is known."""
+    return Item(key, prompt.messages, prompt.answer, text, prompt.columns)
+
+
+def judged_text(text: str | None, whole: bool = False) -> str | None:
+    """What is judged of a response."""
+    return text if text is None or whole else strip_answer(text)
 
 
 def message_text(message: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from megatron_bvpo.sampling.samples import (
     SampleKey,
     read_judgements,
     write_shard,
+    writing,
 )
 
 SHARD_ROWS = 4096
@@ -36,31 +37,44 @@ class JudgementFolder:
         name: the judge's name.
         settings: what its verdicts depend on (`Judge.settings`, and which text was judged).
         replace: drop what is there, and its settings.
+        replace_other: the same where it was judged with other settings.
+        remedy: what to do about other settings, in the command's own words.
 
     Raises:
         UserError: the name is none for a folder, another process holds it, or its judgements have other settings.
     """
 
-    def __init__(self, folder: Path, name: str, settings: dict[str, Any], replace: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        settings: dict[str, Any],
+        replace: bool = False,
+        replace_other: bool = False,
+        remedy: str = "give this judge another --name, or judge all anew with --again all",
+    ) -> None:
         if not _NAME.fullmatch(name):
             raise UserError(f"{name!r} cannot name a judge: letters, digits, dots, dashes are expected", field="--name")
         self.samples, self.name = folder, name
         self.path = folder / JUDGEMENTS / name
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._hold()
         self._waiting: list[Judgement] = []
         self._written = time.monotonic()
         try:
             for left in self.path.glob(".*.parquet.*"):
                 left.unlink()  # of a process that was killed while it wrote
-            if replace:
+            if replace or (replace_other and self._shards() and self._differing(settings, remedy)):
                 # The settings go last: without shards they say nothing.
                 for shard in self._shards():
                     shard.unlink()
-            if replace or not self._shards():
+            if not self._shards():
                 self._write_settings(settings)
-            else:
-                self._compare(settings)
+            elif told := self._differing(settings, remedy):
+                raise UserError(
+                    f"judge {name!r} has judged with other settings: {told}", file=str(self.path), remedy=remedy
+                )
             self._next = 1 + max((int(shard.stem) for shard in self._shards() if shard.stem.isdigit()), default=-1)
         except BaseException:
             self._lock.close()
@@ -99,7 +113,8 @@ class JudgementFolder:
         return sorted(self.path.glob("*.parquet"))
 
     def _hold(self):
-        lock = open(self.path / ".lock", "w")
+        with writing(self.path):
+            lock = open(self.path / ".lock", "w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -113,27 +128,19 @@ class JudgementFolder:
 
     def _write_settings(self, settings: dict[str, Any]) -> None:
         aside = self.path / f".{SETTINGS}.{os.getpid()}"
-        aside.write_text(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(aside, self.path / SETTINGS)
+        with writing(self.path / SETTINGS):
+            aside.write_text(json.dumps(settings, indent=1, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+            os.replace(aside, self.path / SETTINGS)
 
-    def _compare(self, settings: dict[str, Any]) -> None:
+    def _differing(self, settings: dict[str, Any], remedy: str) -> str:
+        """The settings that are others than those of the judgements, in words; '' where there are none."""
         path = self.path / SETTINGS
         try:
             found = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot be read: {error}",
-                file=str(path),
-                remedy="judge anew with --again all, or under another --name",
-            ) from error
-        differing = [name for name in sorted(found.keys() | settings.keys()) if found.get(name) != settings.get(name)]
-        if differing:
-            told = ", ".join(f"{name} {found.get(name)!r} there and {settings.get(name)!r} now" for name in differing)
-            raise UserError(
-                f"judge {self.name!r} has judged with other settings: {told}",
-                file=str(self.path),
-                remedy="give this judge another --name, or judge all anew with --again all",
-            )
+            raise UserError(f"cannot be read: {error}", file=str(path), remedy=remedy) from error
+        names = [name for name in sorted(found.keys() | settings.keys()) if found.get(name) != settings.get(name)]
+        return ", ".join(f"{name} {found.get(name)!r} there and {settings.get(name)!r} now" for name in names)
 
 
 def failed(said: Judgement) -> bool:

@@ -13,7 +13,7 @@ import re
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.judging.judge_items import Item, Judge, JudgeOptions, item
 
-__all__ = ["Item", "Judge", "JudgeOptions", "item", "judge_name", "make_judge"]
+__all__ = ["Item", "Judge", "JudgeOptions", "is_function", "item", "judge_name", "make_judge"]
 
 KINDS = ("math", "exact", "choice", "reward:URL", "llm:URL", "package.module:function")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -41,11 +41,16 @@ def make_judge(spec: str, **options) -> Judge:
         from megatron_bvpo.sampling.judging import text_judges
 
         return text_judges.exact(given.ignore_case) if spec == "exact" else text_judges.choice()
-    if _FUNCTION.fullmatch(spec):
+    if is_function(spec):
         from megatron_bvpo.sampling.judging.pool_judges import function_judge
 
         return function_judge(spec, given.processes, given.limit(10.0), given.threshold)
     raise UserError(f"no judge {spec!r}; there are {', '.join(KINDS)}", field="--with")
+
+
+def is_function(spec: str) -> bool:
+    """Whether a specification names a function."""
+    return _FUNCTION.fullmatch(spec) is not None
 
 
 def judge_name(spec: str) -> str:

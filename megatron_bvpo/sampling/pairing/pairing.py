@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 # Why a prompt has no pair in a mode, in the words of the report.
-NO_SAMPLES, FAILED, NOT_JUDGED = "no samples", "every request failed", "not judged"
-ALL_RIGHT, ALL_WRONG, NO_SCORE = "all right", "all wrong", "no score"
+NO_SAMPLES, FAILED, NOT_JUDGED = "no samples", "whose request failed", "not judged"
+ALL_RIGHT, ALL_WRONG, NO_SCORE, NO_VERDICT = "all right", "all wrong", "no score", "without a verdict"
 UNPARSED = "no answer was read out of the wrong ones"
 EQUAL_SCORES, MARGIN, ONE_TEXT = "equal scores", "the scores differ by less than --margin", "one text alone"
 NO_TRACES = "no two of them of which one has a trace"
@@ -40,7 +40,7 @@ class Candidate:
         unusable: why it can be no side of a pair; None where it can.
         traced: the text has a trace; for empty samples without meaning.
         right, score, parsed: the judge's words; `parsed`: an answer was read out of the text.
-        judged: the judge has seen it, and did not fail.
+        seen: the judge has looked at it; whether or not it came to a verdict or a score (`judged`).
     """
 
     folder: int
@@ -55,7 +55,11 @@ class Candidate:
     right: bool | None = None
     score: float | None = None
     parsed: bool = False
-    judged: bool = False
+    seen: bool = False
+
+    @property
+    def judged(self) -> bool:
+        return self.right is not None or self.score is not None
 
     @property
     def name(self) -> tuple[int, str, int]:
@@ -134,7 +138,7 @@ def pool_of(key: Hashable, mode: str, candidates: Sequence[Candidate], rules: Pa
     elif not kept:
         pool.reason = left_out.most_common(1)[0][0]
     elif not any(c.judged for c in kept):
-        pool.reason = NOT_JUDGED
+        pool.reason = NO_VERDICT if any(c.seen for c in kept) else NOT_JUDGED
     elif rules.policy == "right_wrong":
         _right_and_wrong(pool, candidates, kept)
     else:
@@ -150,7 +154,7 @@ def _right_and_wrong(pool: Pool, candidates: Sequence[Candidate], kept: list[Can
     pool.rejected = [c for c in wrong if c.parsed]
     verdicts = {c.right for c in candidates if c.right is not None}
     if not verdicts:
-        pool.reason = NOT_JUDGED
+        pool.reason = NO_VERDICT
     elif not pool.chosen:
         pool.reason = ALL_WRONG if True not in verdicts else _why_none(candidates, True, "right")
     elif not pool.rejected:

@@ -57,12 +57,12 @@ def run_command(args: argparse.Namespace) -> int:
     plan = read_plan(args)
     out = plan.outputs["pairs"]
     folder = Path(args.report) if args.report else out.parent
-    outcome = make_pairs(plan)
-    lines = report_lines(outcome)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot be made: {error.strerror}", file=str(folder), field="--report") from None
+    outcome = make_pairs(plan)
+    lines = report_lines(outcome)
     text, picture = folder / f"{out.stem}.{REPORT}.md", folder / f"{out.stem}.{REPORT}.png"
     try:
         from megatron_bvpo.sampling.pairing.pairs_picture import draw

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
 
-from megatron_bvpo.sampling.pairing.pairing import UNPARSED, Pair, preferring_shorter
+from megatron_bvpo.sampling.pairing.pairing import FAILED, UNPARSED, Pair, preferring_shorter
 from megatron_bvpo.sampling.pairing.pairs_run import Outcome
 from megatron_bvpo.sampling.pairing.sample_facts import CUT, STILL_THINKS, other_settings
 
@@ -150,15 +150,29 @@ def _of_samples(outcome: Outcome, mode: str) -> Iterator[str]:
             f"{mode}: {unparsed} prompts have wrong answers of which none could be read: their form fails, not their "
             "result; say in the prompt how to end, or judge otherwise."
         )
-    unjudged = sum(1 for _, m, found in outcome.facts.pools() if m == mode for c in found if not c.judged)
-    if unjudged > 0.01 * n:
-        yield f"{mode}: {unjudged} of {n} samples have no verdict; bvpo judge goes on where it was stopped."
+    yield from _without_a_verdict(outcome, mode)
     rates = outcome.rates[mode]
     for name, count in (("right", sum(r == 1 for r in rates)), ("wrong", sum(r == 0 for r in rates))):
         if rates and count > 0.5 * len(rates):
             harder = "harder" if name == "right" else "easier"
             share = f"{count / len(rates):.0%}"
             yield f"{mode}: on {share} of the prompts all answers are {name}; {harder} ones give pairs."
+
+
+def _without_a_verdict(outcome: Outcome, mode: str) -> Iterator[str]:
+    n = outcome.facts.samples[mode]
+    unseen = in_vain = lost = 0
+    for candidate in (c for _, m, found in outcome.facts.pools() if m == mode for c in found if not c.judged):
+        lost += candidate.unusable == FAILED
+        unseen += candidate.unusable != FAILED and not candidate.seen
+        in_vain += candidate.unusable != FAILED and candidate.seen
+    for count, line in (
+        (unseen, f"{unseen} of {n} samples are not judged yet; bvpo judge goes on where it was stopped."),
+        (in_vain, f"the judge came to no verdict on {in_vain} of {n} samples; bvpo judge --again failed tries again."),
+        (lost, f"{lost} of {n} requests failed; bvpo sample --retry_failed asks for these answers again."),
+    ):
+        if count > 0.01 * n:
+            yield f"{mode}: {line}"
 
 
 def _of_empty_answers(outcome: Outcome) -> Iterator[str]:

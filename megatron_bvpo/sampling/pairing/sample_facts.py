@@ -24,6 +24,7 @@ from megatron_bvpo.sampling.samples import (
     JUDGEMENTS,
     MODES,
     NO_TRACE_END,
+    OF_SOME_MODES,
     SETTINGS,
     THINKS,
     TRUNCATED,
@@ -184,7 +185,7 @@ def gather(folders: Sequence[Folder], judge: str, *, keep_truncated: bool = Fals
             if candidate is not None:
                 candidate.right, candidate.score = judgement.right, judgement.score
                 candidate.parsed = judgement.parsed is not None
-                candidate.judged = judgement.error is None
+                candidate.seen = True
     return facts
 
 
@@ -238,10 +239,13 @@ def other_settings(folders: Sequence[Folder], judge: str) -> list[str]:
     for file in (Path(SETTINGS), Path(JUDGEMENTS, judge, SETTINGS)):
         found = [_settings(folder.path / file) for folder in folders]
         for name in sorted({name for settings in found for name in settings} - _OF_ONE_FOLDER):
-            values = [json.dumps(settings.get(name), ensure_ascii=False) for settings in found]
-            if len(set(values)) > 1:
-                pairs = zip(folders, values, strict=True)
-                told.append(f"{name}: " + ", ".join(f"{folder.name} {value[:80]}" for folder, value in pairs))
+            values = {
+                folder.name: json.dumps(settings.get(name), ensure_ascii=False)
+                for folder, settings in zip(folders, found, strict=True)
+                if settings.get(name) is not None or name not in OF_SOME_MODES
+            }
+            if len(set(values.values())) > 1:
+                told.append(f"{name}: " + ", ".join(f"{folder} {value[:80]}" for folder, value in values.items()))
     return told
 
 
