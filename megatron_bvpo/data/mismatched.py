@@ -15,6 +15,27 @@ from megatron_bvpo.data.pair_checks import IGNORED, response_start
 Place = tuple[int, ...]
 
 
+def placed_rows(
+    batches: Sequence[Sequence[Any]], *, rank: int, ranks: int, dealt_in_turn: bool = True
+) -> list[list[tuple[Place, dict]]]:
+    """The rows of this rank's micro-batches, each with its place in the global batch: the number of its item, and its
+    own number in it, where an item is a pack.
+
+    Args:
+        batches: the items of each micro-batch (a row, or a list of rows).
+        dealt_in_turn: items go to the ranks one by one, as in training (gradients/halves.py), or a whole micro-batch
+            each, as in evaluation.
+    """
+    found = []
+    for j, items in enumerate(batches):
+        n, rows = len(items), []
+        for i, item in enumerate(items):
+            number = (j * n + i) * ranks + rank if dealt_in_turn else (j * ranks + rank) * n + i
+            rows += [((number, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
+        found.append(rows)
+    return found
+
+
 def response_of(sequence: Mapping[str, Any]) -> list[int]:
     """The tokens of the response: what counts."""
     return list(sequence["input_ids"][response_start(sequence) :])

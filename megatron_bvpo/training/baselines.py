@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, ROW_KEY, WEIGHT_KEY
 from megatron_bvpo.data.encoded_rows import has_stream, right_key
-from megatron_bvpo.data.mismatched import Place, next_responses, response_of, with_response
+from megatron_bvpo.data.mismatched import Place, next_responses, placed_rows, response_of, with_response
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.gradients.halves import stand_in
 from megatron_bvpo.objective.unpaired import kl_baseline, kl_sums
@@ -59,7 +59,8 @@ class Baselines:
         """
         if not self.streams:
             return
-        placed = self._placed([batch[ITEMS_KEY] for batch in chunks[0]], dealt_in_turn)
+        items, groups = [batch[ITEMS_KEY] for batch in chunks[0]], self.groups
+        placed = placed_rows(items, rank=groups.dp_rank, ranks=groups.dp_size, dealt_in_turn=dealt_in_turn)
         following = {stream: next_responses(found) for stream, found in self._responses(placed).items()}
         batches = [self._mismatched(rows, following) for rows in placed]
         parts = [[self.collate(rows) for rows in batches] for _ in chunks]
@@ -79,19 +80,6 @@ class Baselines:
     def metrics(self) -> dict[str, tuple[Tensor, int]]:
         """Log names to (z, 1)."""
         return {f"{TABLE[stream].log_prefix}kl": (z, 1) for stream, z in self.passes.baselines.items()}
-
-    def _placed(self, items: list[list], dealt_in_turn: bool) -> list[list[tuple[Place, dict]]]:
-        """The rows of each micro-batch, with their places in the global batch."""
-        rank, ranks = self.groups.dp_rank, self.groups.dp_size
-        found = []
-        for j, batch in enumerate(items):
-            rows = []
-            for i, item in enumerate(batch):
-                n = len(batch)
-                number = (j * n + i) * ranks + rank if dealt_in_turn else (j * ranks + rank) * n + i
-                rows += [((number, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
-            found.append(rows)
-        return found
 
     def _responses(self, placed: list[list[tuple[Place, dict]]]) -> dict[str, dict[Place, list[int]]]:
         """Of each stream, the responses of the whole global batch that count, by their places."""
