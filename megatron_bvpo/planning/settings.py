@@ -186,7 +186,11 @@ class RunSettings:
     @property
     def sequences(self) -> int:
         """Of a row that takes part in every stream."""
-        return sum(len(sides_of(stream, unpaired=self.unpaired)) for stream in self.streams)
+        return sum(len(self.sides(stream)) for stream in self.streams)
+
+    def sides(self, stream: str) -> tuple[str, ...]:
+        """The sequences of a row in one stream."""
+        return sides_of(stream, unpaired=self.unpaired)
 
     @property
     def unpaired(self) -> bool:

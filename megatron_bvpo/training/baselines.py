@@ -69,9 +69,10 @@ class Baselines:
             return
         sums = {stream: heard[0].policy_Q.new_zeros(2) for stream in self.streams}
         for batch, found in zip(parts[0], heard, strict=True):
+            start = 0  # heard are the streams that a loss compares with the reference, one behind the other
             for stream in self.streams:
-                (part,) = batch[LAYOUT_KEY].slices(stream)
                 weights_M = found.policy_Q.new_tensor(batch[LAYOUT_KEY].weights[stream])
+                part = slice(start, start := start + len(weights_M))
                 sums[stream] += kl_sums(found.policy_Q[part], found.reference_Q[part], weights_M)
         total = torch.stack(list(sums.values()))
         dist.all_reduce(total, group=self.groups.dp)

@@ -368,8 +368,11 @@ def test_the_count_behind_a_gate():
 def test_a_gate_without_rates_or_that_switches_all_off_is_refused():
     tally = RowTally()
     tally.add(check_row(row(**EXPERT), GATE))
-    with pytest.raises(UserError, match=r"no row is left .*1 × accept_rate: missing, and --bvpo_gate goes by it"):
+    with pytest.raises(
+        UserError, match=r"no row is left .*1 × accept_rate: missing, and --bvpo_gate goes by"
+    ) as caught:
         require_rows(tally, ["a.jsonl"])
+    assert caught.value.remedy.startswith("`bvpo judge` and `bvpo pairs` write it into the rows")
     tally = RowTally()
     tally.add(check_row(row(**OWN, **SHORT, accept_rate=0.5), GATE))
     with pytest.raises(UserError, match="no demonstration is left in 1 row"):
@@ -486,6 +489,9 @@ def test_bvpo_rows_counts_them(tmp_path, monkeypatch, capsys):
     none = rows("--bvpo_streams", "trace", "expert", "--bvpo_gate", "hpt", "--bvpo_gate_threshold", "0.5")[1]
     assert "Switched off by the gate: 1 trace pair." in none
     assert "1 trace response (0 right, 1 wrong)" in rows("--loss_type", "kto", "--bvpo_empty", "own")[1][2]
+    for wrong in ("x", "1", "-1", "nan"):
+        code, _, err = rows("--bvpo_streams", "trace", "expert", "--bvpo_gate", "hpt", "--bvpo_gate_threshold", wrong)
+        assert code == 2 and "--bvpo_gate_threshold: is" in err and len(err.splitlines()) == 1
     code, _, err = rows("--bvpo_streams", "tracer")
     assert code == 2 and "tracer" in err and len(err.splitlines()) == 1
 
