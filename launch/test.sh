@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests; does its own set-up.
+# Runs the tests; does its own set-up, but for a browser: without Chromium (Debian: apt-get install chromium) the tests of
+# the report's page are skipped.
 #
 #   launch/test.sh              what CI runs
 #   launch/test.sh ARGUMENTS…   pytest with these arguments

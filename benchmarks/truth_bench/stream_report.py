@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from truth_bench.report import RECOMMENDED, Row, mean_and_interval, num, percent, regrets, table
+from truth_bench.tables import RECOMMENDED, Row, mean_and_interval, num, percent, regrets, table
 
 STREAMS = ("trace", "empty", "short")
 KAPPA = "0.03"

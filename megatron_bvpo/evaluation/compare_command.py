@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.evaluation.scores_file import SCORES
 
 
 def add_command(commands) -> None:
@@ -35,7 +36,7 @@ def run_command(args: argparse.Namespace) -> int:
         raise UserError("two or more evaluations are needed", field="DIR", remedy="bvpo compare A/eval B/eval")
     if args.baseline is not None and args.baseline not in named:
         raise UserError(f"{args.baseline!r} is none of {', '.join(named)}", field="--baseline")
-    if args.json is not None and args.json.name == scores_file.SCORES:
+    if args.json is not None and args.json.name == SCORES:
         raise UserError("an evaluation is named so, and would be lost", file=str(args.json), field="--json")
     evaluations = [(name, scores_file.read(path)) for name, path in named.items()]
     for line in comparison.remarks(evaluations):
@@ -64,6 +65,7 @@ def names(given: list[str]) -> dict[str, Path]:
     for text, (_, path) in zip(given, pairs, strict=True):
         if (twin := resolved.setdefault(path.resolve(), text)) is not text:
             raise UserError(f"{twin} and {text} are the same folder", field="DIR", remedy="give it once")
+    pairs = [(name, path.parent if path.name == SCORES else path) for name, path in pairs]
     unnamed = [path for name, path in pairs if name is None]
     out: dict[str, Path] = {}
     for name, path in pairs:

@@ -11,6 +11,8 @@ from megatron_bvpo.evaluation.scores_file import Score, Scores
 # Settings that may differ without a word: they do not change what an answer is.
 _FREE = {"model", "seed"}
 _MANY = 100_000
+# All of five signs are alike in one of sixteen flips: no p-value of so few is below .05.
+_FEWEST = 6
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Comparison:
         by = f"{100 * abs(self.found.difference):.1f} ± {100 * self.found.half_width:.1f}"
         where = f"on {self.title} {_with(self.mode)}"
         questions = f"{self.found.questions:,} questions"
+        if self.found.questions < _FEWEST:
+            return f"{self.a} and {self.b} cannot be told apart {where}: {questions} are too few to tell anything."
         sure = f"p {_p(self.corrected)}{self._for()}"
         if self.verdict:
             return f"{better} beats {worse} by {by} {where} ({questions}, {sure})."

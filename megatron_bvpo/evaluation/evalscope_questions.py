@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,8 @@ class Benchmark:
         try:
             self._adapter = get_benchmark(dataset.evalscope, config(**task))
             self._adapter.validate_judge_strategy()
-            subsets = self._adapter.load_dataset()
+            with _own_cache(scratch / "datasets" / dataset.name) if dataset.path else nullcontext():
+                subsets = self._adapter.load_dataset()
         except Exception as error:  # whatever evalscope, a hub or a reader of files raises
             raise Unavailable(_told(error, dataset, judge)) from error
         self.judge, self._scratch = judge if self._adapter.use_llm_judge else None, scratch
@@ -159,6 +161,20 @@ class EvalscopeJudge(Streaming):
 
 def _settings(dataset: Dataset) -> dict[str, Any]:
     return {**dataset.settings, **({"local_path": str(dataset.path)} if dataset.path else {})}
+
+
+@contextmanager
+def _own_cache(folder: Path) -> Iterator[None]:
+    """datasets finds a local copy in its cache by its folder's name: an older or another one of that name would be read
+    in its place."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
 
 
 def _evalscope():

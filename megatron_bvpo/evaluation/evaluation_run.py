@@ -35,6 +35,7 @@ class Questions:
         judge: scores the answers.
         metric: what a score is; another judge model makes it another.
         graded: the judge's numbers are the scores; else an answer is right or wrong, where the judge says so.
+        best: the best of these numbers; scores are parts of it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Questions:
     judge: Judge
     metric: str
     graded: bool = False
+    best: float = 1.0
 
 
 class Stopped(Exception):
@@ -163,7 +165,7 @@ class EvaluationRun:
             if judgement is None or failed(judgement):
                 reasons.append(sample.error or (judgement.error if judgement else None) or "no verdict")
                 continue
-            by_question[sample.prompt_id].append(_counts(judgement, questions.graded))
+            by_question[sample.prompt_id].append(_counts(judgement, questions))
             good.append((sample, judgement))
         lost = len(questions.book) * repeats - len(good)
         if lost:
@@ -192,9 +194,10 @@ class EvaluationRun:
         )
 
 
-def _counts(judgement: Judgement, graded: bool) -> float:
+def _counts(judgement: Judgement, questions: Questions) -> float:
     """What an answer counts: the judge's number or its verdict, and the other one where that is all it says."""
-    first, second = (judgement.score, judgement.right) if graded else (judgement.right, judgement.score)
+    score = None if judgement.score is None else judgement.score / questions.best
+    first, second = (score, judgement.right) if questions.graded else (judgement.right, score)
     return float(second if first is None else first)
 
 
@@ -253,4 +256,5 @@ def _file(dataset: Dataset, args: argparse.Namespace, scratch: Path) -> Question
         metric += f" by {judge.settings['model']}"
     for line in bad.lines():
         print(line)
-    return Questions(dataset.name, dataset.name, book, judge, metric, graded)
+    best = 10.0 if rubric and rubric.scores else 1.0
+    return Questions(dataset.name, dataset.name, book, judge, metric, graded, best)

@@ -143,6 +143,11 @@ _MAY_LACK = {"tokens", "thinks"}
 
 def _score(row: dict[str, Any]) -> Score:
     score = Score(**row)
+    for name in ("dataset", "title", "mode", "metric"):
+        if not isinstance(getattr(score, name), str):
+            raise ValueError(f"{name} is {getattr(score, name)!r}")
+    if not isinstance(score.judge, dict):
+        raise ValueError(f"judge of {score.dataset} is {score.judge!r}")
     for name in _NUMBERS:
         value = getattr(score, name)
         if isinstance(value, bool) or not (isinstance(value, int | float) or (value is None and name in _MAY_LACK)):

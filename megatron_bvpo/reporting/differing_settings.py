@@ -59,7 +59,8 @@ def columns(runs: Sequence[Mapping[str, str]]) -> tuple[list[str], list[str]]:
     """Settings for the table of runs, and those that differ but are too many for it.
 
     Args:
-        runs: of each, its `plain_settings`; empty where they are unknown, which makes no difference.
+        runs: of each, its `plain_settings`. A name that one lacks (it is of another version, or nothing is known)
+            makes no difference.
     """
     known = [run for run in runs if run]
     names = dict.fromkeys(name for run in known for name in run)
@@ -67,7 +68,9 @@ def columns(runs: Sequence[Mapping[str, str]]) -> tuple[list[str], list[str]]:
     differing = [
         name
         for name in names
-        if name not in ALWAYS and not _NO_SETTING.fullmatch(name) and len({shown(run, name) for run in known}) > 1
+        if name not in ALWAYS
+        and not _NO_SETTING.fullmatch(name)
+        and len({shown(run, name) for run in known if name in run}) > 1
     ]
     # Ours first, then in the order of args.json, where neighbours belong together.
     differing.sort(key=lambda name: not name.startswith("bvpo_"))

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.cluster.slurm_cluster import SlurmCluster, missing_programs
+from tests.cluster.slurm_cluster import ONE_ADDRESS, SlurmCluster, missing_programs
 
 
 def pytest_collection_modifyitems(config, items):
@@ -18,9 +18,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm(request, tmp_path_factory):
+    """A cluster for a module, with the addresses that it names in ADDRESSES."""
     missing = missing_programs()
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs root and Slurm (apt-get install slurmctld slurmd slurm-client munge); missing: {missing}")
-    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+    addresses = getattr(request.module, "ADDRESSES", ONE_ADDRESS)
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster", addresses) as cluster:
         yield cluster

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-# Each node has an address of its own, so that both can listen on one port.
-NODES = {"n0": "127.0.0.1", "n1": "127.0.0.2"}
+NODES = ("n0", "n1")
+ONE_ADDRESS, OWN_ADDRESSES = ("127.0.0.1", "127.0.0.1"), ("127.0.0.1", "127.0.0.2")
 # States of a job that has not ended; SIGNALING lasts a moment, when the time limit's signal is sent.
 GOING_ON = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED", "SIGNALING", "STOPPED")
 
@@ -63,10 +63,15 @@ def free_port() -> int:
 
 
 class SlurmCluster:
-    """Start with `with SlurmCluster(folder) as slurm:`; every daemon ends with the block."""
+    """Start with `with SlurmCluster(folder) as slurm:`; every daemon ends with the block.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Args:
+        folder: of its files, made here.
+        addresses: of the nodes; with `OWN_ADDRESSES` both can listen on one port.
+    """
+
+    def __init__(self, folder: Path, addresses: tuple[str, str] = ONE_ADDRESS):
+        self.folder, self.addresses = folder, addresses
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
 
@@ -76,7 +81,7 @@ class SlurmCluster:
         host = socket.gethostname()
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={free_port()} CPUs=2 RealMemory=4000"
-            for name, address in NODES.items()
+            for name, address in zip(NODES, self.addresses, strict=True)
         )
         text = CONF.format(host=host, folder=folder, ctld=free_port(), nodes=nodes)
         (folder / "slurm.conf").write_text(text)

@@ -19,11 +19,12 @@ import yaml
 
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.sampling.samples import read_judgements, read_samples
-from tests.cluster.slurm_cluster import GOING_ON, NODES, free_port
+from tests.cluster.slurm_cluster import GOING_ON, OWN_ADDRESSES, free_port
 from tests.distributed.cells import ROOT
 from tests.unit.openai_server import Served
 
 pytestmark = pytest.mark.slow
+ADDRESSES = OWN_ADDRESSES
 PROMPTS, SAMPLES, CONCURRENCY = 100, 4, 8
 
 
@@ -109,7 +110,7 @@ def test_it_samples_on_two_nodes_and_goes_on_after_every_stop(slurm, job):
         assert bvpo(["sample", str(job / "job.yaml"), *calm(job), "--server", server.address]) == 0
     assert samples(out) == samples(job / "calm")
     assert {j.key for j in read_judgements(out, "exact")} == samples(out).keys()
-    assert {s.server for s in read_samples(out)} == {f"http://{address}:{port}" for address in NODES.values()}
+    assert {s.server for s in read_samples(out)} == {f"http://{address}:{port}" for address in ADDRESSES}
     # Every answer was asked for once, but for what was in flight at a stop, or met a fault.
     requests = Counter(line.split()[1] for line in (job / "asked.log").read_text().splitlines())
     faults = sum(1 for count in requests.values() if count > 1)
@@ -125,7 +126,7 @@ def calm(job: Path) -> list[str]:
 def listening(port: int) -> list[str]:
     """The nodes whose engine is left running."""
     found = []
-    for address in NODES.values():
+    for address in ADDRESSES:
         with socket.socket() as s:
             found += [address] if s.connect_ex((address, port)) == 0 else []
     return found

@@ -27,7 +27,7 @@ FAULTS = {
     "experts forgotten": ("ep2", ""),
     "copies not divided": ("dp2", "--use_distributed_optimizer false"),
     "cross term dropped": ("one-rank", ""),
-    "local gradients": ("dp2", ""),
+    "local gradients": ("dp2", "--use_distributed_optimizer false"),
     "one factor for all": ("one-rank", ""),
     "a stream turned around": ("one-rank", ""),
 }

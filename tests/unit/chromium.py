@@ -102,13 +102,13 @@ class Browser:
         await self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))
         await self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
-    async def look(self, width: int, dark: bool = False, height: int = 900) -> None:
-        """The size of the window, in CSS pixels, and the colours that its user prefers."""
+    async def look(self, width: int, dark: bool = False, height: int = 900, media: str = "screen") -> None:
+        """The size of the window, in CSS pixels, the colours that its user prefers, and whether it is paper."""
         await self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        await self.call("Emulation.setEmulatedMedia", features=[scheme])
+        await self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
         await self.settled()
 
     async def picture(self, target: Path) -> None:

@@ -80,6 +80,7 @@ def test_another_judge_is_noted(runs, capsys):
 def test_names(tmp_path):
     paths = [f"{tmp_path}/{run}/eval" for run in ("x/run1", "y/run1", "run2")]
     assert list(names(paths)) == ["x/run1", "y/run1", "run2"]
+    assert list(names([f"{tmp_path}/a/eval/scores.json", f"{tmp_path}/b/eval"])) == ["a", "b"]
     assert list(names(["A=somewhere", "b/eval", "c/scores"])) == ["A", "eval", "scores"]
 
 
@@ -97,6 +98,8 @@ BAD = {
     "another version": (["before/eval", "version.json"], "has version 9, expected 1"),
     "a damaged file": (["before/eval", "damaged.json"], "damaged.json: is damaged"),
     "a score that is no number": (["before/eval", "texts.json"], "is damaged: .*score of math_500 is '75'"),
+    "a judge that is none": (["before/eval", "judge.json"], "is damaged: .*judge of math_500 is 'x'"),
+    "a mode that is none": (["before/eval", "mode.json"], "is damaged: .*mode is 3"),
     "nothing in common": (["before/eval", "aime.json"], "no dataset and mode with common questions"),
     "numbers over scores": (
         ["before/eval", "after/eval", "--json", "after/eval/scores.json"],
@@ -118,6 +121,8 @@ def test_bad_input_is_one_message(case, runs, capsys, monkeypatch):
         "version": whole | {"version": 9},
         "damaged": whole | {"scores": [whole["scores"][0] | {"by_question": {"q1": ["right"]}}]},
         "texts": whole | {"scores": [whole["scores"][0] | {"score": "75"}]},
+        "judge": whole | {"scores": [whole["scores"][0] | {"judge": "x"}]},
+        "mode": whole | {"scores": [whole["scores"][0] | {"mode": 3}]},
         "aime": {"version": 1, **asdict(scores(9, dataset="aime24"))},
     }
     for name, content in files.items():

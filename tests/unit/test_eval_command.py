@@ -163,6 +163,21 @@ def test_safety_is_judged_by_its_rubric(tmp_path):
     assert score.score == 0.5 and score.metric == "accuracy by judge"
 
 
+def test_a_judge_s_grades_are_parts_of_ten(tmp_path):
+    (tmp_path / "grades.txt").write_text("{question}\n{response}\nEnd with a line SCORE: 0 to 10")
+
+    def says(path, body):
+        grade = 7 if "What is 0?" in body["messages"][-1]["content"] else 4
+        return 200, {"choices": [{"message": {"content": f"SCORE: {grade}"}, "finish_reason": "stop"}]}
+
+    with Served() as server, JudgeServerInAThread(says, [{"id": "judge"}]) as judge:
+        path = suite(tmp_path, "llm", QUESTIONS[:2], rubric="grades.txt")
+        more = ["--judge_server", judge.url, "--judge_model", "judge", "--modes", "empty"]
+        assert bvpo(argv(server.address, path, tmp_path / "out", *more, repeats=1)) == 0
+    (score,) = scores_file.read(tmp_path / "out").scores
+    assert (score.score, score.metric) == (pytest.approx(0.55), "score by judge") and score.high <= 1
+
+
 def test_killed_five_times_it_asks_nothing_twice(tmp_path):
     """What had arrived is asked for no more; at most what was in flight is."""
     log = tmp_path / "log"

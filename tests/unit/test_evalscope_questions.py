@@ -91,6 +91,18 @@ def test_what_is_judged_needs_a_judge_and_gets_its_verdict(tmp_path, capsys):
     assert (score.score, score.metric, score.answers) == (0.5, "win_rate by judge", 4)
 
 
+def test_a_local_copy_is_read_from_where_it_is(tmp_path):
+    """Not from the cache of another one whose folder has the same name."""
+    asked = []
+    for name, rows in (("a", AIME), ("b", [{"problem": "Find all.", "answer": "7"}])):
+        (tmp_path / name).mkdir()
+        suite = write(tmp_path / name, {"aime24": ("test", rows)})
+        with Served() as server:
+            assert evaluate(server, suite, tmp_path / name / "out", "--modes", "empty") == 0
+            asked.append({body["messages"][-1]["content"] for body in server.requests})
+    assert len(asked[0]) == 3 and len(asked[1]) == 1
+
+
 def test_what_cannot_be_had_is_named(tmp_path, capsys):
     suite = write(tmp_path, {"math_500": ("test", MATH), "no_such": ("test", AIME), "aime24": ("other", AIME)})
     with Served() as server:

@@ -115,6 +115,10 @@ def test_sentences():
     (line,) = sentences({"aime": named([[1.0, 0.0]] * 30)}, {"aime": named([[1.0, 1.0]] + [[1.0, 0.0]] * 29)})
     assert line.startswith("B is ahead of A by 1.7 ± 4.9 on AIME with thinking, but 30 questions cannot tell (p 1)")
     assert "1.7 would take" in line and "questions, " in line
+    (line,) = sentences({"few": named([[1.0]] * 5)}, {"few": named([[0.0]] * 5)})
+    assert line == "A and B cannot be told apart on FEW with thinking: 5 questions are too few to tell anything."
+    (line,) = sentences({"few": named([[0.0]] * 6)}, {"few": named([[1.0]] * 6)})
+    assert line.startswith("B beats A by 100.0")
     (line,) = sentences({"aime": better}, {"aime": better})
     assert line.startswith("A and B score the same on AIME with thinking")
 

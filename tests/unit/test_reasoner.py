@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from megatron_bvpo.rehearsal import tiny_tokenizers
-from megatron_bvpo.rehearsal.reasoner import copy_reasoner, reasoner_folder, write_prompts
+from megatron_bvpo.rehearsal.reasoner import copy_reasoner, reasoner_folder, train, write_prompts
 from megatron_bvpo.rehearsal.reasoner.evaluate import Accuracy, accuracies, is_right
 from megatron_bvpo.rehearsal.reasoner.problems import FAMILIES, SPLITS, different_problems, problems, split_of
 from megatron_bvpo.rehearsal.reasoner.sampling import load_reasoner, sample
@@ -201,6 +201,21 @@ def test_packed_rows_do_not_see_each_other(reasoner):
                 count += (mine >= 0).sum().item()
     assert count > 100
     assert packed == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_training_command_ends_in_a_model_with_a_softer_head(tmp_path, monkeypatch):
+    """A small recipe through the one command; its checkpoint has the head as it was trained."""
+    flags = "--steps 2 --eval_every 1 --eval_problems 4 --rows 4 --hidden_size 64 --layers 1 --heads 2 "
+    flags += "--key_value_heads 2 --intermediate_size 64 --soften 2 --no-compile"
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), *flags.split()])
+    train.main()
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert trained["step"] == 2 and [line["step"] for line in trained["curve"]] == [1, 2]
+    written = load_reasoner(tmp_path / "model").model.state_dict()
+    assert written.keys() == trained["model"].keys()
+    for name, weights in trained["model"].items():
+        expected = weights / 2 if name == "lm_head.weight" else weights
+        assert torch.equal(written[name], expected.to(torch.bfloat16).float()), name
 
 
 # ---- weights

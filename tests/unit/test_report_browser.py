@@ -15,6 +15,7 @@ from tests.unit.report_runs import made_run, made_scores
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 
+SHEET = 1000  # CSS pixels of a landscape sheet between its margins
 NAMES = '[...document.querySelectorAll("#run-table tbody th")].map((cell) => cell.textContent)'
 # Title and colours of the lines of every chart that is shown.
 LINES = """[...document.querySelectorAll("#charts figure")].filter((figure) => !figure.hidden).map((figure) => [
@@ -44,7 +45,8 @@ def seen(tmp_path_factory) -> dict:
     lr = {"b-run": 9e-6, "a-run": 5e-5, "c-run": 2e-5}  # sorted as texts the first would come last
     for i, (name, rate) in enumerate(lr.items()):
         spikes = (45,) if name == "a-run" else ()
-        run = made_run(folder / name, steps=60, seed=i, settings={"lr": rate}, spikes=spikes)
+        more = {f"long_name_of_setting_{j:02}": i for j in range(20)}
+        run = made_run(folder / name, steps=60, seed=i, settings={"lr": rate, **more}, spikes=spikes)
         if name != "c-run":
             made_scores(run / "eval", {("HLE", "thinking"): 0.15 + i / 50})
     # A run that has just begun, and one by stock DPO.
@@ -63,6 +65,9 @@ async def walk(page, profile) -> dict:
             await browser.open(page)
             found[f"spills at {width}"] = await browser.run(SPILLS)
             found[f"page colour at {width}"] = await browser.run("getComputedStyle(document.body).backgroundColor")
+        await browser.look(SHEET, media="print")
+        found["spills in print"] = await browser.run(SPILLS)
+        await browser.look(1440)
         found["drawn"] = await browser.run(LINES)
         found["spikes"], found["broken"] = await browser.run(SPIKES), await browser.run(BROKEN)
 
@@ -207,5 +212,5 @@ def test_the_keyboard_reaches_everything_and_is_seen(seen):
 
 
 def test_nothing_spills_over_and_the_dark_is_dark(seen):
-    assert (seen["spills at 390"], seen["spills at 1440"]) == (0, 0)
+    assert (seen["spills at 390"], seen["spills at 1440"], seen["spills in print"]) == (0, 0, 0)
     assert (seen["page colour at 390"], seen["page colour at 1440"]) == ("rgb(20, 23, 27)", "rgb(255, 255, 255)")

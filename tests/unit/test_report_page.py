@@ -210,8 +210,8 @@ def test_the_table_has_scores_settings_and_what_was_learnt(tmp_path):
         folder = made_run(tmp_path / name, steps=40, settings={"lr": lr, "seed": 3}, spikes=(35,))
         made_scores(folder / "eval", {("HLE", "thinking"): score, ("HLE", "empty"): score / 2})
         folders.append(folder)
-    text = page_of(*folders, made_run(tmp_path / "c", steps=10, streams=("trace",)))
-    heads = re.findall(r'<button type="button" title="[^"]*">([^<]*)</button>', text)
+    text = page_of(*folders, made_run(tmp_path / "c", steps=10, streams=("trace",), settings={"seed": 4}))
+    heads = re.findall(r'<button type="button" title="[^"]*">([^<]*)</button>', text.replace("_<wbr>", "_"))
     assert heads[:3] == ["run", "HLE, thinking", "HLE, empty"]
     assert heads[3:9] == ["dataset", "lora_rank", "lora_alpha", "lr", "beta", "target_modules"]
     learnt = ["loss", "trace accuracy", "trace margin", "empty accuracy", "empty margin", "α", "spikes", "steps"]

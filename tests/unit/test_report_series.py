@@ -102,6 +102,8 @@ def test_columns_are_the_tuned_ones_and_those_that_differ():
     assert settings.columns([base]) == (["lora_rank", "lr", "beta"], [])
     assert settings.columns([base, other]) == (["lora_rank", "lr", "beta", "bvpo_kappa", "seed"], [])
     assert settings.columns([base, {}]) == (["lora_rank", "lr", "beta"], []), "unknown settings do not differ"
+    older = {name: text for name, text in base.items() if name != "seed"}
+    assert settings.columns([base, older]) == (["lora_rank", "lr", "beta"], []), "nor those that another version lacks"
 
 
 def test_a_rank_without_lora_is_not_shown():

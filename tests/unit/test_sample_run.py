@@ -251,9 +251,10 @@ def test_short_samples_share_the_fate_of_their_thinking_samples(prompts, tmp_pat
     """So many that cannot be asked for are no sign of a wrong setting."""
     monkeypatch.setattr(sampling_run, "_REFUSALS_AT_FIRST", 5)
     model = write_chat_model(tmp_path / "m", "hybrid")
-    flags = ("--tokenizer", model, "--modes", "thinking", "short", "--short_budget", "5")
     with Served(always={f"What is {i}?": "400" for i in range(4)}, delay=0.5) as server:
-        assert sample(prompts, tmp_path / "out", server, flags=flags, samples=2) == 0
+        for modes in (("thinking",), ("thinking", "short", "--short_budget", "5")):
+            flags = ("--tokenizer", model, "--modes", *modes)
+            assert sample(prompts, tmp_path / "out", server, flags=flags, samples=2) == 0
     found = Counter((key.mode, s.error) for key, s in rows(tmp_path / "out").items())
     assert found == {
         ("thinking", "400: a fault: 400"): 8,

@@ -43,7 +43,7 @@ def _what_was_made(outcome: Outcome) -> Iterator[str]:
     more += ["truncated samples kept"] if plan.keep_truncated else []
     yield f"{outcome.prompts} prompts of {folders}, judged by {facts.judge}. Pairs: {', '.join([how, *more])}."
     for part, writer in outcome.parts.items():
-        yield f"{plan.outputs[part]}: {writer.tally.rows} rows of {writer.prompts} prompts."
+        yield f"{plan.outputs[part]}: {_number(writer.tally.rows, 'row')} of {_number(writer.prompts, 'prompt')}."
         for line in writer.tally.lines()[1:]:
             yield f"The trainer's own checks: {line}"
         if plan.shares is not None:
@@ -91,6 +91,10 @@ def _rate_table(outcome: Outcome) -> Iterator[str]:
     yield "|---" * (len(BINS) + 1) + "|"
     for mode in outcome.modes:
         yield f"| {mode} | {' | '.join(map(str, histogram(outcome.rates[mode])))} |"
+
+
+def _number(count: int, of: str) -> str:
+    return f"{count} {of}{'' if count == 1 else 's'}"
 
 
 def _counted(counts: Counter[str]) -> str:
