@@ -16,10 +16,12 @@ Place = tuple[int, ...]
 
 
 def placed_rows(
-    batches: Sequence[Sequence[Any]], *, rank: int, ranks: int, dealt_in_turn: bool = True
+    batches: Sequence[Sequence[Any]], *, rank: int, dealt_in_turn: bool = True
 ) -> list[list[tuple[Place, dict]]]:
-    """The rows of this rank's micro-batches, each with its place in the global batch: the number of its item, and its
-    own number in it, where an item is a pack.
+    """The rows of this rank's micro-batches, each with its place in the global batch, no two with the same.
+
+    The order is that of the dataset's items, in every layout; where ranks hold micro-batches of unequal sizes, as at
+    the end of a stream, it depends on the layout.
 
     Args:
         batches: the items of each micro-batch (a row, or a list of rows).
@@ -28,10 +30,10 @@ def placed_rows(
     """
     found = []
     for j, items in enumerate(batches):
-        n, rows = len(items), []
+        rows: list[tuple[Place, dict]] = []
         for i, item in enumerate(items):
-            number = (j * n + i) * ranks + rank if dealt_in_turn else (j * ranks + rank) * n + i
-            rows += [((number, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
+            item_place = (j, i, rank) if dealt_in_turn else (j, rank, i)
+            rows += [((*item_place, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
         found.append(rows)
     return found
 

@@ -59,8 +59,8 @@ class Baselines:
         """
         if not self.streams:
             return
-        items, groups = [batch[ITEMS_KEY] for batch in chunks[0]], self.groups
-        placed = placed_rows(items, rank=groups.dp_rank, ranks=groups.dp_size, dealt_in_turn=dealt_in_turn)
+        items = [batch[ITEMS_KEY] for batch in chunks[0]]
+        placed = placed_rows(items, rank=self.groups.dp_rank, dealt_in_turn=dealt_in_turn)
         following = {stream: next_responses(found) for stream, found in self._responses(placed).items()}
         batches = [self._mismatched(rows, following) for rows in placed]
         parts = [[self.collate(rows) for rows in batches] for _ in chunks]

@@ -19,7 +19,7 @@ STREAMS = ("trace", "empty")
 KTO = f"--loss_type kto --bvpo_streams trace empty --bvpo_alpha 0.4 --beta {BETA} --bvpo_empty_beta {EMPTY_BETA} "
 KTO += f"--desirable_weight {RIGHT} --undesirable_weight {WRONG} --train_dataloader_shuffle false"
 PARALLEL, MORE_PARALLEL = ("dp2", "tp2-pp2-ep2"), ("cp2", "pp2-vpp2")  # the latter with --whole-matrix
-PACKED = "--packing true --packing_length 2400 --global_batch_size 1"
+PACKED = "--packing true --packing_length 6000 --global_batch_size 1"
 # Rows whose stripped answer is lost; row 5 has an own answer of another label, row 9 is an answer alone.
 NO_ANSWER, OWN, ALONE = (2, 7), 5, 9
 

@@ -29,11 +29,23 @@ def test_places_are_the_same_in_every_layout(ranks, size, in_turn):
             batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         else:
             batches = [items[i : i + size] for i in range(rank * size, len(items), ranks * size)]
-        placed = placed_rows(batches, rank=rank, ranks=ranks, dealt_in_turn=in_turn)
+        placed = placed_rows(batches, rank=rank, dealt_in_turn=in_turn)
         assert [len(rows) for rows in placed] == [sum(2 if i % 3 == 0 else 1 for i in map(number, b)) for b in batches]
         found += [pair for rows in placed for pair in rows]
     rows = [row["row"] for _, row in sorted(found, key=lambda pair: pair[0])]
     assert rows == sorted(rows) and len(rows) == 32
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_uneven_micro_batches_share_no_place(in_turn):
+    """The end of a stream."""
+    found = [
+        place
+        for rank, batches in enumerate([[[{}, {}], [{}]], [[{}], [[{}, {}], {}]]])
+        for rows in placed_rows(batches, rank=rank, dealt_in_turn=in_turn)
+        for place, _ in rows
+    ]
+    assert len(set(found)) == len(found) == 7
 
 
 def number(item) -> int:

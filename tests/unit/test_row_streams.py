@@ -336,7 +336,7 @@ def test_without_a_gate_accept_rate_says_nothing():
     [
         (
             row(**EXPERT),
-            "accept_rate: missing, and --bvpo_gate goes by it (`bvpo judge` and `bvpo pairs` write it into the rows; ",
+            "accept_rate: missing, and --bvpo_gate goes by it (`bvpo pairs` writes it into its rows; for ",
         ),
         (row(accept_rate=""), "accept_rate: missing"),
         (row(accept_rate=50), "accept_rate: expected a number from 0 to 1, found the number 50"),
@@ -372,7 +372,7 @@ def test_a_gate_without_rates_or_that_switches_all_off_is_refused():
         UserError, match=r"no row is left .*1 × accept_rate: missing, and --bvpo_gate goes by"
     ) as caught:
         require_rows(tally, ["a.jsonl"])
-    assert caught.value.remedy.startswith("`bvpo judge` and `bvpo pairs` write it into the rows")
+    assert caught.value.remedy.startswith("`bvpo pairs` writes it into its rows; for other prompts count")
     tally = RowTally()
     tally.add(check_row(row(**OWN, **SHORT, accept_rate=0.5), GATE))
     with pytest.raises(UserError, match="no demonstration is left in 1 row"):
