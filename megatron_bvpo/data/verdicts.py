@@ -54,11 +54,6 @@ class RowRules:
                 remedy=f"leave {unlabelled[0]} out, or choose a loss of pairs",
             )
 
-    @staticmethod
-    def streams_for(alpha: float | str) -> tuple[str, ...]:
-        """The streams that have a weight: with α fixed at 1 no empty one, with 0 no trace one."""
-        return {1: ("trace",), 0: ("empty",)}.get(alpha, DEFAULT)
-
 
 @dataclass(frozen=True)
 class RowProblem:
