@@ -96,7 +96,8 @@ class Tokens:
     def entropies_M(self, temperature: float) -> torch.Tensor:
         scaled_M = self.scaled_target_M(temperature)
         exp_M = torch.exp(scaled_M)
-        return torch.log1p(exp_M - 1 + self.s_M) - (exp_M * scaled_M + self.moment_M) / (exp_M + self.s_M)
+        entropies_M = torch.log1p(exp_M - 1 + self.s_M) - (exp_M * scaled_M + self.moment_M) / (exp_M + self.s_M)
+        return entropies_M.clamp(min=0)  # the difference of two numbers that may be near each other
 
 
 class TargetLogps(torch.autograd.Function):
@@ -229,7 +230,7 @@ def redo_overflowed(x_NH, weight_RH, tokens: Tokens, plan: Plan, unscaled_NH) ->
     redone = tokens.subset(bad_B)
     redone.anchor_M = torch.empty_like(redone.logit_M)
     for block in redone.blocks(plan.block_tokens):
-        redone.anchor_M[block] = row_max(redone.rows_of(x_NH, block), weight_RH, tile_vocab=plan.tile_vocab)
+        redone.anchor_M[block] = row_max(redone.rows_of(x_NH, block), weight_RH)
     plan.tp.max_(redone.anchor_M)
     accumulate(x_NH, weight_RH, redone, plan, unscaled_NH)
     tokens.anchor_M = tokens.anchor_M.index_copy(0, bad_B, redone.anchor_M)

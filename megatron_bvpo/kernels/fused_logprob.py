@@ -1,4 +1,4 @@
-"""Tiles of the target log-probability with the exponentials in the epilogue of the product (Hopper and newer).
+"""Tiles of the target log-probability with the exponentials in the epilogue of the product (Hopper).
 
 The same functions as `torch_logprob.py`, which says what they compute. Logits never leave the multiprocessor that
 made them:
@@ -15,7 +15,7 @@ fixed order: s is the same to the last bit with and without products, whatever t
 
 Shapes: n tokens of a block, H hidden size, V this rank's real vocabulary rows.
 Dtypes: x and W bfloat16 (float32 for checks only: its products do not use the tensor cores); sums float32.
-Importing this module needs Triton 3.4 or newer; running it needs compute capability 9.0, or TRITON_INTERPRET=1.
+Importing this module needs Triton 3.4 or newer; running it needs a Hopper GPU, or TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ def sum_exp(
     s_n, moment_n = new(n), new(n) if with_moment else None
     if n == 0 or rows == 0:  # a rank whose rows are all padding
         return s_n, moment_n, new(x_nH.shape) if with_products else None
-    x_nH = x_nH if tma_fits(x_nH) else x_nH.contiguous()
+    # Not `contiguous`, which leaves a single row as it is.
+    x_nH = x_nH if tma_fits(x_nH) else x_nH.clone(memory_format=torch.contiguous_format)
     tiles = triton.cdiv(rows, TILE_ROWS)
     sums = torch.empty(1 + with_moment, tiles, n, dtype=torch.float32, device=x_nH.device)
     unit = LOG2_E / temperature
@@ -179,7 +180,7 @@ def _launch(x_nH, tile_vH, local_n, anchor_n, unit: float, sums, exp_nv, first_t
         n, rows, hidden, first_tile,
         WRITE=write, MOMENT=len(sums) > 1, WIDEN=not x_nH.is_cuda,
         TOKENS=TILE_TOKENS, ROWS=TILE_ROWS, DEPTH=depth, GROUP=GROUP, STAGES=STAGES,
-        num_warps=WARPS, num_stages=STAGES,
+        num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -193,8 +194,9 @@ def programs(device: torch.device) -> int:
 
 def obstacle(x_NH: torch.Tensor, weight_VH: torch.Tensor) -> str | None:
     """Why this path cannot take these tensors, or None."""
-    if x_NH.is_cuda and torch.cuda.get_device_capability(x_NH.device) < (9, 0):
-        return f"{torch.cuda.get_device_name(x_NH.device)} has no TMA (compute capability 9.0 or newer)"
+    if x_NH.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(x_NH.device)[0] != 9):
+        # Blackwell has TMA, but other matrix instructions, and as a workstation card half the shared memory.
+        return f"{torch.cuda.get_device_name(x_NH.device)} is no Hopper, for which its tiles are made"
     if x_NH.shape[1] * x_NH.element_size() % TMA_ALIGNMENT or not tma_fits(weight_VH):
         return (
             f"rows of the head must lie contiguous and {TMA_ALIGNMENT} bytes aligned, got hidden size "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 import warnings
 from types import ModuleType
@@ -64,7 +63,7 @@ def target_logps(
         tp_group: the tensor-parallel group over which the vocabulary is sharded; None for a whole head.
         sequence_parallel: hidden states arrive as chunks and their gradient leaves as chunks.
         impl: "torch" (any device), "triton" (CUDA: the library's product, then one pass over float32 logits),
-            "fused" (Hopper and newer: exponentials in the product's epilogue), or "auto": on CUDA fused for bf16
+            "fused" (Hopper: exponentials in the product's epilogue), or "auto": on CUDA fused for bf16
             where it can run, else triton where that can, else torch.
         vocab_size: how many vocabulary rows are real, counted over all ranks; the rest is padding and takes
             no part. Default: all.
@@ -73,7 +72,7 @@ def target_logps(
         budget_bytes: on a GPU, what a tile of logits may take (default 1 GiB, whatever is free: two runs are
             bit-identical).
         shard: what `vocabulary_shard` returned for this weight: sizes are not gathered again.
-        temperature: what the logits are divided by, a number above 0.
+        temperature: what the logits are divided by, .001 to 1000.
         return_entropy: the entropy of each token's distribution too, of the same pass over the logits.
 
     Returns:
@@ -97,12 +96,13 @@ def target_logps(
     Source: MATH.md §4.
     """
     check_tensors(hidden_NH, weight_VH, targets_N)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"target_logps: temperature is {temperature}, expected a number above 0")
+    if not 1e-3 <= temperature <= 1e3:
+        raise ValueError(f"target_logps: temperature is {temperature}, expected a number from .001 to 1000")
     hidden_NH, weight_VH = cast_as_linear_would(hidden_NH, weight_VH)
+    check_products(hidden_NH)
     tp = TensorParallel(tp_group, sequence_parallel)
     check_shapes(hidden_NH, weight_VH, targets_N, tp)
-    shard = shard or find_shard(weight_VH, targets_N, vocab_size, tp)
+    shard = check_shard(shard, weight_VH, vocab_size, tp) or find_shard(weight_VH, targets_N, vocab_size, tp)
     check_targets(targets_N, shard.vocab_size, ignore_index)
     passes = choose_passes(impl, hidden_NH, weight_VH)
     if not torch.is_grad_enabled():  # autograd.Function would still see requires_grad, and compute gradients
@@ -156,6 +156,12 @@ def check_tensors(hidden_NH, weight_VH, targets_N) -> None:
     for name, value in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH)):
         if value.dtype not in DTYPES:
             raise TypeError(f"target_logps: {name} is {value.dtype}, expected one of {DTYPES}")
+    if targets_N.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target_logps: targets_N is {targets_N.dtype}, expected torch.int64 or torch.int32")
+
+
+def check_products(hidden_NH) -> None:
+    """Of the factors as they are multiplied: what a GPU's library can do with them."""
     if hidden_NH.is_cuda and hidden_NH.dtype == torch.bfloat16 and TORCH < (2, 8):
         raise RuntimeError(
             f"target_logps: bf16 on a GPU needs torch 2.8 or newer, for products with float32 results; this is torch "
@@ -167,8 +173,6 @@ def check_tensors(hidden_NH, weight_VH, targets_N) -> None:
             "times slower than bfloat16. Cast hidden states and head to bfloat16",
             stacklevel=3,
         )
-    if targets_N.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target_logps: targets_N is {targets_N.dtype}, expected torch.int64 or torch.int32")
 
 
 def cast_as_linear_would(hidden_NH, weight_VH):
@@ -219,6 +223,20 @@ def vocabulary_shard(
     One small all-gather over `tp_group`; arguments and errors are those of `target_logps`.
     """
     return find_shard(weight_VH, targets_N, vocab_size, TensorParallel(tp_group, False))
+
+
+def check_shard(shard: Shard | None, weight_VH, vocab_size: int | None, tp: TensorParallel) -> Shard | None:
+    """`shard`, which must be of this weight and group: nobody would see otherwise that rows are left out."""
+    if shard is None:
+        return None
+    expected = [weight_VH.shape[0], tp.size, vocab_size or shard.vocab_size]
+    found = [shard.sizes[tp.rank] if tp.rank < len(shard.sizes) else None, len(shard.sizes), shard.vocab_size]
+    if found != expected:
+        raise ValueError(
+            f"target_logps: shard is of {found[0]} rows, {found[1]} ranks and {found[2]} words, but this call has "
+            f"{expected[0]}, {expected[1]} and {expected[2]}; take a new one from vocabulary_shard"
+        )
+    return shard
 
 
 def find_shard(weight_VH, targets_N, vocab_size: int | None, tp: TensorParallel) -> Shard:

@@ -37,6 +37,8 @@ def choose_tiles(
     for name, value in (("block_tokens", block_tokens), ("tile_vocab", tile_vocab)):
         if value is not None and value < 1:
             raise ValueError(f"target_logps: {name} is {value}, expected at least 1")
+    if budget_bytes is not None and budget_bytes < 1:
+        raise ValueError(f"target_logps: budget_bytes is {budget_bytes}, expected at least 1")
     if device.type == "cuda":
         sizes = cuda_tiles(budget_bytes or CUDA_BUDGET, tokens, rows, with_products=with_products, fused=fused)
     else:

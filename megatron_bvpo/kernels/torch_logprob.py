@@ -18,6 +18,8 @@ from collections.abc import Iterator
 
 import torch
 
+MAX_TOKENS, MAX_ROWS = 64, 8192  # of a product in `row_max`
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -148,13 +150,22 @@ def grad_logits(
     return grad_nv.mul_(scale_n[:, None]).to(tile_vH.dtype)
 
 
-def row_max(x_nH: torch.Tensor, weight_VH: torch.Tensor, *, tile_vocab: int) -> torch.Tensor:
-    """max_v l_v over this rank's rows, -inf where it has none. [n]; only the overflow fallback needs it."""
+def row_max(x_nH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """max_v l_v over this rank's rows, -inf where it has none. [n]; only the overflow fallback needs it.
+
+    In products of one fixed shape: the library rounds by the shape, and a token's anchor, so its logp, must not depend
+    on how many others overflow, nor on the sizes of a call's tiles.
+    """
+    n, hidden = x_nH.shape
     dtype = accumulate_dtype(x_nH.dtype)
-    max_n = torch.full((x_nH.shape[0],), float("-inf"), dtype=dtype, device=x_nH.device)
-    x_nH = operand(x_nH)
-    for _, tile_vH in tiles(weight_VH, tile_vocab):
-        max_n = torch.maximum(max_n, product(x_nH, operand(tile_vH).T).amax(1))
+    max_n = torch.full((n,), float("-inf"), dtype=dtype, device=x_nH.device)
+    padded = torch.zeros(-(-n // MAX_TOKENS) * MAX_TOKENS, hidden, dtype=x_nH.dtype, device=x_nH.device)
+    padded[:n] = x_nH
+    for start in range(0, n, MAX_TOKENS):
+        part_nH = operand(padded[start : start + MAX_TOKENS])
+        for _, tile_vH in tiles(weight_VH, MAX_ROWS):
+            found_n = product(part_nH, operand(tile_vH).T).amax(1)[: n - start]
+            max_n[start : start + MAX_TOKENS] = torch.maximum(max_n[start : start + MAX_TOKENS], found_n)
     return max_n
 
 

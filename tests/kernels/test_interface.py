@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_bvpo.kernels import target_logps
+from megatron_bvpo.kernels import target_logps, vocabulary_shard
 from megatron_bvpo.kernels.tile_sizes import GIB, choose_tiles, cuda_tiles
+from megatron_bvpo.kernels.torch_logprob import MAX_ROWS, MAX_TOKENS
 
 from .cases import random_case, run
 from .error_bounds import allowed, in_units
@@ -105,8 +106,45 @@ def test_autocast_casts_the_factors_and_nothing_else():
 def test_compiled_callers_get_the_same_numbers():
     """torch.compile leaves it alone: traced, its launches and its device synchronisation would be wrong or slow."""
     case = random_case(20, 16, 60, ignored=0.0)
-    compiled = torch.compile(lambda x, w, t: 2 * target_logps(x * 1.0, w, t), backend="eager")
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w, t: 2 * target_logps(x * 1.0, w, t), backend=backend)
     assert torch.equal(compiled(case.hidden_NH, case.weight_VH, case.targets_N), 2 * run(case)[0])
+    assert len(traced) == 2 and all("mul" in name for name in traced), traced
+
+
+class OnGpu:
+    """As much of a tensor on a GPU as the guards look at."""
+
+    is_cuda = True
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+
+def test_old_torch_and_float16_are_told(monkeypatch):
+    from megatron_bvpo.kernels import logprob
+
+    with pytest.warns(UserWarning, match="about twelve times slower"):
+        logprob.check_products(OnGpu(torch.float16))
+    logprob.check_products(OnGpu(torch.bfloat16))
+    monkeypatch.setattr(logprob, "TORCH", (2, 7))
+    logprob.check_products(OnGpu(torch.float32))
+    with pytest.raises(RuntimeError, match="needs torch 2.8 or newer"):
+        logprob.check_products(OnGpu(torch.bfloat16))
+
+
+def test_a_shard_of_another_weight_is_refused():
+    case = random_case(6, 8, 30, ignored=0.0)
+    shard = vocabulary_shard(case.weight_VH, case.targets_N)
+    assert torch.equal(run(case, shard=shard)[0], run(case)[0])
+    for weight, size in ((case.weight_VH[:29], None), (case.weight_VH, 28)):
+        with pytest.raises(ValueError, match="take a new one from vocabulary_shard"):
+            target_logps(case.hidden_NH, weight, case.targets_N.clamp(max=20), shard=shard, vocab_size=size)
 
 
 def test_double_backward_is_refused():
@@ -146,7 +184,7 @@ HIDDEN, WEIGHT, TARGETS = torch.zeros(3, 4), torch.zeros(9, 4), torch.tensor([0,
         ((HIDDEN, WEIGHT, TARGETS), {"vocab_size": 8}, ValueError, "to 8, expected 0 to 7"),
         ((HIDDEN, WEIGHT, TARGETS), {"vocab_size": 10}, ValueError, "vocab_size is 10, .* 9 rows"),
         ((HIDDEN, WEIGHT, TARGETS), {"impl": "cuda"}, ValueError, "impl 'cuda', expected one of"),
-        ((HIDDEN, WEIGHT, TARGETS), {"temperature": 0.0}, ValueError, "temperature is 0.0, expected a number above 0"),
+        ((HIDDEN, WEIGHT, TARGETS), {"temperature": 0.0}, ValueError, "temperature is 0.0, expected a number from"),
         ((HIDDEN, WEIGHT, TARGETS), {"temperature": float("nan")}, ValueError, "temperature is nan"),
         ((HIDDEN, WEIGHT, TARGETS), {"block_tokens": 0}, ValueError, "block_tokens is 0"),
         ((HIDDEN.double(), WEIGHT.double(), TARGETS), {"impl": "triton"}, ValueError, "not torch.float64"),
@@ -185,6 +223,20 @@ def test_cuda_tiles_fit_their_budget(rows, budget):
             floor = 6 * 8192 * 512  # tiles never get smaller than this, however little is free
             assert block * min(tile, max(rows, 1)) * (6 if with_products else 4) <= max(budget, floor)
             assert backward_block * backward_tile * 6 <= max(budget, floor)
+
+
+def test_budgets_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="budget_bytes is 0, expected at least 1"):
+        target_logps(HIDDEN, WEIGHT, TARGETS, budget_bytes=0)
+
+
+def test_overflowed_tokens_take_little_memory():
+    """Every token far below -80: none of their products is larger than a fixed size."""
+    case = random_case(300, 8, 20_000, spread=300.0, ignored=0.0)
+    with Work() as work, torch.no_grad():
+        logps = target_logps(case.hidden_NH, case.weight_VH, case.targets_N, block_tokens=300, tile_vocab=256)
+    assert (logps < -90).float().mean() > 0.9
+    assert work.largest <= MAX_TOKENS * MAX_ROWS
 
 
 def test_given_tile_sizes_win():
