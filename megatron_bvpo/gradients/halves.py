@@ -1,4 +1,4 @@
-"""The two halves of a step, the same in every layout, and the micro-batches of a probe's four passes.
+"""The two halves of a step, the same in every layout, and the micro-batches of a probe's passes.
 
 An item is what the dataset yields: a row, or a pack of rows. The sampler deals the items of a global batch
 to the data-parallel ranks in turn, so item i of micro-batch j on rank r has the global number
