@@ -15,6 +15,29 @@ from megatron_bvpo.data.pair_checks import IGNORED, response_start
 Place = tuple[int, ...]
 
 
+def placed_rows(
+    batches: Sequence[Sequence[Any]], *, rank: int, dealt_in_turn: bool = True
+) -> list[list[tuple[Place, dict]]]:
+    """The rows of this rank's micro-batches, each with its place in the global batch, no two with the same.
+
+    The order is that of the dataset's items, in every layout; where ranks hold micro-batches of unequal sizes, as at
+    the end of a stream, it depends on the layout.
+
+    Args:
+        batches: the items of each micro-batch (a row, or a list of rows).
+        dealt_in_turn: items go to the ranks one by one, as in training (gradients/halves.py), or a whole micro-batch
+            each, as in evaluation.
+    """
+    found = []
+    for j, items in enumerate(batches):
+        rows: list[tuple[Place, dict]] = []
+        for i, item in enumerate(items):
+            item_place = (j, i, rank) if dealt_in_turn else (j, rank, i)
+            rows += [((*item_place, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
+        found.append(rows)
+    return found
+
+
 def response_of(sequence: Mapping[str, Any]) -> list[int]:
     """The tokens of the response: what counts."""
     return list(sequence["input_ids"][response_start(sequence) :])

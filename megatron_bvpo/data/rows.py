@@ -213,7 +213,7 @@ def _gated(row: dict[str, Any], verdict: RowVerdict, rules: RowRules) -> RowVerd
     rate = row.get("accept_rate")
     problem = None
     if is_blank(rate):
-        remedy = "`bvpo judge` and `bvpo pairs` write it into the rows; or leave --bvpo_gate out"
+        remedy = "`bvpo pairs` writes it into its rows; for other prompts count what `bvpo judge` called right"
         problem = RowProblem("accept_rate", "missing, and --bvpo_gate goes by it", remedy)
     elif read_share(rate) is None:
         remedy = "give the share of the prompt's own samples that were right"

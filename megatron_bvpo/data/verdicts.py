@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
@@ -53,11 +53,6 @@ class RowRules:
                 field="--bvpo_streams",
                 remedy=f"leave {unlabelled[0]} out, or choose a loss of pairs",
             )
-
-    @staticmethod
-    def streams_for(alpha: float | str) -> tuple[str, ...]:
-        """The streams that have a weight: with α fixed at 1 no empty one, with 0 no trace one."""
-        return {1: ("trace",), 0: ("empty",)}.get(alpha, DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -170,6 +165,7 @@ class RowTally:
         gated: what the gate switched off, by stream.
         dropped: rows that were not kept, by reason.
         lost: rows that were kept without one of their streams, by stream and reason.
+        remedies: what to do about each reason.
     """
 
     rows: int = 0
@@ -182,6 +178,7 @@ class RowTally:
     gated: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     lost: dict[str, Counter[str]] = field(default_factory=_by_stream)
+    remedies: dict[str, str] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -209,8 +206,10 @@ class RowTally:
         self.gated.update(verdict.gated)
         if not verdict.kept:
             self.dropped[verdict.decisive.reason] += 1
+            self.remedies[verdict.decisive.reason] = verdict.decisive.remedy
         for stream, problem in verdict.lost.items():
             self.lost[stream][problem.reason] += 1
+            self.remedies[problem.reason] = problem.remedy
 
     def merge(self, other: "RowTally") -> "RowTally":
         """Adds another count to this one, and returns this one."""
@@ -222,6 +221,7 @@ class RowTally:
             self.right = (self.right or Counter()) + other.right
         for stream, reasons in other.lost.items():
             self.lost[stream].update(reasons)
+        self.remedies |= other.remedies
         return self
 
     @classmethod
@@ -318,20 +318,23 @@ def require_rows(tally: RowTally, files: Iterable[str], rules: RowRules | None =
     """
     where = ", ".join(files) or "the data"
     if not tally.kept:
-        _refuse(f"no row is left to train on: {tally.rows} read, all dropped", where, tally.dropped)
+        _refuse(f"no row is left to train on: {tally.rows} read, all dropped", where, tally.dropped, tally.remedies)
     for stream in () if rules is None else rules.streams:
         if not tally.members[stream]:
             what = member_of(stream, rules.unpaired)
             reasons = tally.lost[stream] + Counter({"switched off by the gate": tally.gated[stream]})
-            _refuse(f"no {what} is left in {_count(tally.kept, 'row')}", where, reasons)
+            _refuse(f"no {what} is left in {_count(tally.kept, 'row')}", where, reasons, tally.remedies)
 
 
-def _refuse(message: str, where: str, reasons: Counter[str]) -> None:
+def _refuse(message: str, where: str, reasons: Counter[str], remedies: Mapping[str, str]) -> None:
+    """With what to do about the commonest reason."""
+    remedy = next((remedies[reason] for reason, number in reasons.most_common(1) if number and reason in remedies), "")
+    remedy = f"{remedy[0].upper()}{remedy[1:]}. " if remedy else ""
     shown = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(3))
     raise UserError(
         f"{message}{f' ({shown})' if shown else ''}",
         file=where,
-        remedy="Mend the rows, or check that this is the file you meant.",
+        remedy=f"{remedy}Mend the rows, or check that this is the file you meant.",
     )
 
 

@@ -1,1 +1,1 @@
-"""What happens to gradients: the process groups they are reduced over, and how two streams are mixed."""
+"""What happens to gradients: the process groups they are reduced over, and how the streams' are weighed and mixed."""

@@ -1,4 +1,4 @@
-"""The two halves of a step, the same in every layout, and the micro-batches of a probe's four passes.
+"""The two halves of a step, the same in every layout, and the micro-batches of a probe's passes.
 
 An item is what the dataset yields: a row, or a pack of rows. The sampler deals the items of a global batch
 to the data-parallel ranks in turn, so item i of micro-batch j on rank r has the global number
@@ -7,7 +7,7 @@ to the data-parallel ranks in turn, so item i of micro-batch j on rank r has the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron_bvpo.data.batches import WEIGHT_KEY
@@ -61,8 +61,16 @@ def one_stream(rows: Sequence[dict], stream: str) -> list[dict]:
     a multiple of the tensor-parallel size. Where no row has the stream, the shortest member of another stands in with
     weight 0: every rank must run the same passes.
     """
-    mine = [only(row, stream) for row in rows if has_stream(row, stream)]
-    return mine or [stand_in(rows)]
+    return some_streams(rows, (stream,))
+
+
+def some_streams(rows: Sequence[dict], streams: Collection[str]) -> list[dict]:
+    """The rows with the sequences of these streams only; a stand-in of weight 0 where none has any."""
+    others = tuple(name for other in TABLE if other not in streams for name in sequence_names(other))
+    mine = [row for row in rows if any(has_stream(row, stream) for stream in streams)]
+    return [{key: value for key, value in row.items() if not key.startswith(others)} for row in mine] or [
+        stand_in(rows)
+    ]
 
 
 def stand_in(rows: Sequence[dict]) -> dict:

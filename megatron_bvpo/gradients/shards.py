@@ -1,8 +1,9 @@
 """Finalised gradients of this rank: taken aside, mixed, and put back in Megatron's buffers.
 
 After `finalize_model_grads` a rank's gradients lie in the buffers of Megatron's DDP. With the distributed
-optimizer only the rank's own slice of each bucket is valid, and only that is kept: a probe costs three times the
-gradient shard (four with router losses), not four models. Without it the whole buffer is valid and kept.
+optimizer only the rank's own slice of each bucket is valid, and only that is kept: a probe of k streams costs
+2k − 1 times the gradient shard (2k where something follows that is not measured), not 2k models. Without it the
+whole buffer is valid and kept.
 
 Shapes: E elements of one slice of this rank.
 """

@@ -289,8 +289,8 @@ class WeightEstimator:
         noise = np.diag(self._matrices(self._shares() @ np.array(self._kept))[0])
         first = self.streams[0]
         words = [
-            f"{noise[0] / v:.1f} times the noise of the {s} one" if v > 0 else f"noise, and the {s} one none"
-            for s, v in zip(self.streams[1:], noise[1:], strict=True)
+            f"{noise[0] / v:.1f} times the noise of the {name} one" if v > 0 else f"noise where the {name} one has none"
+            for name, v in zip(self.streams[1:], noise[1:], strict=True)
         ]
         return f"the weights settled at {settled}: the {first} gradient carries {' and '.join(words)}{ignored}"
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_bvpo.data.verdicts import UNPAIRED
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.stream_flags import read_streams
 from megatron_bvpo.streams import TABLE
@@ -195,11 +196,14 @@ _OF_PAIRS = ("logps/chosen", "logps/rejected", "nll_loss") + tuple(
 _OF_DEMONSTRATIONS = ("nll_loss", "logps/response")
 
 
-def metrics_of(streams: Iterable[str]) -> tuple[str, ...]:
-    """Names of what is measured of these streams."""
+def metrics_of(streams: Iterable[str], *, unpaired: bool = False) -> tuple[str, ...]:
+    """Names of what every evaluation of these streams measures.
+
+    Of single responses that is the loss: rewards of right ones are measured where some are right, of wrong ones alike.
+    """
     found = ["loss"]
     for stream in map(TABLE.get, streams):
-        names = _OF_PAIRS if stream.estimates else _OF_DEMONSTRATIONS
+        names = (() if unpaired else _OF_PAIRS) if stream.estimates else _OF_DEMONSTRATIONS
         found += [f"loss/{stream.name}", *(f"{stream.log_prefix}{name}" for name in names)]
     return tuple(found)
 
@@ -210,7 +214,8 @@ def _early_stop(args: Any) -> list[Rule]:
         return []
     flag, metric = "early_stop_interval", args.metric_for_best_model
     saves, evaluations = args.save_steps, args.eval_steps or args.save_steps
-    measured = metrics_of(read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha).streams)
+    streams = read_streams(args.bvpo_streams, args.bvpo_weights, args.bvpo_alpha).streams
+    measured = metrics_of(streams, unpaired=args.loss_type in UNPAIRED)
     held_out = args.val_dataset or args.cached_val_dataset or args.split_dataset_ratio
     return [
         (not held_out or args.eval_iters == 0, flag, "there is nothing held out to measure", "give a --val_dataset"),

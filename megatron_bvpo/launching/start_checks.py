@@ -65,7 +65,7 @@ def scan_data(argv: list[str]) -> list[str] | None:
     columns = read_columns((flags.option_values(argv, "columns") or ["{}"])[-1])
     try:
         rules = rules_of_command(argv)
-    except (ValueError, UserError):
+    except UserError:
         return None
     specs = [*flags.option_list(argv, "dataset"), *flags.option_list(argv, "val_dataset")]
     if not specs:

@@ -137,15 +137,28 @@ def _fixed(given: list[str], mine: tuple[str, ...]) -> dict[str, float]:
     return {name: found[name] for name in mine}
 
 
+def _threshold(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < 1:
+        raise UserError(f"is {text!r}; expected a number in [0, 1)", field="--bvpo_gate_threshold")
+    return number
+
+
 def rules_of_command(argv: list[str]) -> RowRules:
-    """What a run with this command line asks of its rows; raises UserError or ValueError for values that are wrong."""
+    """What a run with this command line asks of its rows; raises UserError for values that are wrong."""
 
     def last(name: str, default: str) -> str:
         return (option_values(argv, name) or [default])[-1]
 
     names, weights = (option_list(argv, name) for name in ("bvpo_streams", "bvpo_weights"))
     streams = read_streams(names, weights, last("bvpo_alpha", "auto")).streams
-    threshold = float(last("bvpo_gate_threshold", "0")) if last("bvpo_gate", "none") == "hpt" else None
+    gate = last("bvpo_gate", "none")
+    if gate not in ("none", "hpt"):
+        raise UserError(f"is {gate!r}; expected none or hpt", field="--bvpo_gate")
+    threshold = _threshold(last("bvpo_gate_threshold", "0")) if gate == "hpt" else None
     unpaired = last("loss_type", "sigmoid") in UNPAIRED
     empty = last("bvpo_empty", "strip")
     return RowRules(empty=empty, streams=streams, unpaired=unpaired, gate_threshold=threshold)

@@ -92,6 +92,8 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
     total = forward * passes + head * products + adapters
     if run.runs_reference:
         total += forward + head
+    if run.measures_baselines:
+        total += 2 * (forward + head)
     if run.recompute == "full":
         total += forward * recomputed_share(shape, run)
     elif run.recompute == "selective" and "core_attn" in run.recompute_modules:
@@ -134,7 +136,8 @@ def step_traffic(
     s = t / groups.tp
     hidden = t * shape.hidden * run.dtype_bytes
     layers = shape.layers / groups.pp
-    passes = 2 + run.runs_reference + (run.recompute == "full")  # forward, backward, and what else runs forward
+    # Forward, backward, and what else runs forward.
+    passes = 2 + run.runs_reference + 2 * run.measures_baselines + (run.recompute == "full")
     # All-gather before and reduce-scatter behind each column- and row-parallel pair; a ring sends (n-1)/n of it.
     pairs = 1 if shape.experts else 2
     tp = passes * 2 * pairs * layers * hidden * (groups.tp - 1) / groups.tp

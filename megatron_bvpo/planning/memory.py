@@ -16,7 +16,7 @@ from megatron_bvpo.planning.layout import Cluster, Groups, groups_of, stage_laye
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.tensors import Split, Tensor, chunk_tensors, lora_modules
-from megatron_bvpo.streams import TABLE, estimators
+from megatron_bvpo.streams import estimators
 
 GIB = 2**30
 # Allowances. A CUDA context with its libraries, and NCCL's channels for each communicator.
@@ -44,7 +44,7 @@ class Lengths:
 
 def micro_batch(run: RunSettings, lengths: Lengths) -> Batch:
     """The longest micro-batch: every sequence at its longest, those of all streams packed together."""
-    each = [lengths.empty if s == "empty" else lengths.trace for s in run.streams for _ in TABLE[s].sides]
+    each = [lengths.empty if s == "empty" else lengths.trace for s in run.streams for _ in run.sides(s)]
     if run.packing:
         # ms-swift packs by the sum of a row's sequences; a row that is longer than a pack is a pack of its own.
         tokens = run.micro_batch_size * max(run.packing_length or run.max_length or 0, sum(each))

@@ -13,7 +13,7 @@ from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM, Suggestion
 from megatron_bvpo.planning.waiting import Waiting
-from megatron_bvpo.streams import DEFAULT, estimators
+from megatron_bvpo.streams import DEFAULT, PAIR, estimators
 
 PASSES = {2: "four", 3: "six"}  # of a probe, by the number of streams that are measured
 COLUMNS = (
@@ -166,7 +166,9 @@ def _head(plan: Plan) -> list[str]:
     longer = [name for name in run.streams if name not in DEFAULT]
     if longer:
         lengths += f", {' and '.join(longer)} as long as traces"
-    sides = "chosen and rejected" if run.streams == estimators(run.streams) else "every sequence of a row"
+    sides = (
+        "chosen and rejected" if all(run.sides(stream) == PAIR for stream in run.streams) else "every sequence of a row"
+    )
     if run.packing:
         tokens, asked = (
             micro_batch(run, plan.lengths).tokens / run.micro_batch_size,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.data.rows import STREAMS_KEY, normalise_row
-from megatron_bvpo.data.verdicts import UNPAIRED, RowRules
+from megatron_bvpo.data.verdicts import RowRules
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.streams import TABLE, sides_of
@@ -31,7 +31,7 @@ def row_lengths(file: str, model: str, run: RunSettings) -> list[int]:
         UserError: there is no tokenizer.json, the file cannot be read, or no row is of use.
     """
     encode = _encoder(model)
-    rules = RowRules(streams=run.streams, unpaired=run.loss_type in UNPAIRED)
+    rules = RowRules(streams=run.streams, unpaired=run.unpaired)
     reading = Reading(rules)
     found = []
     for _, row in islice(read_rows(file), MOST_ROWS):

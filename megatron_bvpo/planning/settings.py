@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_bvpo.data.verdicts import UNPAIRED
 from megatron_bvpo.launching.stream_flags import StreamSettings, read_streams
-from megatron_bvpo.streams import DEFAULT, TABLE, estimators
+from megatron_bvpo.streams import DEFAULT, estimators, sides_of
 
 # What changes the memory in a way that nobody worked out: name, value that is understood, what it would do.
 NOT_PLANNED = (
@@ -185,7 +186,21 @@ class RunSettings:
     @property
     def sequences(self) -> int:
         """Of a row that takes part in every stream."""
-        return sum(len(TABLE[stream].sides) for stream in self.streams)
+        return sum(len(self.sides(stream)) for stream in self.streams)
+
+    def sides(self, stream: str) -> tuple[str, ...]:
+        """The sequences of a row in one stream."""
+        return sides_of(stream, unpaired=self.unpaired)
+
+    @property
+    def unpaired(self) -> bool:
+        """The loss takes single responses with a label."""
+        return self.rlhf_type == "bvpo" and self.loss_type in UNPAIRED
+
+    @property
+    def measures_baselines(self) -> bool:
+        """Each step is preceded by a pass of policy and reference over mismatched responses."""
+        return self.unpaired and self.loss_type == "kto" and bool(estimators(self.streams))
 
     @property
     def probes(self) -> bool:

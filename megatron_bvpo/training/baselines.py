@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, ROW_KEY, WEIGHT_KEY
 from megatron_bvpo.data.encoded_rows import has_stream, right_key
-from megatron_bvpo.data.mismatched import Place, next_responses, response_of, with_response
+from megatron_bvpo.data.mismatched import Place, next_responses, placed_rows, response_of, with_response
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.gradients.halves import stand_in
 from megatron_bvpo.objective.unpaired import kl_baseline, kl_sums
@@ -59,7 +59,8 @@ class Baselines:
         """
         if not self.streams:
             return
-        placed = self._placed([batch[ITEMS_KEY] for batch in chunks[0]], dealt_in_turn)
+        items = [batch[ITEMS_KEY] for batch in chunks[0]]
+        placed = placed_rows(items, rank=self.groups.dp_rank, dealt_in_turn=dealt_in_turn)
         following = {stream: next_responses(found) for stream, found in self._responses(placed).items()}
         batches = [self._mismatched(rows, following) for rows in placed]
         parts = [[self.collate(rows) for rows in batches] for _ in chunks]
@@ -68,9 +69,10 @@ class Baselines:
             return
         sums = {stream: heard[0].policy_Q.new_zeros(2) for stream in self.streams}
         for batch, found in zip(parts[0], heard, strict=True):
+            start = 0  # heard are the streams that a loss compares with the reference, one behind the other
             for stream in self.streams:
-                (part,) = batch[LAYOUT_KEY].slices(stream)
                 weights_M = found.policy_Q.new_tensor(batch[LAYOUT_KEY].weights[stream])
+                part = slice(start, start := start + len(weights_M))
                 sums[stream] += kl_sums(found.policy_Q[part], found.reference_Q[part], weights_M)
         total = torch.stack(list(sums.values()))
         dist.all_reduce(total, group=self.groups.dp)
@@ -79,19 +81,6 @@ class Baselines:
     def metrics(self) -> dict[str, tuple[Tensor, int]]:
         """Log names to (z, 1)."""
         return {f"{TABLE[stream].log_prefix}kl": (z, 1) for stream, z in self.passes.baselines.items()}
-
-    def _placed(self, items: list[list], dealt_in_turn: bool) -> list[list[tuple[Place, dict]]]:
-        """The rows of each micro-batch, with their places in the global batch."""
-        rank, ranks = self.groups.dp_rank, self.groups.dp_size
-        found = []
-        for j, batch in enumerate(items):
-            rows = []
-            for i, item in enumerate(batch):
-                n = len(batch)
-                number = (j * n + i) * ranks + rank if dealt_in_turn else (j * ranks + rank) * n + i
-                rows += [((number, k), row) for k, row in enumerate(item if isinstance(item, list) else [item])]
-            found.append(rows)
-        return found
 
     def _responses(self, placed: list[list[tuple[Place, dict]]]) -> dict[str, dict[Place, list[int]]]:
         """Of each stream, the responses of the whole global batch that count, by their places."""

@@ -97,6 +97,7 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
         flag = f"bvpo_{name}" if name in ("empty_beta", "short_beta") else name
         raise UserError(str(e), field=f"--{flag}", remedy=f"see the README's table of losses for --{name}") from None
     refuse_useless_cache(values, preference)
+    refuse_idle_flags(values, streams)
     return BvpoConfig(
         streams=streams.streams,
         probes=streams.measured,
@@ -165,6 +166,36 @@ def demonstration_settings(values: dict[str, Any], streams: StreamSettings) -> d
         "gate_threshold": float(values["bvpo_gate_threshold"]) if gated else None,
         "expert_loss": own_function(values["bvpo_expert_loss"], TOKEN_LOSSES, "--bvpo_expert_loss"),
     }
+
+
+def refuse_idle_flags(values: dict[str, Any], streams: StreamSettings) -> None:
+    """Flags of streams, of a schedule or of a gate that this run does not have; raises UserError for the first."""
+    names, gated = streams.streams, values["bvpo_gate"] == "hpt"
+    demonstrates, pairs = names != estimators(names), bool(streams.weights)
+    scheduled = demonstrates and pairs and not gated
+    moves = bool(values["bvpo_mu_warmup_steps"] or values["bvpo_mu_decay_steps"])
+    peak = values["bvpo_mu_peak"]
+    no_schedule = "there is no schedule: it weighs demonstrations beside pairs, where no gate chooses"
+    idle = [
+        ("bvpo_mu_valley", 0.1, scheduled, no_schedule),
+        ("bvpo_mu_warmup_steps", 0, scheduled, no_schedule),
+        ("bvpo_mu_decay_steps", 0, scheduled, no_schedule),
+        ("bvpo_mu_peak", 0.1, scheduled, no_schedule),
+        (
+            "bvpo_mu_peak",
+            values["bvpo_mu_valley"],
+            moves or peak == 0.1,
+            "without --bvpo_mu_warmup_steps and --bvpo_mu_decay_steps the share is --bvpo_mu_valley throughout",
+        ),
+        ("bvpo_gate_threshold", 0.0, gated, "there is no --bvpo_gate"),
+        ("bvpo_expert_loss", "sft", demonstrates, "--bvpo_streams has no expert"),
+        ("bvpo_empty_beta", None, "empty" in names, "the empty stream is not run"),
+        ("bvpo_short_beta", None, "short" in names, "the short stream is not run"),
+        ("loss_type", "sigmoid", pairs, "--bvpo_streams has no pairs"),
+    ]
+    for name, default, used, why in idle:
+        if not used and values[name] != default:
+            raise UserError(f"is {values[name]}, and nothing would read it: {why}", field=f"--{name}")
 
 
 def _number(value: Any) -> float | None:

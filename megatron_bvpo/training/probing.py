@@ -15,7 +15,7 @@ from megatron_bvpo.data.encoded_rows import has_stream
 from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.grams import Grams
 from megatron_bvpo.gradients.groups import ParallelGroups
-from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, one_stream, rows_of_pass
+from megatron_bvpo.gradients.halves import HALVES, can_split, half_of_items, rows_of_pass, some_streams
 from megatron_bvpo.gradients.moments import StreamCounts, measure_grams
 from megatron_bvpo.host.router import (
     clear_expert_counters,
@@ -148,8 +148,7 @@ class Probes:
             if done.sums is not None:  # the estimators' members have been counted
                 done.sums[[i for i, s in enumerate(self.mixture.streams) if s not in apart]] = 0.0
             return [done] if apart else []
-        (stream,) = apart  # the table has one that demonstrates
-        parts = [[self.collate(one_stream(_rows(batch), stream)) for batch in batches] for batches in chunks]
+        parts = [[self.collate(some_streams(_rows(batch), apart)) for batch in batches] for batches in chunks]
         return [self.passes.run(parts, apart, forward_only=False)]
 
     def _weights_of_passes(self, counts: StreamCounts, iteration: int) -> dict[tuple[str, str], float]:

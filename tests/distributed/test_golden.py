@@ -1,9 +1,9 @@
 """What two-stream runs log, number by number, against a file from before streams became a table.
 
-`golden/two_streams.json` was written by the code of 2026-11-27, with a trainer of four mixins. On the CPU that wrote
-it, the numbers are the same to the last bit; another x86-64 CPU sums in another order, so here they are held to
-float32's error. Write it anew (`BVPO_WRITE_GOLDEN=1`) only for a change that is meant to change what is logged, and
-say so.
+`golden/two_streams.json` was written by the code of 2026-11-27, with a trainer of four mixins. The step by
+composition and the table of streams gave the same numbers to the last bit on the CPU that wrote it. Another x86-64 CPU
+sums in another order, and so do kernels that cut their tiles in another way: here the numbers are held to float32's
+error. Write the file anew (`BVPO_WRITE_GOLDEN=1`) only for a change that is meant to change what is logged, and say so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parent / "golden" / "two_streams.json"
 HOOK = "tests.distributed.golden_recorder:record_logged"
 # Differences of gradients that nearly cancel, and what is made of them.
 MEASURED = ("moments/", "alpha", "mse/")
-RELATIVE, MEASURED_RELATIVE, ABSOLUTE = 2e-5, 2e-3, 2e-6
+RELATIVE, MEASURED_RELATIVE, ABSOLUTE = 2e-6, 2e-4, 1e-6
 
 
 def cells(workshop, folder: Path) -> dict[int, list[Cell]]:

@@ -18,7 +18,8 @@ BETA, EMPTY_BETA, RIGHT, WRONG = 0.2, 0.5, 1.3, 0.7
 STREAMS = ("trace", "empty")
 KTO = f"--loss_type kto --bvpo_streams trace empty --bvpo_alpha 0.4 --beta {BETA} --bvpo_empty_beta {EMPTY_BETA} "
 KTO += f"--desirable_weight {RIGHT} --undesirable_weight {WRONG} --train_dataloader_shuffle false"
-PARALLEL = {"dp2": "dp2", "cp2": "cp2", "tp2-pp2-ep2": "tp2-pp2-ep2", "pp2-vpp2": "pp2-vpp2"}
+PARALLEL, MORE_PARALLEL = ("dp2", "tp2-pp2-ep2"), ("cp2", "pp2-vpp2")  # the latter with --whole-matrix
+PACKED = "--packing true --packing_length 6000 --global_batch_size 1"
 # Rows whose stripped answer is lost; row 5 has an own answer of another label, row 9 is an answer alone.
 NO_ANSWER, OWN, ALONE = (2, 7), 5, 9
 
@@ -40,8 +41,17 @@ def single_rows(workshop) -> list[dict]:
     return rows
 
 
+def parallel(config) -> tuple[str, ...]:
+    return PARALLEL + (MORE_PARALLEL if config.getoption("--whole-matrix") else ())
+
+
+def pytest_generate_tests(metafunc):
+    if "layout" in metafunc.fixturenames:
+        metafunc.parametrize("layout", parallel(metafunc.config))
+
+
 @pytest.fixture(scope="module")
-def runs(workshop, tmp_path_factory):
+def runs(workshop, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("unpaired")
     file = runs_of.write(workshop, "single", single_rows(workshop))
     single = f"{runs_of.single_flags(workshop)} {runs_of.other_reference(workshop)} --global_batch_size 16"
@@ -56,15 +66,17 @@ def runs(workshop, tmp_path_factory):
             cell("kto-two", f"{one} --micro_batch_size 2"),
             cell("auto", f"{one} --bvpo_alpha auto --bvpo_alpha_prior 0.4"),
             cell("apo", f"{one} --loss_type apo_zero_unpaired"),
+            cell("apo-packed", f"{one} --loss_type apo_zero_unpaired {PACKED}"),
+            cell("kto-packed", f"{one} {PACKED}"),
             cell("norm", f"{pairs} --loss_type sigmoid_norm --bvpo_empty_beta {EMPTY_BETA}"),
             cell("one-rank", many),
         ],
         folder,
     )
     by_ranks: dict[int, list] = {2: [], 4: []}
-    for name, layout in PARALLEL.items():
+    for layout in parallel(request.config):
         ranks, flags = LAYOUTS[layout]
-        by_ranks[ranks].append(cell(name, f"{many} {flags}"))
+        by_ranks[ranks].append(cell(layout, f"{many} {flags}"))
     for ranks, cells in by_ranks.items():
         found.update(run_cells(ranks, cells, folder))
     return found
@@ -155,9 +167,19 @@ def test_other_micro_batches_and_probes_give_the_same_step(runs, name):
     close(runs[name].recorded["gradients"][0], runs["kto"].recorded["gradients"][0], TOLERANCE)
 
 
-@pytest.mark.parametrize("name", PARALLEL)
-def test_layouts_agree_with_one_rank(runs, name):
-    ours, base = runs[name], runs["one-rank"]
+def test_packs(runs):
+    """All rows in one pack: their losses are the same; z is that of another order of the rows."""
+    ours, base = runs["apo-packed"], runs["apo"]
+    for key in ("loss", "loss/trace", "loss/empty", "grad_norm"):
+        assert ours.log[0][key] == pytest.approx(base.log[0][key], rel=TOLERANCE), key
+    close(ours.recorded["gradients"][0], base.recorded["gradients"][0], TOLERANCE)
+    line, other = runs["kto-packed"].log[0], runs["kto"].log[0]
+    assert line["empty/rewards/chosen"] == pytest.approx(other["empty/rewards/chosen"], rel=1e-4)
+    assert line["empty/kl"] >= 0 and line["empty/kl"] == pytest.approx(other["empty/kl"], abs=1.0)
+
+
+def test_layouts_agree_with_one_rank(runs, layout):
+    ours, base = runs[layout], runs["one-rank"]
     assert len(ours.log) == len(base.log)
     seen = set()
     for line, expected in zip(ours.log, base.log, strict=True):

@@ -1,6 +1,9 @@
 """Rows of the row checks' tests."""
 
+from dataclasses import replace
+
 from megatron_bvpo.data.rows import RowRules
+from megatron_bvpo.streams import ORDER
 
 CHOSEN = "<think>\nTwo and two.\n</think>\n\nIt is 4."
 REJECTED = "<think>\nA guess.\n</think>\n\nIt is 5."
@@ -14,3 +17,13 @@ def talk(response=CHOSEN, prompt="What is 2+2?"):
 
 def row(chosen=CHOSEN, rejected=REJECTED, **more):
     return {"messages": talk(chosen), "rejected_response": rejected, **more}
+
+
+# Of the other streams.
+ALL = RowRules(streams=ORDER)
+KTO = RowRules(streams=("trace", "empty", "expert"), unpaired=True)
+GATE = replace(ALL, gate_threshold=0.0)
+PROMPT = {"messages": talk()[:1]}
+SHORT = {"short_response": "<think>\nTwo.\n</think>\n\n4", "short_rejected_response": "Hm.</think>5"}
+EXPERT = {"expert_response": "<think>\n2+2\n</think>\n\nFour."}
+SINGLE = {"messages": talk(), "label": True}

@@ -22,6 +22,7 @@ RUN = dict(
     bvpo_streams=["trace", "empty"],
     bvpo_weights=[],
     bvpo_alpha="auto",
+    loss_type="sigmoid",
 )
 
 
@@ -58,6 +59,10 @@ def test_the_last_save(greater, values, ends):
         ({"val_dataset": []}, "--early_stop_interval: there is nothing held out to measure; give a --val_dataset"),
         ({"eval_iters": 0}, "nothing held out"),
         ({"save_steps": 15}, "save_steps 15 is no multiple of eval_steps 10"),
+        (
+            {"loss_type": "kto", "metric_for_best_model": "rewards/accuracies"},
+            "--metric_for_best_model: is 'rewards/accuracies', .* names are loss, loss/trace, loss/empty",
+        ),
         ({"metric_for_best_model": "accuracy"}, "--metric_for_best_model: is 'accuracy', .* rewards/accuracies"),
     ],
 )
@@ -85,3 +90,8 @@ def test_the_names_are_those_of_an_evaluation():
         ones = {stream: sums_of(stream, torch.ones(WIDTH)) for stream in streams}
         found = stream_metrics(ones, dict.fromkeys(streams, 0.25), rpo=True)
         assert len(found) == len(metrics_of(streams)) and set(found) == set(metrics_of(streams))
+    wrong = torch.ones(WIDTH)
+    wrong[2] = 0.0  # none is right
+    single = {stream: sums_of(stream, wrong, unpaired=True) for stream in ("trace", "empty")}
+    found = stream_metrics(single, dict.fromkeys(single, 0.5), rpo=False)
+    assert set(metrics_of(single, unpaired=True)) <= set(found) and "rewards/chosen" not in found

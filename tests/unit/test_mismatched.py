@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_bvpo.data.mismatched import next_responses, response_of, with_response
+from megatron_bvpo.data.mismatched import next_responses, placed_rows, response_of, with_response
 
 
 def sequence(prompt, response):
@@ -15,6 +15,41 @@ def test_the_next_one_in_global_order_whoever_holds_it():
     found = next_responses(responses)
     order = [(0, 0), (0, 1), (2, 0), (3, 0), (10, 0)]
     assert [found[place] for place in order] == [[1], [20], [30], [100], [0]]
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize(("ranks", "size"), [(1, 1), (1, 4), (2, 1), (2, 3), (3, 2), (4, 3)])
+def test_places_are_the_same_in_every_layout(ranks, size, in_turn):
+    """24 items, every third a pack of two rows: dealt as ms-swift's sampler does in training, or ours in evaluation."""
+    items = [[{"row": i}, {"row": i + 0.5}] if i % 3 == 0 else {"row": i} for i in range(24)]
+    found = []
+    for rank in range(ranks):
+        if in_turn:
+            mine = items[rank::ranks]
+            batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+        else:
+            batches = [items[i : i + size] for i in range(rank * size, len(items), ranks * size)]
+        placed = placed_rows(batches, rank=rank, dealt_in_turn=in_turn)
+        assert [len(rows) for rows in placed] == [sum(2 if i % 3 == 0 else 1 for i in map(number, b)) for b in batches]
+        found += [pair for rows in placed for pair in rows]
+    rows = [row["row"] for _, row in sorted(found, key=lambda pair: pair[0])]
+    assert rows == sorted(rows) and len(rows) == 32
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_uneven_micro_batches_share_no_place(in_turn):
+    """The end of a stream."""
+    found = [
+        place
+        for rank, batches in enumerate([[[{}, {}], [{}]], [[{}], [[{}, {}], {}]]])
+        for rows in placed_rows(batches, rank=rank, dealt_in_turn=in_turn)
+        for place, _ in rows
+    ]
+    assert len(set(found)) == len(found) == 7
+
+
+def number(item) -> int:
+    return int((item[0] if isinstance(item, list) else item)["row"])
 
 
 @pytest.mark.parametrize("responses", [{}, {(0, 0): [1, 2]}])

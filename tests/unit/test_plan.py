@@ -402,6 +402,14 @@ def test_flops_of_full_tuning_are_the_text_books():
     assert found == pytest.approx(8 * n * tokens + 2 * shape.vocab * shape.hidden * tokens)
     cached = dataclasses.replace(run, bvpo_ref_cache="/refs")
     assert found - micro_batch_flops(shape, cached, Batch(tokens, 0)) == pytest.approx(2 * n * tokens)
+    kto = dataclasses.replace(run, loss_type="kto")
+    assert micro_batch_flops(shape, kto, Batch(tokens, 0)) - found == pytest.approx(4 * n * tokens)
+    zero = dataclasses.replace(run, loss_type="apo_zero_unpaired", max_length=1000)
+    assert (
+        micro_batch(zero, Lengths.of(zero)).tokens
+        == micro_batch(dataclasses.replace(zero, loss_type=None), Lengths.of(zero)).tokens / 2
+    )
+    assert micro_batch_flops(shape, zero, Batch(tokens, 0)) == found and zero.sequences == run.sequences / 2
 
 
 def test_the_bubble_and_what_crosses_nodes():

@@ -284,14 +284,6 @@ def test_a_stream_that_is_not_used_asks_nothing():
     assert "has one" in str(check_row(row(rejected="It is 5, or"), only_empty).problems[0])
 
 
-@pytest.mark.parametrize(
-    ("alpha", "streams"),
-    [(0, ("empty",)), (0.0, ("empty",)), (1.0, ("trace",)), (0.5, None), ("auto", None)],
-)
-def test_streams_of_an_alpha(alpha, streams):
-    assert RowRules.streams_for(alpha) == (streams or ("trace", "empty"))
-
-
 # --- the normal form ---
 
 

@@ -70,6 +70,7 @@ def test_rules_of_a_command():
     rules = rules_of_command("--bvpo_streams trace expert --bvpo_gate hpt --bvpo_gate_threshold 0.25".split())
     assert (rules.streams, rules.gate_threshold, rules.empty) == (("trace", "expert"), 0.25, "strip")
     assert rules_of_command(["--bvpo_alpha", "1"]).streams == ("trace",)
+    assert rules_of_command(["--bvpo_alpha", "0.0"]).streams == ("empty",)
     assert rules_of_command(["--loss_type", "kto"]).unpaired
 
 
