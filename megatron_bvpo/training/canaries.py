@@ -59,7 +59,11 @@ class Rounding:
         return SIGMAS * self.eps * ((self.layers + HEAD) * tokens_Q.clamp(min=1)).sqrt()
 
     def excess(self, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[float, float]:
-        """The largest |a − b| of (a_Q, b_Q, tokens_Q): in what rounding explains, and in nats. 0 for none."""
+        """The largest |a − b| of (a_Q, b_Q, tokens_Q): in what rounding explains, and in nats. 0 for none.
+
+        A micro-batch of demonstrations alone has no sequence that is compared.
+        """
+        pairs = [pair for pair in pairs if pair[0].numel()]
         if not pairs:
             return 0.0, 0.0
         apart = [torch.nan_to_num((a - b).abs(), nan=math.inf) for a, b, _ in pairs]

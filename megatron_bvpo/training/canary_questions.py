@@ -49,13 +49,17 @@ class CanaryQuestions:
         at_zero = adapters_begin_at_zero(self.models)
         rounding = canaries.rounding_of(args, self.config.num_layers, device)
         plain = self.passes.listen(first)
+        heard = any(micro_batch.policy_Q.numel() for micro_batch in plain)
         cached = self.references.beside_new(first[0], plain)
         with shaken_policy(self.models, adapted=adapted) as shake:
             for scale in canaries.SCALES:
                 shaken = shake(scale)
                 mine = canaries.FirstStep(step, plain, self.passes.listen(first), cached).findings(rounding)
-                mine.append((float(not at_zero), float(shaken)))
-                *findings, (moved, shaken) = canaries.largest_over_ranks(mine, device, self.groups.world)
+                mine += [(float(not at_zero), float(shaken)), (float(heard), 0.0)]
+                *findings, (moved, shaken), (heard_anywhere, _) = canaries.largest_over_ranks(
+                    mine, device, self.groups.world
+                )
+                shaken = shaken and heard_anywhere  # first micro-batches of demonstrations alone say nothing
                 if not shaken or canaries.shows(findings):
                     break
         begins_equal = canaries.reference_begins_as_policy(args, resumed=resumed, adapters_at_zero=not moved)

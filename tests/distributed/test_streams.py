@@ -46,6 +46,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("cell_name", parallel(metafunc.config))
 
 
+def demonstration_first(workshop) -> list[dict]:
+    rows = runs_of.stream_rows(workshop)
+    return [rows.pop(runs_of.EXPERT_ALONE), *rows]
+
+
 @pytest.fixture(scope="module")
 def runs(workshop, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("streams")
@@ -73,6 +78,8 @@ def runs(workshop, tmp_path_factory, request):
         cell("own-hinge", f"{one} {other} --loss_type {OWN}:hinge --bvpo_alpha 0.5 --global_batch_size 8"),
         cell("own-squared", f"{expert} --bvpo_expert_loss {OWN}:squared"),
         cell("gated", f"{gate} --dataset {runs_of.write(workshop, 'gated', rows)}"),
+        cell("demonstration-first", f"{one} {ALL} {WEIGHTS} {MU} --train_dataloader_shuffle false --global_batch_size 4 "
+             f"--dataset {runs_of.write(workshop, 'first', demonstration_first(workshop))}"),
         cell("cut", f"{gate} --dataset {runs_of.write(workshop, 'cut', [cut(row) for row in rows])}"),
     ]  # fmt: skip
     found = run_cells(1, single, folder)
@@ -222,6 +229,12 @@ def test_a_loss_of_a_users_own(runs):
 def test_a_token_loss_of_a_users_own(runs, oracle, workshop):
     rows = [row for row in runs_of.stream_rows(workshop) if "expert_response" in row]
     against(runs["own-squared"], oracle, torch.cat([token_logps(oracle, row) ** 2 for row in rows]).mean())
+
+
+def test_a_first_micro_batch_of_demonstrations_alone(runs):
+    """The canaries compare nothing there, neither crash nor warn (cells.py takes a warning for a failure)."""
+    (loss,) = runs["demonstration-first"].steps("loss/expert")
+    assert loss > 0
 
 
 def test_what_a_gate_switches_off_changes_nothing(runs):
