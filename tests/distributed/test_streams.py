@@ -11,7 +11,7 @@ from tests.distributed import stream_runs as runs_of
 from tests.distributed.cells import run_cells
 from tests.distributed.hf_oracle import Oracle, Pair, dpo_loss, shared_name, tokens
 from tests.distributed.oracle_runs import other_dense
-from tests.distributed.stream_runs import ALL, FULL, LORA, SHARES, WEIGHTS, cell
+from tests.distributed.stream_runs import ALL, FULL, LORA, MU, SHARES, WEIGHTS, cell
 from tests.distributed.test_parity import LAYOUTS
 
 TOLERANCE, GRAM_TOLERANCE = 1e-5, 1e-4
@@ -78,8 +78,8 @@ def runs(workshop, tmp_path_factory, request):
         cell("own-hinge", f"{one} {other} --loss_type {OWN}:hinge --bvpo_alpha 0.5 --global_batch_size 8"),
         cell("own-squared", f"{expert} --bvpo_expert_loss {OWN}:squared"),
         cell("gated", f"{gate} --dataset {runs_of.write(workshop, 'gated', rows)}"),
-        cell("demonstration-first", f"{one} {ALL} {WEIGHTS} {MU} --train_dataloader_shuffle false --global_batch_size 4 "
-             f"--dataset {runs_of.write(workshop, 'first', demonstration_first(workshop))}"),
+        cell("demonstration-first", f"{one} {ALL} {WEIGHTS} {MU} --train_dataloader_shuffle false "
+             f"--global_batch_size 4 --dataset {runs_of.write(workshop, 'first', demonstration_first(workshop))}"),
         cell("cut", f"{gate} --dataset {runs_of.write(workshop, 'cut', [cut(row) for row in rows])}"),
     ]  # fmt: skip
     found = run_cells(1, single, folder)
