@@ -126,7 +126,8 @@ class Items(list):
 
 
 class BvpoTemplateMixin:
-    """Encodes and collates both streams; sits in front of the model's own template class."""
+    """Encodes and collates the streams; sits in front of the model's own template class, which only a subclass can do:
+    ms-swift makes its templates by class, and calls them by their methods."""
 
     bvpo: TemplateSettings
     unused: Counter[tuple[str, str]]  # what was lost since the last row that was used
@@ -377,7 +378,7 @@ def _rebuild_template(base: type, state: dict[str, Any]):
 
 
 def make_bvpo_template(template, settings: TemplateSettings):
-    """Turn ms-swift's template object into one that encodes both streams; returns the same object."""
+    """Turn ms-swift's template object into one that encodes the streams; returns the same object."""
     if not isinstance(template, BvpoTemplateMixin):
         template.__class__ = _bvpo_class(type(template))
     template.bvpo = settings

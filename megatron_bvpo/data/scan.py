@@ -61,6 +61,8 @@ class ScanReport:
         rows = {path: report.tally.rows for path, report in self.files.items()}
         lines = [f"{path}: {count} {'row' if count == 1 else 'rows'}" for path, count in rows.items()]
         lines += self.tally.lines() if self.files else []
+        if (self.tally.own or self.tally.stripped) and (shares := self.tally.empty_line()):
+            lines.append(shares)
         lines += self.listed
         if self.not_listed:
             lines.append(f"… and {self.not_listed} more problems.")

@@ -253,7 +253,7 @@ def offload_refusals(args: Any) -> list[tuple]:
 
 def auto_refusals(args: Any) -> list[tuple]:
     """Settings under which the gradients' moments were never shown to be measured right."""
-    fixed = "give --bvpo_alpha a number, or leave the flag out"
+    fixed = "fix the weights (--bvpo_alpha NUMBER; --bvpo_weights NAME=NUMBER … of others), or leave the flag out"
     return [
         (args.fp16, "fp16", "the moments of gradients under a moving loss scale are not measured", fixed),
         (

@@ -15,7 +15,7 @@ from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM, Suggestion
 from megatron_bvpo.planning.waiting import Waiting
 from megatron_bvpo.streams import DEFAULT, PAIR, estimators
 
-PASSES = {2: "four", 3: "six"}  # of a probe, by the number of streams that are measured
+PASSES = {2: "four", 3: "six", 4: "eight"}  # of a probe, by the number of streams that are measured
 COLUMNS = (
     ("params", "parameters"),
     ("(LoRA)", "adapters"),

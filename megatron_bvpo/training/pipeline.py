@@ -212,7 +212,7 @@ class BvpoPipeline(MegatronRLHF):
 
     @staticmethod
     def _plot_run(output_dir: Path) -> None:
-        """One picture of both streams and of alpha, beside ms-swift's picture of each scalar."""
+        """One picture of the streams and of their weights, beside ms-swift's picture of each scalar."""
         try:
             write_report(output_dir, output_dir / "images" / "bvpo.png")
         except (ImportError, OSError, ValueError, KeyError) as e:

@@ -9,7 +9,7 @@ from tests.distributed.test_bad_input import assert_told, flags
 
 pytestmark = pytest.mark.slow
 
-FIXED = "give --bvpo_alpha a number, or leave the flag out"
+FIXED = "fix the weights (--bvpo_alpha NUMBER; --bvpo_weights NAME=NUMBER … of others), or leave the flag out"
 BF16 = {"torch_dtype": "bfloat16", "bf16": "true"}
 OFFLOAD = {"optimizer_cpu_offload": "true", "use_precision_aware_optimizer": "true", **BF16}
 WHOLE = {"dist_ckpt_optim_fully_reshardable": "true"}

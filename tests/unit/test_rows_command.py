@@ -95,6 +95,9 @@ def test_files_and_folders_and_what_is_lost(rows, tmp_path):
         "1 row with an empty pair alone.",
         "1 row dropped:",
         "  1 × rejected_response: the same text as the chosen response",
+        "empty stream: of 4 rows 50 % have own answers, 50 % have stripped ones, 0 % have none. A stripped answer was "
+        "written behind a trace: another distribution than the paper's, whose answers without a trace were generated "
+        "and ranked for themselves.",
         "data/a.jsonl:2: rejected_response: the same text as the chosen response "
         "(leave the row out: it prefers nothing)",
     ]
