@@ -117,5 +117,6 @@ NO_MATTER = {
     "how a run that goes on reads": "no_load_optim no_load_rng",
     "another name of a reference": "mcore_ref_adapter mcore_ref_model",
     "of Transformer Engine's own optimizer, which the stand-ins lack": "main_params_dtype",
+    "what is learnt from, no way of reading (test_weights_state.py: other streams on a resume)": "bvpo_streams",
     "rows that are ready when the run begins": "cached_dataset cached_val_dataset packing_num_proc packing_strategy",
 }

@@ -239,15 +239,15 @@ def test_router_losses_in_every_pass_are_noticed(runs):
 def test_a_probe_measures_with_one_reduction_of_four_numbers(runs):
     """Beside Megatron's own in its passes. The halves are agreed on by two more; the check that all is finite and
     the metrics are every step's."""
-    first = ["any_rank", "largest_over_ranks", "_reduce_metrics"]  # the canaries', once
-    later = ["any_rank", "_reduce_metrics"]
+    first = ["any_rank", "largest_over_ranks", "reduced_metrics"]  # the canaries', once
+    later = ["any_rank", "reduced_metrics"]
     for name in ("probe", "probe-ep2"):
         for step, found in enumerate(router(runs[name])["reductions"]):
-            assert [call for call in found if call[0] == "measure"] == [("measure", 4)]
+            assert [call for call in found if call[0] == "measure_grams"] == [("measure_grams", 4)]
             assert found[:2] == [("any_rank", 1), ("_count_halves", 6)]
             assert [call[0] for call in found[3:]] == (later if step else first)
     one_pass = router(runs["one-pass"])["reductions"][0]
-    assert [call[0] for call in one_pass] == ["_count_pairs", *first]
+    assert [call[0] for call in one_pass] == ["_factors", *first]
 
 
 # ---------------------------------------------------------------------- pipeline stages without a router
