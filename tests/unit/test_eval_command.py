@@ -252,7 +252,7 @@ BAD = {
     "data that is not there": (["--data", "ours=x.jsonl"], "x.jsonl: --data: does not exist"),
     "data of another suite": (["--data", "theirs=suite.yaml"], "--data: theirs is not in the suite (ours)"),
     "no repeats": (["--repeats", "0"], "--repeats: must be 1 or more"),
-    "heat without end": (["--temperature", "inf"], "--temperature: must be 0 or more, found inf"),
+    "heat without end": (["--temperature", "inf"], "--temperature: must be a finite number, found inf"),
     "all answers alike": (["--temperature", "0"], "--temperature: at 0 all answers to a question are the same"),
     "a judge without a name": (["--judge_server", "http://a:1"], "--judge_model: missing"),
     "no address": (["--server", "ftp://a"], "ftp://a"),

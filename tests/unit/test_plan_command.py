@@ -72,7 +72,7 @@ def test_the_command_as_json(tmp_path, capsys):
         (["CONFIG", "--set", "recompute_granularity=full"], "needs uniform or block"),
         (["CONFIG", "--set", "target_modules=everything"], "'everything' is none of"),
         (["CONFIG", "--set", "optimizer_cpu_offload=true"], "is True without use_precision_aware_optimizer"),
-        (["CONFIG", "--set", "use_precision_aware_optimizer=true"], "never tested with probes; give bvpo_alpha a num"),
+        (["CONFIG", "--set", "use_precision_aware_optimizer=true"], "never tested with probes; fix the weights"),
         (["CONFIG", "--set", "virtual_pipeline_model_parallel_size=2"], "needs a pipeline, and PP is 1"),
         (["CONFIG", "--set", "max_length=300000"], "max_length: 300000 tokens are more than .* use at most 262144 $"),
         (["CONFIG", "--set", "max_length=300000", "--suggest"], "max_length: 300000 tokens are more than"),
