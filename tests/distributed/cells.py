@@ -27,7 +27,7 @@ from tests.distributed.fork_worker import READY
 CELLS_A_PROCESS = 6
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a CPU needs, as in the README's table of rehearsal flags. By hand, more of them, such as another --bvpo_logp_impl.
+# What a CPU needs, as in the README's table of rehearsal flags; more of them by hand (docs/logprob.md).
 CPU_FLAGS = (
     "--ddp_backend gloo --attention_backend flash --torch_dtype float32 --fp16 false --bf16 false "
     "--recompute_granularity none --gradient_accumulation_fusion false --masked_softmax_fusion false "
