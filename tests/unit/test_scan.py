@@ -15,31 +15,9 @@ from megatron_bvpo.data.handover import Reading
 from megatron_bvpo.data.rows import check_row
 from megatron_bvpo.data.scan import local_file, scan_files
 from megatron_bvpo.errors import UserError
-from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, RULES, row, talk
+from tests.unit.sample_rows import CHOSEN, OWN, READING, REJECTED, RULES, jsonl, row, talk
 
-READING = Reading(RULES)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Where kept rows are left for the loading."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(folder))
-    return folder
-
-
-def jsonl(*rows):
-    return "".join(json.dumps(entry) + "\n" for entry in rows).encode()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(content, name="pairs.jsonl"):
-        path = tmp_path / name
-        path.write_bytes(content)
-        return str(path)
-
-    return write
+pytestmark = pytest.mark.usefixtures("row_cache")
 
 
 # --- files that stop the run ---
