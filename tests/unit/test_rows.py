@@ -16,10 +16,7 @@ def without(name, **more):
 # --- rows that are dropped, or lose their empty pair ---
 
 SYSTEM = {"role": "system", "content": "Be brief."}
-
-
 CALL = {"role": "tool_call", "content": "{}"}
-
 
 SPEAKS = "Open with <think>, write 0, and close with </think> before the answer."
 

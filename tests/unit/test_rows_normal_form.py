@@ -60,8 +60,6 @@ def test_tools_that_one_side_names_are_both_sides(given_row, chosen, rejected):
 
 
 WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "a", "b", " "]), max_size=6).map("".join)
-
-
 RULE_SETS = st.builds(
     RowRules,
     empty=st.sampled_from(["strip", "require"]),
@@ -107,8 +105,6 @@ JSON = st.recursive(
 MESSAGE = st.fixed_dictionaries(
     {}, optional={"role": st.sampled_from(["user", "assistant", "tool"]) | JSON, "content": WORDS | JSON}
 )
-
-
 LIKE_ROWS = st.fixed_dictionaries(
     {},
     optional={

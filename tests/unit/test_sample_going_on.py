@@ -164,8 +164,6 @@ def wait_for(true, seconds=240):
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-
-
 CONTEXT.set_forkserver_preload(
     [
         "aiohttp",
