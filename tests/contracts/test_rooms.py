@@ -33,10 +33,12 @@ MAY_USE = {
     # Reads and writes weights, so torch; on a login node, so no host.
     "export": {"data", "launching"},
     "rehearsal": set(),
+    "workflow": {"data", "launching", "planning", "sampling"},
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
 WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export"}
+WITHOUT_HOSTS |= {"workflow"}
 
 
 def imports(source: str) -> set[str]:

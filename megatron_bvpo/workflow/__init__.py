@@ -1,0 +1,1 @@
+"""Chains of jobs that exist already: rounds, sweeps, and what their stages need."""
