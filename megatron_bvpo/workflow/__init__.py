@@ -1,1 +1,1 @@
-"""Chains of jobs that exist already: rounds, sweeps, and what their stages need."""
+"""Chains of jobs that exist already: sweeps and rounds, on Snakemake. Loads no torch and no ms-swift."""
