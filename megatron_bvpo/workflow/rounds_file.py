@@ -156,10 +156,11 @@ class _Reader:
         judge = self.judging(sample)
         merge = self.merging()
         pairs = self.section("pairs")
-        rank = train.settings.get("lora_rank", 8)
-        if not merge:
-            with self.told("train"):
-                rank = max_rank(self.whole_number("train.lora_rank", rank))
+        rank = self.whole_number("train.lora_rank", train.settings.get("lora_rank", 8))
+        try:
+            rank = rank if merge else max_rank(rank)
+        except UserError as error:
+            self.fail("train.lora_rank", error.message, "add `export: {merge: true}`")
         rounds = Rounds(
             file=self.file,
             out=self.folder(out),
@@ -234,6 +235,7 @@ class _Reader:
             self.fail(f"train.{key}", rest)
         dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, str(run))
         settings = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}} | section
+        settings = {key: value for key, value in settings.items() if value is not None}  # null takes a key away
         if str(settings.get("tuner_type", "full")) != "lora":
             self.fail("train", f"{run} is no LoRA run, and a round goes on from an adapter", "add tuner_type: lora")
         return Training(settings, ranks, place)

@@ -23,8 +23,8 @@ from typing import Any
 import megatron_bvpo
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.job_file import ENGINE, as_flags
-from megatron_bvpo.workflow.chain import Slurm, Stage
 from megatron_bvpo.workflow.rounds_file import LAST, START, Asking, Place, Rounds
+from megatron_bvpo.workflow.stages import FREE_PORT, Slurm, Stage
 
 COMPARED, PAGE = "compare.json", "rounds.html"
 CHECKPOINT = "last-checkpoint"
@@ -108,7 +108,7 @@ def _sampling(rounds: Rounds, number: int, policy: Policy, after: Policy, sample
         rounds,
         rounds.sample.place,
         files={str(file): _yaml(job)},
-        reads=tuple(rounds.prompts(number)),
+        reads=tuple(os.path.abspath(file) for file in rounds.prompts(number)),
     )
 
 
@@ -124,7 +124,7 @@ def _evaluation(rounds: Rounds, asking: Asking, policy: Policy) -> Stage:
         rounds,
         asking.place,
         files={str(file): _yaml({"model": rounds.model, ENGINE: dict(asking.engine)})},
-        reads=(suite,) if Path(suite).is_file() else (),
+        reads=(os.path.abspath(suite),) if Path(suite).is_file() else (),
     )
 
 
@@ -160,7 +160,7 @@ def _training(rounds: Rounds, policy: Policy, after: Policy, pairs: Path) -> Sta
     name, needs, files = f"{after.name}/train", (f"{after.name}/pairs", *policy.before), {str(file): _yaml(settings)}
     if train.place.slurm is not None:
         return Stage(name, (str(file),), needs, files=files, slurm=Slurm(script(TRAIN_SCRIPT), train.place.words))
-    env = {"NPROC_PER_NODE": str(train.ranks)}
+    env = {"NPROC_PER_NODE": str(train.ranks), "MASTER_PORT": FREE_PORT}
     return Stage(name, ("bvpo", "supervise", "--", str(file)), needs, env=env, files=files, cores=train.ranks)
 
 

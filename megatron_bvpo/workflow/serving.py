@@ -8,7 +8,7 @@ machine with a key of its own, and the command, which gets both, runs when it is
 command's; 1: no engine became healthy, or none is left. However this process ends, its engine ends, too.
 
     BVPO_ENGINE_COMMAND   another engine: a command for bash that listens on 127.0.0.1:$BVPO_ENGINE_PORT and serves
-                          $BVPO_ENGINE_MODEL                                                    (vllm serve …)
+                          $BVPO_ENGINE_MODEL as $BVPO_ENGINE_NAME                               (vllm serve …)
     BVPO_VLLM_PYTHON      the Python of an environment with vLLM of its own        (empty: `vllm` on PATH)
     BVPO_ENGINE_START_S   seconds until it must be healthy                                       (1800)
     BVPO_ENGINE_RESTARTS  how often an engine that died is started again                         (3)
@@ -61,7 +61,8 @@ class Engine:
 
     def __init__(self, line: JobLine, port: int, key: str, log: Path, restarts: int) -> None:
         self.address, self.port, self.log = f"http://{HOST}:{port}/v1", port, log
-        env = {**os.environ, "VLLM_API_KEY": key, "BVPO_ENGINE_PORT": str(port), "BVPO_ENGINE_MODEL": line.model}
+        env = {**os.environ, "VLLM_API_KEY": key, "BVPO_ENGINE_PORT": str(port)}
+        env |= {"BVPO_ENGINE_MODEL": line.model, "BVPO_ENGINE_NAME": line.name}
         own = os.environ.get("BVPO_ENGINE_COMMAND")
         if own:
             command = ["bash", "-c", own]

@@ -174,15 +174,16 @@ def test_it_starts_engines_samples_and_ends_them(tmp_path, job, port):
 
 
 def test_an_evaluation_asks_the_engines(tmp_path, job, port):
-    words = "--engine.model base -- bvpo eval --model a --out".split()
-    command = ENGINE.replace('print("key"', 'print("loads", os.environ["BVPO_ENGINE_MODEL"], flush=True); print("key"')
+    words = "--engine.model base --engine.served_model_name a -- bvpo eval --model a --out".split()
+    says = 'print("loads", os.environ["BVPO_ENGINE_MODEL"], os.environ["BVPO_ENGINE_NAME"], flush=True); '
+    command = ENGINE.replace('print("key"', f'{says}print("key"')
     out = str(tmp_path / "samples")
     told = sbatch(tmp_path, job, "exit 4", *words, out, port=port, BVPO_ENGINE_COMMAND=command)
     assert f"CLIENT eval --model a --out {out} --server http://127.0.0.1:{port}/v1\n" in told and told.endswith(
         "exit 4"
     )
     (log,) = (tmp_path / "samples" / "logs" / "slurm-7-0").glob("engine-*.log")
-    assert "loads base\n" in log.read_text() and "bvpo eval ended with code 4" in told
+    assert "loads base a\n" in log.read_text() and "bvpo eval ended with code 4" in told
 
 
 def test_answers_of_an_evaluation_count_as_going_on(tmp_path, job, port):

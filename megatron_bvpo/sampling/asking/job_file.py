@@ -51,6 +51,11 @@ class JobLine(NamedTuple):
     client: list[str]
     out: str
 
+    @property
+    def name(self) -> str:
+        """By which the engine's model is asked for."""
+        return str(self.engine.get("served_model_name") or self.model)
+
 
 def read_job(file: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(flags of `bvpo sample`, flags of the engine), dashes in names as underscores.
@@ -206,12 +211,13 @@ def _value(name: str, words: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """For launch/sample.sbatch. `engine PORT FILE …`: the engine's words, each ended by NUL; `client FILE …`: those of
-    the command that asks it; `out FILE …`, `model FILE …`: its folder, what the engine loads."""
+    the command that asks it; `out FILE …`, `model FILE …`, `name FILE …`: its folder, what the engine loads, its name.
+    """
     try:
         wanted, *given = arguments
         port = given.pop(0) if wanted == "engine" else "0"
         line = read_line(given)
-        if wanted in ("out", "model"):
+        if wanted in ("out", "model", "name"):
             print(getattr(line, wanted))
         else:
             words = engine_command(line, int(port)) if wanted == "engine" else line.client
