@@ -139,6 +139,27 @@ def read_rounds(file: str, out: str | None = None) -> Rounds:
     return _Reader(file).read(out)
 
 
+def require_files(rounds: Rounds) -> None:
+    """Raise UserError where the model's folder or a round's prompts are not on this machine."""
+    lines = key_lines(rounds.file)
+
+    def fail(key: str, message: str, remedy: str):
+        raise UserError(message, file=rounds.file, line=lines.get(key), field=key, remedy=remedy)
+
+    if not Path(rounds.model).is_dir():
+        remedy = "name the folder where it lies: engines, tokenizer and exports read it"
+        fail("model", f"there is no folder {rounds.model}", remedy)
+    for number in range(1, rounds.rounds + 1):
+        for name in rounds.prompts(number):
+            if not Path(name).exists():
+                fail("sample.prompts", f"there is no {name}, for round {number}", "check the path")
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null: a section takes a file's key away so."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class _Reader:
     """Reads one file; what is wrong is raised with the file's name and the key's line."""
 
@@ -161,7 +182,7 @@ class _Reader:
             rank = rank if merge else max_rank(rank)
         except UserError as error:
             self.fail("train.lora_rank", error.message, "add `export: {merge: true}`")
-        rounds = Rounds(
+        return Rounds(
             file=self.file,
             out=self.folder(out),
             rounds=self.whole_number("rounds", self.needed("rounds")),
@@ -177,8 +198,6 @@ class _Reader:
             merge=merge,
             evaluate=self.evaluation(sample),
         )
-        self.check_prompts(rounds)
-        return rounds
 
     # ---- sections
 
@@ -186,9 +205,9 @@ class _Reader:
         section = self.section("sample", needed=True)
         values, engine = self.job(section)
         place = self.place("sample", section)
-        engine = {**engine, **self.engine("sample", section)}
+        engine = _given({**engine, **self.engine("sample", section)})
         values = {key: value for key, value in values.items() if key not in OF_SAMPLING}
-        flags = {**values, **section}
+        flags = _given({**values, **section})
         for key in (PROMPTS, "max_tokens"):
             if flags.get(key) is None:
                 self.fail("sample", f"has no {key}", f"add `{key}: …` below sample, or to its job's file")
@@ -234,8 +253,8 @@ class _Reader:
             key, _, rest = unknown[0].partition(": ")
             self.fail(f"train.{key}", rest)
         dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, str(run))
-        settings = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}} | section
-        settings = {key: value for key, value in settings.items() if value is not None}  # null takes a key away
+        kept = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}}
+        settings = _given({**kept, **section})
         if str(settings.get("tuner_type", "full")) != "lora":
             self.fail("train", f"{run} is no LoRA run, and a round goes on from an adapter", "add tuner_type: lora")
         return Training(settings, ranks, place)
@@ -252,7 +271,7 @@ class _Reader:
         if not section:
             return None
         place = self.place("evaluate", section)
-        engine = {**sample.engine, **self.engine("evaluate", section)}
+        engine = _given({**sample.engine, **self.engine("evaluate", section)})
         given = "eval --server http://x --model x --out x".split()
         self.flags("evaluate", eval_command.add_command, given, OF_EVALUATION, section)
         return Asking(section, engine, place)
@@ -288,12 +307,6 @@ class _Reader:
     def flags(self, name: str, add_command: Callable, command: list[str], own, section: Mapping[str, Any]) -> list[str]:
         with self.told(name):
             return check_flags(add_command, command, own, section)
-
-    def check_prompts(self, rounds: Rounds) -> None:
-        for number in range(1, rounds.rounds + 1):
-            for name in rounds.prompts(number):
-                if not Path(name).exists():
-                    self.fail("sample.prompts", f"there is no {name}, for round {number}", "check the path")
 
     # ---- values
 

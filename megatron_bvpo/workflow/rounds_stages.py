@@ -108,7 +108,7 @@ def _sampling(rounds: Rounds, number: int, policy: Policy, after: Policy, sample
         rounds,
         rounds.sample.place,
         files={str(file): _yaml(job)},
-        reads=tuple(os.path.abspath(file) for file in rounds.prompts(number)),
+        reads=tuple(os.path.abspath(file) for file in rounds.prompts(number) if Path(file).exists()),  # a dry run
     )
 
 
