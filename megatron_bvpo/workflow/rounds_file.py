@@ -13,6 +13,7 @@
     export: {merge: false}       # an adapter for the engine, or a merged model
     evaluate: {suite: math}      # flags of bvpo eval, and `engine` over sample's; leave it out to evaluate nothing
 
+`job` and `run` are paths from the working folder, or from that of the rounds file.
 `slurm: {nodes: 4, gpus_per_node: 8}` in sample, train or evaluate submits that stage; at the top it holds what all
 submissions share. docs/loop.md has the rest.
 """
@@ -219,7 +220,7 @@ class _Reader:
     def job(self, section: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if (file := section.pop("job", None)) is None:
             return {}, {}
-        return read_job(str(file))
+        return read_job(self.beside(file))
 
     def judging(self, sample: Asking) -> tuple[str, ...] | None:
         section = self.section("judge")
@@ -245,14 +246,15 @@ class _Reader:
         run = section.pop("run", None)
         if run is None:
             self.fail("train", "has no `run`", "add `run: configs/FILE.yaml`, a file of swift rlhf")
-        base = {str(key).replace("-", "_"): value for key, value in read_keys(str(run)).items()}
+        run = self.beside(run)
+        base = {str(key).replace("-", "_"): value for key, value in read_keys(run).items()}
         for key in section:
             if key in OF_TRAINING:
                 self.fail(f"train.{key}", "is given by the rounds", "leave it out")
         if unknown := unknown_keys(section):
             key, _, rest = unknown[0].partition(": ")
             self.fail(f"train.{key}", rest)
-        dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, str(run))
+        dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, run)
         kept = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}}
         settings = _given({**kept, **section})
         if str(settings.get("tuner_type", "full")) != "lora":
@@ -285,6 +287,11 @@ class _Reader:
         if not isinstance(found or {}, dict):
             self.fail(name, "is no mapping", "write `flag: value` a line, indented")
         return {str(key).replace("-", "_"): value for key, value in (found or {}).items()}
+
+    def beside(self, name: Any) -> str:
+        """A file's path, from here or from the folder of the rounds file."""
+        there = Path(self.file).parent / str(name)
+        return str(there) if not Path(str(name)).exists() and there.exists() else str(name)
 
     def place(self, name: str, section: dict[str, Any]) -> Place:
         """Takes `slurm` out of a section."""

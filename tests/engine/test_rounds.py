@@ -76,14 +76,11 @@ class Command:
 def home(tmp_path_factory) -> Path:
     """A folder with rounds.yaml: the shipped file, with small numbers."""
     home = tmp_path_factory.mktemp("rounds")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop_files, "PROMPTS", PROMPTS)
-        patched.setattr(loop_files, "QUESTIONS", QUESTIONS)
-        loop_files.prepare(home)
+    loop_files.prepare(home, PROMPTS, QUESTIONS)
     rounds = yaml.safe_load((ROOT / "configs" / "rehearsal_rounds.yaml").read_text())
-    rounds |= {"model": str(home / "reasoner"), "out": "out"}
-    rounds["sample"] |= {"prompts": str(home / "prompts-{round}.jsonl"), "samples": SAMPLES}
-    rounds["evaluate"] |= {"suite": str(home / "questions.yaml"), "repeats": 1}
+    rounds |= {"out": "out"}
+    rounds["sample"]["samples"] = SAMPLES
+    rounds["evaluate"]["repeats"] = 1
     one = {"ranks": 1, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "sequence_parallel": None}
     short = {"train_iters": STEPS, "eval_steps": STEPS, "save_steps": 2, "global_batch_size": 8}
     rounds["train"] |= {"run": str(ROOT / "configs" / "rehearsal.yaml"), **one, **short}

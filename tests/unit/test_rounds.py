@@ -181,8 +181,8 @@ def test_what_is_submitted(write):
 
 def test_a_job_s_file_is_read_under_the_section(write):
     Path("job.yaml").write_text(yaml.safe_dump({
-        "prompts": "gone.jsonl", "out": "x", "model": "y", "max_tokens": 9, "top_p": 0.5, "judge": "exact", "tokenizer": "t",
-        "engine": {"max_num_seqs": 3, "tensor_parallel_size": 8},
+        "prompts": "gone.jsonl", "out": "x", "model": "y", "max_tokens": 9, "top_p": 0.5, "judge": "exact",
+        "tokenizer": "t", "engine": {"max_num_seqs": 3, "tensor_parallel_size": 8},
     }))  # fmt: skip
     file = write(sample__job="job.yaml", train__lora_rank=8)
     text = Path(file).read_text().replace("max_tokens: 100", "max_tokens: 100\n  tokenizer:\n  judge:")
@@ -193,6 +193,13 @@ def test_a_job_s_file_is_read_under_the_section(write):
     assert asked["tokenizer"] == "base" and "judge" not in asked
     assert "lora_rank" not in settings(found["round-1/train"], "train.yaml")
     assert asked["engine"] == {"max_num_seqs": 8, "tensor_parallel_size": 8}
+
+
+def test_a_run_s_file_lies_beside_the_rounds_file(write, tmp_path, monkeypatch):
+    write()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settings(stages("../rounds.yaml")["round-1/train"], "train.yaml")["lora_rank"] == RUN["lora_rank"]
 
 
 def test_policies_lie_where_the_chain_puts_them():
