@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.export import merging
-from megatron_bvpo.export.engine_adapter import max_rank
+from megatron_bvpo.launching.adapter_folders import max_rank
 from tests.unit import exports
 from tests.unit.exports import ALPHA, DENSE, EXPERTS, MIXTURE, MTP, RANK, E, F, Q
 
