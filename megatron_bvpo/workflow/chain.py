@@ -230,7 +230,7 @@ def _why(state: State, record: Record, stopped: bool) -> str | None:
     if stopped:
         return None
     if state == State.RUNNING:
-        return "its process was killed, and its command still runs; the next start waits for it"
+        return "Snakemake was killed, and the stage still runs; the next start waits for it"
     return "its process was killed" if state == State.STOPPED else None
 
 

@@ -1,7 +1,8 @@
 """Runs one stage of a chain: `python -m megatron_bvpo.workflow.stage OUT NAME`, as a rule of the Snakefile does.
 
-It outlives a controller that is killed, and the next controller's process of the same stage waits for it: the stage's
-lock goes with it and with its command. SIGTERM is handed on to the command, which saves and ends; a second one kills.
+It outlives a controller that is killed, and the next controller's process of the same stage waits for it, by the lock.
+Where it is killed itself, the next one ends what it has started (leftovers.py). SIGTERM is handed on to the command,
+which saves and ends; a second one kills.
 """
 
 from __future__ import annotations
@@ -42,23 +43,22 @@ class StageRun:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         try:
-            # Kept open until this process ends, and inherited by the command.
             lock = self.record.take(self._tell_of_another)
             if self.record.done:
                 return 0
             if left := end_processes_of(self.record.folder):
                 self._say(f"ended {left} process(es) that an earlier start had left")
             began = self.record.begin(self.stage, self.out)
-            code = self._work(lock.fileno())
+            code = self._work()
         except Stopped:
             self._say("stopped")
             return STOPPED
-        if code and self.asked:  # stopped: to be gone on with, and no failure
-            return code
-        self.record.end(self.stage, code, began)
+        if not (code and self.asked):  # stopped: to be gone on with, and no failure
+            self.record.end(self.stage, code, began)
+        lock.close()
         return code
 
-    def _work(self, lock: int) -> int:
+    def _work(self) -> int:
         stage = self.stage
         if stage.whole and Path(self.cwd, stage.whole).exists():
             self._say(f"{stage.whole} is there")
@@ -73,20 +73,18 @@ class StageRun:
         if stage.slurm:
             return slurm_job.run(self.out, stage, self.cwd, self.record.folder, self._say)
         self.starts_command = True
-        code = self._run_command(lock)
+        code = self._run_command()
         end_processes_of(self.record.folder)  # what it left would write on
         return code
 
-    def _run_command(self, lock: int) -> int:
+    def _run_command(self) -> int:
         own = {name: _free_port() if value == FREE_PORT else value for name, value in self.stage.env.items()}
         env = {**os.environ, **own, VARIABLE: str(self.record.folder)}
         with self.record.log.open("ab") as log:
             try:
                 # A session of its own: a signal to the controller's group must not end it unsaved.
-                self.child = subprocess.Popen(
-                    self.stage.words, cwd=self.cwd, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                    start_new_session=True, pass_fds=(lock,),
-                )  # fmt: skip
+                options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+                self.child = subprocess.Popen(self.stage.words, cwd=self.cwd, env=env, **options)
             except OSError as e:
                 self._say(f"{self.stage.words[0]} does not start: {e.strerror}")
                 return 127
