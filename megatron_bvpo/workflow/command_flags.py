@@ -24,7 +24,9 @@ def known_flags(add_command: Callable) -> list[str]:
     return [word[2:] for word in words if word.startswith("--")]
 
 
-def check_flags(add_command: Callable, command: list[str], own: Iterable[str], section: Mapping[str, Any]) -> list[str]:
+def check_flags(
+    add_command: Callable, command: list[str], own: Iterable[str], section: Mapping[str, Any], chain: str
+) -> list[str]:
     """A section's flags as words.
 
     Args:
@@ -32,6 +34,7 @@ def check_flags(add_command: Callable, command: list[str], own: Iterable[str], s
         command: its name and what a chain gives it beside the section.
         own: flags that the chain gives; they must not be in the section.
         section: flags by name.
+        chain: what the chain is called, `rounds` or `sweep`.
 
     Raises:
         UserError: with `field` the section's key, where one is to blame; no file or line.
@@ -39,7 +42,7 @@ def check_flags(add_command: Callable, command: list[str], own: Iterable[str], s
     known = set(known_flags(add_command)) - {"help"}
     for key in section:
         if key in own:
-            raise UserError("is given by the rounds", field=key, remedy="leave it out")
+            raise UserError(f"is given by the {chain}", field=key, remedy="leave it out")
         if key not in known:
             import difflib
 

@@ -20,10 +20,8 @@ submissions share. docs/loop.md has the rest.
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +33,10 @@ from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.launching.rivals import settle
 from megatron_bvpo.launching.run_file import read_keys
 from megatron_bvpo.sampling.asking import sample_command
-from megatron_bvpo.sampling.asking.job_file import ENGINE, OWN_OF_THE_JOB, PROMPTS, read_job
+from megatron_bvpo.sampling.asking.job_file import PROMPTS, read_job
 from megatron_bvpo.sampling.judging import judge_command
 from megatron_bvpo.sampling.pairing import pairs_command
-from megatron_bvpo.workflow.command_flags import check_flags
+from megatron_bvpo.workflow.sections import Place, SectionReader
 from megatron_bvpo.workflow.yaml_lines import key_lines
 
 START, LAST = "start", "last"
@@ -52,23 +50,6 @@ OF_TRAINING = (
     "model", "dataset", "val_dataset", "output_dir", "adapters", "ref_adapters", "ref_model", "mcore_adapter",
     "mcore_model", "mcore_ref_adapter", "mcore_ref_model", "no_save_optim", "finetune", "bvpo_ref_cache",
 )  # fmt: skip
-# One served model, whose name and adapters a round decides.
-OF_THE_ENGINE = (*OWN_OF_THE_JOB, "served_model_name", "lora_modules", "enable_lora")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a stage runs: submitted with these flags of sbatch, or here (None)."""
-
-    slurm: Mapping[str, Any] | None = None
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        return tuple(
-            word
-            for key, value in (self.slurm or {}).items()
-            for word in (f"--{key.replace('_', '-')}", *([] if value is True else [str(value)]))
-        )
 
 
 @dataclass(frozen=True)
@@ -161,19 +142,13 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-class _Reader:
+class _Reader(SectionReader):
     """Reads one file; what is wrong is raised with the file's name and the key's line."""
 
-    def __init__(self, file: str):
-        self.file = file
-        self.values = {str(key).replace("-", "_"): value for key, value in read_keys(file).items()}
-        self.lines = key_lines(file)
+    what, example = "rounds", "configs/rounds_235b.yaml"
 
     def read(self, out: str | None) -> Rounds:
-        for key in self.values:
-            if key not in KEYS:
-                close = difflib.get_close_matches(key, KEYS, 1)
-                self.fail(key, "is no part of a rounds file", f"write {close[0]}" if close else f"of {', '.join(KEYS)}")
+        self.require_known(KEYS)
         sample, train = self.sampling(), self.training()
         judge = self.judging(sample)
         merge = self.merging()
@@ -278,52 +253,10 @@ class _Reader:
         self.flags("evaluate", eval_command.add_command, given, OF_EVALUATION, section)
         return Asking(section, engine, place)
 
-    # ---- parts of sections
-
-    def section(self, name: str, needed: bool = False) -> dict[str, Any]:
-        found = self.values.get(name)
-        if found is None and needed:
-            self.fail(name, "is missing", f"add `{name}:` with its flags below it; configs/rounds_235b.yaml has one")
-        if not isinstance(found or {}, dict):
-            self.fail(name, "is no mapping", "write `flag: value` a line, indented")
-        return {str(key).replace("-", "_"): value for key, value in (found or {}).items()}
-
-    def beside(self, name: Any) -> str:
-        """A file's path, from here or from the folder of the rounds file."""
-        there = Path(self.file).parent / str(name)
-        return str(there) if not Path(str(name)).exists() and there.exists() else str(name)
-
-    def place(self, name: str, section: dict[str, Any]) -> Place:
-        """Takes `slurm` out of a section."""
-        own, common = section.pop("slurm", None), self.values.get("slurm") or {}
-        for key, found in ((f"{name}.slurm", own), ("slurm", common)):
-            if found is not None and not isinstance(found, dict):
-                self.fail(key, "is no mapping", "write flags of sbatch: {nodes: 4, gpus_per_node: 8}")
-        return Place(None if own is None else {**common, **own})
-
-    def engine(self, name: str, section: dict[str, Any]) -> dict[str, Any]:
-        """Takes `engine` out of a section."""
-        found = section.pop(ENGINE, None) or {}
-        if not isinstance(found, dict):
-            self.fail(f"{name}.{ENGINE}", "is no mapping", "write flags of vllm serve, indented")
-        found = {str(key).replace("-", "_"): value for key, value in found.items()}
-        for key in found.keys() & set(OF_THE_ENGINE):
-            self.fail(f"{name}.{ENGINE}.{key}", "is given by the rounds", "leave it out")
-        return found
-
-    def flags(self, name: str, add_command: Callable, command: list[str], own, section: Mapping[str, Any]) -> list[str]:
-        with self.told(name):
-            return check_flags(add_command, command, own, section)
-
     # ---- values
 
     def folder(self, given: str | None) -> Path:
         return Path(os.path.abspath(given or self.values.get("out") or Path("rounds", Path(self.file).stem)))
-
-    def needed(self, key: str) -> Any:
-        if self.values.get(key) is None:
-            self.fail(key, "is missing", f"add `{key}: …`")
-        return self.values[key]
 
     def text(self, key: str) -> str:
         found = self.needed(key)
@@ -336,25 +269,3 @@ class _Reader:
         if found not in known:
             self.fail(key, f"is {found!r}; expected {' or '.join(known)}")
         return found
-
-    def whole_number(self, key: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self.fail(key, f"is {value!r}; expected a whole number of 1 or more")
-        return value
-
-    # ---- mistakes
-
-    def fail(self, key: str, message: str, remedy: str | None = None):
-        line = self.lines.get(key) or self.lines.get(key.rpartition(".")[0])
-        raise UserError(message, file=self.file, line=line, field=key, remedy=remedy)
-
-    @contextmanager
-    def told(self, name: str) -> Iterator[None]:
-        """Mistakes without a file are this file's section's."""
-        try:
-            yield
-        except UserError as error:
-            if error.file:
-                raise
-            key = f"{name}.{error.field}" if error.field else name
-            self.fail(key, error.message, error.remedy)

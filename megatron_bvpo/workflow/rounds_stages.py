@@ -15,20 +15,16 @@ model without any adapter; with `last` it is that same adapter, frozen (--ref_ad
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import megatron_bvpo
-from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.job_file import ENGINE, as_flags
-from megatron_bvpo.workflow.rounds_file import LAST, START, Asking, Place, Rounds
-from megatron_bvpo.workflow.stages import FREE_PORT, Slurm, Stage
+from megatron_bvpo.workflow.rounds_file import LAST, START, Asking, Rounds
+from megatron_bvpo.workflow.stage_kinds import CHECKPOINT, asking, served, training, yaml_text
+from megatron_bvpo.workflow.stages import Stage
 
 COMPARED, PAGE = "compare.json", "rounds.html"
-CHECKPOINT = "last-checkpoint"
-SAMPLE_SCRIPT, TRAIN_SCRIPT = "sample.sbatch", "slurm.sbatch"
 
 
 @dataclass(frozen=True)
@@ -101,29 +97,29 @@ def _sampling(rounds: Rounds, number: int, policy: Policy, after: Policy, sample
     settings.setdefault("tokenizer", rounds.model)
     job = {**settings, "out": str(samples), "model": policy.name, ENGINE: dict(rounds.sample.engine)}
     file = after.folder / "sample.yaml"
-    return _asked(
+    return asking(
         f"{after.name}/sample",
         [str(file), *_served(rounds, policy)],
         policy.before,
-        rounds,
         rounds.sample.place,
-        files={str(file): _yaml(job)},
+        rounds.train.ranks,  # an engine takes what training takes
+        files={str(file): yaml_text(job)},
         reads=tuple(os.path.abspath(file) for file in rounds.prompts(number) if Path(file).exists()),  # a dry run
     )
 
 
-def _evaluation(rounds: Rounds, asking: Asking, policy: Policy) -> Stage:
+def _evaluation(rounds: Rounds, evaluate: Asking, policy: Policy) -> Stage:
     file = policy.folder / "evaluate.yaml"
-    settings = {"tokenizer": rounds.model, **asking.settings}
+    settings = {"tokenizer": rounds.model, **evaluate.settings}
     asked = {"model": policy.name, "out": str(policy.evaluation), **settings}
     suite = str(settings["suite"])
-    return _asked(
+    return asking(
         f"{policy.name}/evaluate",
         [str(file), *_served(rounds, policy), "--", "bvpo", "eval", *as_flags(asked)],
         policy.before,
-        rounds,
-        asking.place,
-        files={str(file): _yaml({"model": rounds.model, ENGINE: dict(asking.engine)})},
+        evaluate.place,
+        rounds.train.ranks,
+        files={str(file): yaml_text({"model": rounds.model, ENGINE: dict(evaluate.engine)})},
         reads=(os.path.abspath(suite),) if Path(suite).is_file() else (),
     )
 
@@ -131,20 +127,9 @@ def _evaluation(rounds: Rounds, asking: Asking, policy: Policy) -> Stage:
 def _served(rounds: Rounds, policy: Policy) -> list[str]:
     """What an engine loads as this policy."""
     if not policy.before:
-        return ["--engine.model", rounds.model, "--engine.served_model_name", policy.name]
-    model = str(policy.folder / "model")
-    if rounds.merge:
-        return ["--engine.model", model, "--engine.served_model_name", policy.name]
-    adapter = f"--engine.enable_lora --engine.max_lora_rank {rounds.lora_rank} --engine.lora_modules".split()
-    return ["--engine.model", rounds.model, *adapter, f"{policy.name}={model}"]
-
-
-def _asked(name: str, words: list[str], after, rounds: Rounds, place: Place, **more) -> Stage:
-    """A stage with an engine: on the nodes of a job, or here, where it takes the cores that training takes."""
-    if place.slurm is not None:
-        return Stage(name, tuple(words), after, slurm=Slurm(script(SAMPLE_SCRIPT), place.words), **more)
-    here = ("python", "-m", "megatron_bvpo.workflow.serving", *words)
-    return Stage(name, here, after, cores=rounds.train.ranks, **more)
+        return served(policy.name, rounds.model)
+    rank = None if rounds.merge else rounds.lora_rank
+    return served(policy.name, rounds.model, str(policy.folder / "model"), rank)
 
 
 def _training(rounds: Rounds, policy: Policy, after: Policy, pairs: Path) -> Stage:
@@ -156,12 +141,8 @@ def _training(rounds: Rounds, policy: Policy, after: Policy, pairs: Path) -> Sta
         settings["adapters"] = str(policy.run / CHECKPOINT)
         if rounds.reference == LAST:
             settings["ref_adapters"] = settings["adapters"]
-    file = after.folder / "train.yaml"
-    name, needs, files = f"{after.name}/train", (f"{after.name}/pairs", *policy.before), {str(file): _yaml(settings)}
-    if train.place.slurm is not None:
-        return Stage(name, (str(file),), needs, files=files, slurm=Slurm(script(TRAIN_SCRIPT), train.place.words))
-    env = {"NPROC_PER_NODE": str(train.ranks), "MASTER_PORT": FREE_PORT}
-    return Stage(name, ("bvpo", "supervise", "--", str(file)), needs, env=env, files=files, cores=train.ranks)
+    needs = (f"{after.name}/pairs", *policy.before)
+    return training(f"{after.name}/train", after.folder / "train.yaml", settings, needs, train.place, train.ranks)
 
 
 def _comparison(rounds: Rounds, policies: list[Policy]) -> Stage:
@@ -174,22 +155,3 @@ def _page(rounds: Rounds, policies: list[Policy]) -> Stage:
     runs = [str(policy.run if policy.before else policy.folder) for policy in policies]
     runs, needs = (runs, ("compare",)) if rounds.evaluate else (runs[1:], (f"{policies[-1].name}/train",))
     return Stage("page", ("bvpo", "report", *runs, "--html", str(rounds.out / PAGE)), needs)
-
-
-def script(name: str) -> str:
-    """launch/NAME of the checkout that this package is in, or of BVPO_ROOT.
-
-    Raises:
-        UserError: it is not there.
-    """
-    root = Path(os.environ.get("BVPO_ROOT") or Path(megatron_bvpo.__file__).parents[1])
-    found = root / "launch" / name
-    if not found.is_file():
-        raise UserError("is not there", file=str(found), field="slurm", remedy="set BVPO_ROOT to a checkout")
-    return str(found)
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    import yaml
-
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

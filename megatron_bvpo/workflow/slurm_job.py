@@ -10,8 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_bvpo.workflow.leftovers import VARIABLE
-from megatron_bvpo.workflow.stages import Stage
+from megatron_bvpo.workflow.stages import Stage, environment
 
 # Seconds between two questions to Slurm, whose controller many jobs share.
 POLL = float(os.environ.get("BVPO_SLURM_POLL_S") or 15)
@@ -71,9 +70,7 @@ def _find(name: str, folder: Path) -> str | None:
 
 
 def _submit(stage: Stage, name: str, cwd: str, folder: Path) -> str:
-    env = {**os.environ, **stage.env}
-    # Its processes are no leftovers of this one's, on whatever machine.
-    env.pop(VARIABLE, None)
+    env = {**environment(), **stage.env}
     script = Path(stage.slurm.script)
     env.setdefault("BVPO_ROOT", str(script.resolve().parent.parent))
     flags = ["--parsable", "--job-name", name, "--output", f"{folder}/job-%j.log", *stage.slurm.flags]

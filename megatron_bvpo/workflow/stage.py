@@ -8,7 +8,6 @@ which saves and ends; a second one kills.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from megatron_bvpo.workflow import slurm_job
 from megatron_bvpo.workflow.leftovers import VARIABLE, end_processes_of
 from megatron_bvpo.workflow.records import Record
-from megatron_bvpo.workflow.stages import FREE_PORT, Stage, from_json, write_text
+from megatron_bvpo.workflow.stages import FREE_PORT, Stage, environment, from_json, write_text
 
 CHAIN = "chain.json"
 STOPPED = 143
@@ -79,7 +78,7 @@ class StageRun:
 
     def _run_command(self) -> int:
         own = {name: _free_port() if value == FREE_PORT else value for name, value in self.stage.env.items()}
-        env = {**os.environ, **own, VARIABLE: str(self.record.folder)}
+        env = {**environment(), **own, VARIABLE: str(self.record.folder)}
         with self.record.log.open("ab") as log:
             try:
                 # A session of its own: a signal to the controller's group must not end it unsaved.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -21,6 +22,8 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*(/[A-Za-z0-9_][A-Za-z0-9_.=+-]*
 MOST_BYTES = 2**24
 # The value of a variable such as MASTER_PORT, as runs that go side by side on a machine need one each.
 FREE_PORT = "a free port"
+# Variables of one run or stage: with them all would share a folder, or begin anew at each start.
+OF_ONE = ("BVPO_RUN_DIR", "BVPO_STOP_FILE", "BVPO_ATTEMPT", "BVPO_RUN_TOKEN", "BVPO_RESUME", "BVPO_STAGE")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class Stage:
             lines += [f"{Path(path).name}: {line}" for line in text.splitlines()]
         lines += [f"{path}: {_fingerprint(path)}" for path in self.reads]
         return [line.replace(str(out), "OUT") for line in lines]
+
+
+def environment() -> dict[str, str]:
+    """What stages inherit."""
+    return {name: value for name, value in os.environ.items() if name not in OF_ONE}
 
 
 def to_json(stages: list[Stage]) -> list[dict]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def key_lines(file: str) -> dict[str, int]:
-    """Key → its line, counted from 1; a key of a mapping below is `above.key`, and dashes are underscores.
+    """Key → its line, counted from 1; a key of a mapping below is `above.key`, an entry of a list below `above.0`, and
+    dashes are underscores.
 
     Empty for a file that is no YAML mapping: whoever reads its values has told so.
     """
@@ -23,6 +24,9 @@ def key_lines(file: str) -> dict[str, int]:
             name = above + str(key.value).replace("-", "_")
             found[name] = key.start_mark.line + 1
             walk(value, f"{name}.")
+        for i, value in enumerate(node.value if isinstance(node, yaml.SequenceNode) else []):
+            found[f"{above}{i}"] = value.start_mark.line + 1
+            walk(value, f"{above}{i}.")
 
     walk(root, "")
     return found
