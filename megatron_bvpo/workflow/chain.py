@@ -226,7 +226,8 @@ def _why(state: State, record: Record, stopped: bool) -> str | None:
     if state == State.FAILED:
         found = record.failure()
         last = found.get("last") or [""]
-        return f"exit code {found.get('code')}: {last[-1][:300]}"
+        line = next((line for line in reversed(last) if "error" in line.lower()), last[-1])
+        return f"exit code {found.get('code')}: {line.strip()[:300]}"
     if stopped:
         return None
     if state == State.RUNNING:

@@ -118,7 +118,7 @@ def test_what_a_killed_stage_left_is_ended_before_it_is_begun_again(tmp_path):
     controller = Controller(stages, out)
     wait_for(lambda: (tmp_path / "file").exists(), "the first word")
     mine = leftovers.processes_of(out / "stages/one")
-    (stray,) = [pid for pid in mine if said_by(pid).startswith("sh -c while")]
+    (stray,) = [pid for pid in mine if os.getsid(pid) == pid and said_by(pid).startswith("sh -c while")]
     for pid in [controller.process.pid, *descendants(controller.process.pid)]:
         if pid not in [stray, *descendants(stray)]:
             os.kill(pid, signal.SIGKILL)
