@@ -1,9 +1,10 @@
 """What `launch/rehearse_loop.sh` starts from: the small reasoner in float32, prompts, and questions fresh to it.
 
-    python -m megatron_bvpo.rehearsal.loop_files FOLDER
+    python -m megatron_bvpo.rehearsal.loop_files FOLDER PROMPTS QUESTIONS
 
 FOLDER/reasoner, prompts-1.jsonl and prompts-2.jsonl (questions that the reasoner was trained on; a round each),
 questions.jsonl (of the split that neither its training nor the pairs have) and questions.yaml, a suite of them.
+Commands are then given in FOLDER.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import json
 import sys
 from pathlib import Path
 
-PROMPTS, QUESTIONS = 600, 250
 JUDGE = "megatron_bvpo.sampling.judging.gym_judge:score"
 
 
-def prepare(folder: Path) -> None:
-    """Files that are there already are written again with the same content."""
+def prepare(folder: Path, prompts: int, questions: int) -> None:
+    """Write them; the same numbers write the same bytes."""
     from safetensors.torch import load_file, save_file
 
     from megatron_bvpo.rehearsal.reasoner import copy_reasoner, write_prompts
@@ -27,11 +27,11 @@ def prepare(folder: Path) -> None:
     weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     for number in (1, 2):
-        write_prompts(folder / f"prompts-{number}.jsonl", PROMPTS, seed=20 + number, split="train")
-    write_prompts(folder / "questions.jsonl", QUESTIONS, seed=9, split="heldout")
-    questions = {"file": str(folder / "questions.jsonl"), "name": "problems", "judge": JUDGE, "threshold": 1}
-    (folder / "questions.yaml").write_text(json.dumps({"datasets": [questions]}) + "\n", encoding="utf-8")
+        write_prompts(folder / f"prompts-{number}.jsonl", prompts, seed=20 + number, split="train")
+    write_prompts(folder / "questions.jsonl", questions, seed=9, split="heldout")
+    suite = {"datasets": [{"file": "questions.jsonl", "name": "problems", "judge": JUDGE, "threshold": 1}]}
+    (folder / "questions.yaml").write_text(json.dumps(suite) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]).absolute())
+    prepare(Path(sys.argv[1]), *map(int, sys.argv[2:]))

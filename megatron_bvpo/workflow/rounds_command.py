@@ -27,15 +27,20 @@ def add_command(commands) -> None:
 
 def run_command(args: argparse.Namespace) -> int:
     from megatron_bvpo.workflow.chain import run_chain
-    from megatron_bvpo.workflow.rounds_file import read_rounds
+    from megatron_bvpo.workflow.rounds_file import read_rounds, require_files
     from megatron_bvpo.workflow.rounds_stages import stages_of
 
     rounds = read_rounds(args.rounds, args.out)
     stages = stages_of(rounds)
+    if not (args.dry_run or args.graph):
+        require_files(rounds)
     outcome = run_chain(stages, rounds.out, cores=args.cores, dry_run=args.dry_run, graph=args.graph)
     if args.graph:
         return 0
     if args.dry_run:
+        from megatron_bvpo.workflow.rounds_costs import estimates
+
+        print("\n".join(estimates(rounds)))
         return 0
     for line in verdict(rounds.out):
         print(line)

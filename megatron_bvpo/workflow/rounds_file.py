@@ -13,6 +13,7 @@
     export: {merge: false}       # an adapter for the engine, or a merged model
     evaluate: {suite: math}      # flags of bvpo eval, and `engine` over sample's; leave it out to evaluate nothing
 
+`job` and `run` are paths from the working folder, or from that of the rounds file.
 `slurm: {nodes: 4, gpus_per_node: 8}` in sample, train or evaluate submits that stage; at the top it holds what all
 submissions share. docs/loop.md has the rest.
 """
@@ -36,6 +37,7 @@ from megatron_bvpo.sampling.asking.job_file import PROMPTS, read_job
 from megatron_bvpo.sampling.judging import judge_command
 from megatron_bvpo.sampling.pairing import pairs_command
 from megatron_bvpo.workflow.sections import Place, SectionReader
+from megatron_bvpo.workflow.yaml_lines import key_lines
 
 START, LAST = "start", "last"
 ROUND = "{round}"
@@ -119,6 +121,27 @@ def read_rounds(file: str, out: str | None = None) -> Rounds:
     return _Reader(file).read(out)
 
 
+def require_files(rounds: Rounds) -> None:
+    """Raise UserError where the model's folder or a round's prompts are not on this machine."""
+    lines = key_lines(rounds.file)
+
+    def fail(key: str, message: str, remedy: str):
+        raise UserError(message, file=rounds.file, line=lines.get(key), field=key, remedy=remedy)
+
+    if not Path(rounds.model).is_dir():
+        remedy = "name the folder where it lies: engines, tokenizer and exports read it"
+        fail("model", f"there is no folder {rounds.model}", remedy)
+    for number in range(1, rounds.rounds + 1):
+        for name in rounds.prompts(number):
+            if not Path(name).exists():
+                fail("sample.prompts", f"there is no {name}, for round {number}", "check the path")
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that are null: a section takes a file's key away so."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
 class _Reader(SectionReader):
     """Reads one file; what is wrong is raised with the file's name and the key's line."""
 
@@ -135,7 +158,7 @@ class _Reader(SectionReader):
             rank = rank if merge else max_rank(rank)
         except UserError as error:
             self.fail("train.lora_rank", error.message, "add `export: {merge: true}`")
-        rounds = Rounds(
+        return Rounds(
             file=self.file,
             out=self.folder(out),
             rounds=self.whole_number("rounds", self.needed("rounds")),
@@ -151,8 +174,6 @@ class _Reader(SectionReader):
             merge=merge,
             evaluate=self.evaluation(sample),
         )
-        self.check_prompts(rounds)
-        return rounds
 
     # ---- sections
 
@@ -160,9 +181,9 @@ class _Reader(SectionReader):
         section = self.section("sample", needed=True)
         values, engine = self.job(section)
         place = self.place("sample", section)
-        engine = {**engine, **self.engine("sample", section)}
+        engine = _given({**engine, **self.engine("sample", section)})
         values = {key: value for key, value in values.items() if key not in OF_SAMPLING}
-        flags = {**values, **section}
+        flags = _given({**values, **section})
         for key in (PROMPTS, "max_tokens"):
             if flags.get(key) is None:
                 self.fail("sample", f"has no {key}", f"add `{key}: …` below sample, or to its job's file")
@@ -174,7 +195,7 @@ class _Reader(SectionReader):
     def job(self, section: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if (file := section.pop("job", None)) is None:
             return {}, {}
-        return read_job(str(file))
+        return read_job(self.beside(file))
 
     def judging(self, sample: Asking) -> tuple[str, ...] | None:
         section = self.section("judge")
@@ -200,16 +221,17 @@ class _Reader(SectionReader):
         run = section.pop("run", None)
         if run is None:
             self.fail("train", "has no `run`", "add `run: configs/FILE.yaml`, a file of swift rlhf")
-        base = {str(key).replace("-", "_"): value for key, value in read_keys(str(run)).items()}
+        run = self.beside(run)
+        base = {str(key).replace("-", "_"): value for key, value in read_keys(run).items()}
         for key in section:
             if key in OF_TRAINING:
                 self.fail(f"train.{key}", "is given by the rounds", "leave it out")
         if unknown := unknown_keys(section):
             key, _, rest = unknown[0].partition(": ")
             self.fail(f"train.{key}", rest)
-        dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, str(run))
-        settings = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}} | section
-        settings = {key: value for key, value in settings.items() if value is not None}  # null takes a key away
+        dropped, _ = settle(base, {**section, "dataset": "x", "val_dataset": "x"}, run)
+        kept = {key: value for key, value in base.items() if key not in {*dropped, *OF_TRAINING}}
+        settings = _given({**kept, **section})
         if str(settings.get("tuner_type", "full")) != "lora":
             self.fail("train", f"{run} is no LoRA run, and a round goes on from an adapter", "add tuner_type: lora")
         return Training(settings, ranks, place)
@@ -226,16 +248,10 @@ class _Reader(SectionReader):
         if not section:
             return None
         place = self.place("evaluate", section)
-        engine = {**sample.engine, **self.engine("evaluate", section)}
+        engine = _given({**sample.engine, **self.engine("evaluate", section)})
         given = "eval --server http://x --model x --out x".split()
         self.flags("evaluate", eval_command.add_command, given, OF_EVALUATION, section)
         return Asking(section, engine, place)
-
-    def check_prompts(self, rounds: Rounds) -> None:
-        for number in range(1, rounds.rounds + 1):
-            for name in rounds.prompts(number):
-                if not Path(name).exists():
-                    self.fail("sample.prompts", f"there is no {name}, for round {number}", "check the path")
 
     # ---- values
 

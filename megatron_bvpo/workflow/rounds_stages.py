@@ -104,7 +104,7 @@ def _sampling(rounds: Rounds, number: int, policy: Policy, after: Policy, sample
         rounds.sample.place,
         rounds.train.ranks,  # an engine takes what training takes
         files={str(file): yaml_text(job)},
-        reads=tuple(os.path.abspath(file) for file in rounds.prompts(number)),
+        reads=tuple(os.path.abspath(file) for file in rounds.prompts(number) if Path(file).exists()),  # a dry run
     )
 
 

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
@@ -69,6 +70,11 @@ class SectionReader:
         if not isinstance(found or {}, dict):
             self.fail(name, "is no mapping", "write `flag: value` a line, indented")
         return {str(key).replace("-", "_"): value for key, value in (found or {}).items()}
+
+    def beside(self, name: Any) -> str:
+        """A file's path, from the working folder or from that of this file."""
+        there = Path(self.file).parent / str(name)
+        return str(there) if not Path(str(name)).exists() and there.exists() else str(name)
 
     def place(self, name: str, section: dict[str, Any]) -> Place:
         """Takes `slurm` out of a section."""

@@ -11,7 +11,7 @@ import yaml
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.sampling.asking.job_file import read_line
-from megatron_bvpo.workflow.rounds_file import read_rounds
+from megatron_bvpo.workflow.rounds_file import read_rounds, require_files
 from megatron_bvpo.workflow.rounds_stages import Policy, stages_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +42,7 @@ def write(tmp_path, monkeypatch):
         Path(f"prompts-{number}.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
     Path("run.yaml").write_text(yaml.safe_dump(RUN))
     Path("suite.yaml").write_text("datasets: []\n")
+    Path("base").mkdir()
 
     def write(**changes) -> str:
         values = json.loads(json.dumps(ROUNDS))
@@ -181,11 +182,24 @@ def test_what_is_submitted(write):
 def test_a_job_s_file_is_read_under_the_section(write):
     Path("job.yaml").write_text(yaml.safe_dump({
         "prompts": "gone.jsonl", "out": "x", "model": "y", "max_tokens": 9, "top_p": 0.5, "judge": "exact",
-        "engine": {"max_num_seqs": 3, "tensor_parallel_size": 8},
+        "tokenizer": "t", "engine": {"max_num_seqs": 3, "tensor_parallel_size": 8},
     }))  # fmt: skip
-    asked = settings(stages(write(sample__job="job.yaml"))["round-1/sample"], "sample.yaml")
+    file = write(sample__job="job.yaml", train__lora_rank=8)
+    text = Path(file).read_text().replace("max_tokens: 100", "max_tokens: 100\n  tokenizer:\n  judge:")
+    Path(file).write_text(text.replace("lora_rank: 8", "lora_rank:"))  # nothing takes a key away
+    found = stages(file)
+    asked = settings(found["round-1/sample"], "sample.yaml")
     assert (asked["max_tokens"], asked["top_p"], asked["model"]) == (100, 0.5, "start")
+    assert asked["tokenizer"] == "base" and "judge" not in asked
+    assert "lora_rank" not in settings(found["round-1/train"], "train.yaml")
     assert asked["engine"] == {"max_num_seqs": 8, "tensor_parallel_size": 8}
+
+
+def test_a_run_s_file_lies_beside_the_rounds_file(write, tmp_path, monkeypatch):
+    write()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settings(stages("../rounds.yaml")["round-1/train"], "train.yaml")["lora_rank"] == RUN["lora_rank"]
 
 
 def test_policies_lie_where_the_chain_puts_them():
@@ -210,6 +224,7 @@ def test_policies_lie_where_the_chain_puts_them():
             "sample.engine.lora_modules: is given by the rounds",
         ),
         ({"sample__prompts": "gone-{round}.jsonl"}, "prompts", "sample.prompts: there is no gone-1.jsonl, for round 1"),
+        ({"model": "owner/name"}, "model", "model: there is no folder owner/name; name the folder where it lies"),
         ({"sample": None}, None, "sample: is missing; add `sample:` with its flags below it"),
         ({"judge": None}, None, "judge: is missing, and sample judges nothing; add `judge: {with: math}`"),
         ({"judge": {"name": "x"}}, "judge", "judge: has no `with`"),
@@ -230,7 +245,7 @@ def test_policies_lie_where_the_chain_puts_them():
 def test_a_mistake_is_told_with_its_place(write, changes, at, told):
     """`at`: the key on the line that is named."""
     with pytest.raises(UserError) as caught:
-        read_rounds(write(**changes), "out")
+        require_files(read_rounds(write(**changes), "out"))
     error, lines = caught.value, Path("rounds.yaml").read_text().splitlines()
     named = None if error.line is None else lines[error.line - 1].strip().partition(":")[0]
     assert error.file == "rounds.yaml" and named == at and told in str(error), str(error)
