@@ -34,7 +34,7 @@ from megatron_bvpo.evaluation import eval_command
 from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.launching.rivals import settle
 from megatron_bvpo.launching.run_file import read_keys
-from megatron_bvpo.sampling.asking.job_file import ENGINE
+from megatron_bvpo.sampling.asking.job_file import read_job
 from megatron_bvpo.workflow.data_files import data_file
 from megatron_bvpo.workflow.sections import Place, SectionReader
 
@@ -159,9 +159,8 @@ class _Reader(SectionReader):
         run = section.pop("run", None)
         if run is None:
             self.fail("train", "has no `run`", "add `run: configs/FILE.yaml`, a file of swift rlhf")
-        beside = Path(self.file).parent / str(run)
         try:
-            base = {str(key).replace("-", "_"): value for key, value in read_keys(_first(str(run), beside)).items()}
+            base = {str(key).replace("-", "_"): value for key, value in read_keys(self.beside(str(run))).items()}
         except UserError as error:
             if error.line is None and not Path(error.file).exists():
                 self.fail("train.run", f"{run}: {error.message}", error.remedy)
@@ -202,7 +201,7 @@ class _Reader(SectionReader):
         return found
 
     def all_runs(self, common: dict[str, Any], mixes: dict[str, list[str]]) -> list[Run]:
-        asked = [(f"grid.{next(iter(cell))}", cell, name) for cell, name in self.cells()]
+        asked = [("grid", cell, name) for cell, name in self.cells()]
         for i, given in enumerate(self.listed()):
             given = {str(key).replace("-", "_"): value for key, value in given.items()}
             name = given.pop(NAME, None)
@@ -255,6 +254,11 @@ class _Reader(SectionReader):
                 self.fail(f"runs.{i}", f"is {run!r}; expected flags", "write `- {name: a, lr: 1.0e-5}`")
         return found
 
+    def beside(self, name: str) -> str:
+        """A file as it is named, or beside this one."""
+        other = Path(self.file).parent / name
+        return str(other) if not Path(name).exists() and other.exists() else name
+
     def is_mapping(self, key: str) -> bool:
         found = self.values.get(key)
         if found is not None and not isinstance(found, dict):
@@ -267,11 +271,11 @@ class _Reader(SectionReader):
         section = self.section("evaluate")
         if not section:
             return None
-        if not section.get(ENGINE):
-            remedy = "add `engine:` with flags of vllm serve, at least max_model_len"
+        place, job = self.place("evaluate", section), section.pop("job", None)
+        engine = {**(read_job(self.beside(str(job)))[1] if job else {}), **self.engine("evaluate", section)}
+        if not engine:
+            remedy = "add `engine:` with flags of vllm serve, or `job:` with a file of configs/sampling_*.yaml"
             self.fail("evaluate", "has no engine that would be asked", remedy)
-        place = self.place("evaluate", section)
-        engine = self.engine("evaluate", section)
         switches = {}
         for key, usual in (("merge", False), (BASE, True)):
             switches[key] = section.pop(key, usual)
@@ -280,11 +284,6 @@ class _Reader(SectionReader):
         given = "eval --server http://x --model x --out x".split()
         self.flags("evaluate", eval_command.add_command, given, OF_EVALUATION, section)
         return Evaluation(section, engine, switches["merge"], switches[BASE], place)
-
-
-def _first(*paths) -> str:
-    """The first that is there, else the first."""
-    return str(next((path for path in paths if Path(path).exists()), paths[0]))
 
 
 def _name(flags: Mapping[str, Any]) -> str:
