@@ -241,7 +241,7 @@ def _change(state: State, record: Record) -> str:
         return f"done after {_duration(ended - began)}"
     if state == State.RUNNING:
         return "running"
-    return f"failed, {_why(state, record, False)}" if state == State.FAILED else ""
+    return f"failed with exit code {record.failure().get('code')}" if state == State.FAILED else ""
 
 
 def _duration(seconds: float) -> str:
