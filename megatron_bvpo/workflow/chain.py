@@ -22,7 +22,15 @@ from pathlib import Path
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.workflow.records import Record, State, take_lock
-from megatron_bvpo.workflow.stages import Slurm, Stage, difference, in_order, to_json, write_json
+from megatron_bvpo.workflow.stages import (
+    Slurm,
+    Stage,
+    difference,
+    environment_of_snakemake,
+    in_order,
+    to_json,
+    write_json,
+)
 
 __all__ = ["Outcome", "Slurm", "Stage", "run_chain"]
 
@@ -107,7 +115,7 @@ class Controller:
             with (self.out / LOG).open("ab") as log:
                 self.snakemake = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    preexec_fn=_ends_with(os.getpid()),
+                    env=environment_of_snakemake(self.out), preexec_fn=_ends_with(os.getpid()),
                 )  # fmt: skip
             handed_on = 0
             while self.snakemake.poll() is None:
@@ -226,7 +234,8 @@ def _why(state: State, record: Record, stopped: bool) -> str | None:
     if state == State.FAILED:
         found = record.failure()
         last = found.get("last") or [""]
-        return f"exit code {found.get('code')}: {last[-1][:300]}"
+        line = next((line for line in reversed(last) if "error" in line.lower()), last[-1])
+        return f"exit code {found.get('code')}: {line.strip()[:300]}"
     if stopped:
         return None
     if state == State.RUNNING:
@@ -240,7 +249,7 @@ def _change(state: State, record: Record) -> str:
         return f"done after {_duration(ended - began)}"
     if state == State.RUNNING:
         return "running"
-    return f"failed, {_why(state, record, False)}" if state == State.FAILED else ""
+    return f"failed with exit code {record.failure().get('code')}" if state == State.FAILED else ""
 
 
 def _duration(seconds: float) -> str:
@@ -302,7 +311,8 @@ def _draw(stages: list[Stage], out: Path, file: Path) -> None:
         _write_chain(stages, out, Path(folder))
         form = DRAWN.get(file.suffix, "dot")
         command = [*_snakemake(Path(folder)), "--dag", form]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        env = environment_of_snakemake(Path(folder))
+        text = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     if file.suffix in DRAWN:
         file.write_text(text, encoding="utf-8")
     else:

@@ -124,5 +124,5 @@ class SectionReader:
         except UserError as error:
             if error.file:
                 raise
-            key = f"{name}.{error.field}" if error.field else name
+            key = f"{name}.{error.field.lstrip('-')}" if error.field else name
             self.fail(key, error.message, error.remedy)

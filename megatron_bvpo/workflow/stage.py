@@ -8,6 +8,7 @@ which saves and ends; a second one kills.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -124,6 +125,7 @@ def _free_port() -> str:
 def main(arguments: list[str]) -> int:
     out, name = Path(arguments[0]), arguments[1]
     chain = json.loads((out / CHAIN).read_text(encoding="utf-8"))
+    os.chdir(chain["cwd"])
     found = next(stage for stage in chain["stages"] if stage["name"] == name)
     return StageRun(out, from_json(found), chain["cwd"]).run()
 

@@ -22,6 +22,7 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*(/[A-Za-z0-9_][A-Za-z0-9_.=+-]*
 MOST_BYTES = 2**24
 # The value of a variable such as MASTER_PORT, as runs that go side by side on a machine need one each.
 FREE_PORT = "a free port"
+CACHE, CACHE_BEFORE = "XDG_CACHE_HOME", "BVPO_XDG_CACHE_HOME"
 # Variables of one run or stage: with them all would share a folder, or begin anew at each start.
 OF_ONE = ("BVPO_RUN_DIR", "BVPO_STOP_FILE", "BVPO_ATTEMPT", "BVPO_RUN_TOKEN", "BVPO_RESUME", "BVPO_STAGE")
 
@@ -94,9 +95,18 @@ class Stage:
         return [line.replace(str(out), "OUT") for line in lines]
 
 
+def environment_of_snakemake(out: Path) -> dict[str, str]:
+    """Its cache is in the chain's folder, as an image may have no home; stages keep theirs."""
+    return {**os.environ, CACHE: str(out / ".snakemake" / "cache"), CACHE_BEFORE: os.environ.get(CACHE, "")}
+
+
 def environment() -> dict[str, str]:
     """What stages inherit."""
-    return {name: value for name, value in os.environ.items() if name not in OF_ONE}
+    env = {name: value for name, value in os.environ.items() if name not in OF_ONE}
+    before = env.pop(CACHE_BEFORE, None)
+    if before is not None:
+        env[CACHE] = before
+    return {name: value for name, value in env.items() if value or name != CACHE}
 
 
 def to_json(stages: list[Stage]) -> list[dict]:

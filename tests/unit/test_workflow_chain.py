@@ -50,12 +50,17 @@ def test_a_failure_stops_no_other_and_only_what_is_missing_is_done_again(tmp_pat
 
 def test_what_a_stage_gets(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    script = "import os, sys; print(sys.prefix, os.environ['PORT'], os.environ['WORD'], open('made/in.txt').read())"
+    monkeypatch.setenv("HOME", "/proc")  # nobody can write there, as in an image without a home
+    monkeypatch.setenv("BVPO_RUN_DIR", "/one/run/for/all")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    script = "import os, sys; assert not {'BVPO_RUN_DIR', 'XDG_CACHE_HOME'} & os.environ.keys(); "
+    script += "print(sys.prefix, os.environ['PORT'], os.environ['WORD'], open('made/in.txt').read())"
     stage = Stage("one", ("python", "-c", script), env={"PORT": FREE_PORT, "WORD": "w"}, files={"made/in.txt": "text"})
     whole = Stage("there", ("false",), whole="whole")
     (tmp_path / "whole").mkdir()
-    assert run_chain([stage, whole], tmp_path / "out").exit_code == 0
-    prefix, port, word, text = Record(tmp_path / "out", "one").log.read_text().splitlines()[-1].split()
+    out = tmp_path / "it's a folder"
+    assert run_chain([stage, whole], out).exit_code == 0
+    prefix, port, word, text = Record(out, "one").log.read_text().splitlines()[-1].split()
     assert (prefix, word, text) == (sys.prefix, "w", "text") and 1024 <= int(port) <= 65000
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -69,11 +74,13 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path, victim):
     stages = [counting(tmp_path, f"count/{i}", most[i], after=(f"count/{i - 2}",) * (i > 1)) for i in range(6)]
     controller = Controller(stages, out)
     first = wait_for(lambda: Record(out, "count/2").holder(), "the third stage")
+    snakemake = os.getpgid(first)  # it leads the group of its stages
     wait_for(lambda: (tmp_path / "count-2").exists(), "its first number")
     time.sleep(0.1 * (os.getpid() % 7))
     everything = [controller.process.pid, *descendants(controller.process.pid)]
     if victim == "controller":
         controller.kill()
+        wait_for(lambda: is_over(snakemake), "the end of its Snakemake", 20)
     elif victim == "all":
         for pid in everything:
             os.kill(pid, signal.SIGKILL)
@@ -118,7 +125,7 @@ def test_what_a_killed_stage_left_is_ended_before_it_is_begun_again(tmp_path):
     controller = Controller(stages, out)
     wait_for(lambda: (tmp_path / "file").exists(), "the first word")
     mine = leftovers.processes_of(out / "stages/one")
-    (stray,) = [pid for pid in mine if said_by(pid).startswith("sh -c while")]
+    (stray,) = [pid for pid in mine if os.getsid(pid) == pid and said_by(pid).startswith("sh -c while")]
     for pid in [controller.process.pid, *descendants(controller.process.pid)]:
         if pid not in [stray, *descendants(stray)]:
             os.kill(pid, signal.SIGKILL)
@@ -171,6 +178,13 @@ def test_a_second_signal_ends_what_does_not_end(tmp_path):
     controller.process.send_signal(signal.SIGTERM)
     controller.end(143, 40)
     assert leftovers.processes_of(tmp_path / "out/stages/deaf") == []
+
+
+def is_over(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def said_by(pid: int) -> str:
