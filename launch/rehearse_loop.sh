@@ -45,4 +45,10 @@ python -m megatron_bvpo.rehearsal.loop_files "$work" "$prompts" "$questions"
 echo "Ready after $((SECONDS - started)) s; the rounds begin."
 cd "$work"
 BVPO_REHEARSAL=1 OMP_NUM_THREADS=1 bvpo rounds "$BVPO_ROOT/configs/rehearsal_rounds.yaml" "$@"
+page="$work/rounds/rounds.html"
+if [ -e "$page" ] && browser="$(command -v chromium || command -v chromium-browser || command -v google-chrome)"; then
+  # --no-sandbox: for root, as in a container. The page fetches nothing.
+  "$browser" --headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,1000 \
+    --screenshot="${page%.html}.png" "file://$page" >/dev/null 2>&1 && echo "Picture: ${page%.html}.png"
+fi
 echo "All done in $((SECONDS - started)) s."

@@ -148,10 +148,12 @@ def _training(rounds: Rounds, policy: Policy, after: Policy, pairs: Path) -> Sta
 def _comparison(rounds: Rounds, policies: list[Policy]) -> Stage:
     words = [f"{policy.name}={policy.evaluation}" for policy in policies]
     command = ("bvpo", "compare", *words, "--baseline", START, "--json", str(rounds.out / COMPARED))
-    return Stage("compare", command, tuple(f"{policy.name}/evaluate" for policy in policies))
+    # Named by the number of rounds: a file that asks for more of them later goes on.
+    return Stage(f"compare/{rounds.rounds}", command, tuple(f"{policy.name}/evaluate" for policy in policies))
 
 
 def _page(rounds: Rounds, policies: list[Policy]) -> Stage:
     runs = [str(policy.run if policy.before else policy.folder) for policy in policies]
-    runs, needs = (runs, ("compare",)) if rounds.evaluate else (runs[1:], (f"{policies[-1].name}/train",))
-    return Stage("page", ("bvpo", "report", *runs, "--html", str(rounds.out / PAGE)), needs)
+    trained = (f"{policies[-1].name}/train",)
+    runs, needs = (runs, (f"compare/{rounds.rounds}",)) if rounds.evaluate else (runs[1:], trained)
+    return Stage(f"page/{rounds.rounds}", ("bvpo", "report", *runs, "--html", str(rounds.out / PAGE)), needs)

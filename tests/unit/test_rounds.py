@@ -87,8 +87,8 @@ def test_the_stages_and_what_waits_for_what(write):
         "round-2/train": ("round-2/pairs", "round-1/export"),
         "round-2/export": ("round-2/train",),
         "round-2/evaluate": ("round-2/export",),
-        "compare": ("start/evaluate", "round-1/evaluate", "round-2/evaluate"),
-        "page": ("compare",),
+        "compare/2": ("start/evaluate", "round-1/evaluate", "round-2/evaluate"),
+        "page/2": ("compare/2",),
     }
     # One machine has engine and training one after the other.
     assert {name for name, stage in found.items() if stage.cores == 4} == {
@@ -154,19 +154,19 @@ def test_an_evaluation_lies_where_the_page_looks_for_it(write, tmp_path):
     words = found["round-2/evaluate"].command
     assert f"{out}/round-2/run/eval" in words and "round-2" in words and words[words.index("--") + 1] == "bvpo"
     assert settings(found["round-2/evaluate"], "evaluate.yaml")["engine"] == {"max_num_seqs": 16}
-    assert found["compare"].command[2:5] == (
+    assert found["compare/2"].command[2:5] == (
         f"start={out}/start/eval",
         f"round-1={out}/round-1/run/eval",
         f"round-2={out}/round-2/run/eval",
     )
-    assert found["page"].command[2:5] == (f"{out}/start", f"{out}/round-1/run", f"{out}/round-2/run")
+    assert found["page/2"].command[2:5] == (f"{out}/start", f"{out}/round-1/run", f"{out}/round-2/run")
 
 
 def test_without_evaluation_and_with_a_judge_in_the_sampling(write, tmp_path):
     found = stages(write(evaluate=None, judge=None, sample__judge="exact", rounds=1))
-    assert list(found) == ["round-1/sample", "round-1/pairs", "round-1/train", "round-1/export", "page"]
+    assert list(found) == ["round-1/sample", "round-1/pairs", "round-1/train", "round-1/export", "page/1"]
     assert found["round-1/pairs"].after == ("round-1/sample",) and "--judge" not in found["round-1/pairs"].command
-    assert found["page"].command[2] == f"{tmp_path}/out/round-1/run" and found["page"].after == ("round-1/train",)
+    assert found["page/1"].command[2] == f"{tmp_path}/out/round-1/run" and found["page/1"].after == ("round-1/train",)
 
 
 def test_what_is_submitted(write):
@@ -177,6 +177,19 @@ def test_what_is_submitted(write):
     assert sample.slurm.flags == ("--partition", "gpu", "--nodes", "4", "--gpus-per-node", "8", "--exclusive")
     assert train.slurm.script == str(ROOT / "launch" / "slurm.sbatch") and train.slurm.flags[-2:] == ("--nodes", "8")
     assert found["round-1/evaluate"].slurm is None and train.env == {}
+
+
+def test_a_round_more_leaves_the_others_as_they_were(write, tmp_path):
+    """So that a folder of two rounds goes on to a third one."""
+    two, three = stages(write()), stages(write(rounds=3))
+    assert [name for name in three if name not in two] == [
+        *(f"round-3/{kind}" for kind in ("sample", "judge", "pairs", "train", "export", "evaluate")),
+        "compare/3",
+        "page/3",
+    ]
+    Path("prompts-3.jsonl").write_text("{}")
+    for name in two.keys() & three.keys():
+        assert two[name].what(tmp_path) == three[name].what(tmp_path)
 
 
 def test_a_job_s_file_is_read_under_the_section(write):
