@@ -206,7 +206,12 @@ def test_a_stage_that_was_another_one_is_neither_kept_nor_written_over(tmp_path,
                      reads=(str(rows),), **more)  # fmt: skip
 
     assert run_chain([stage(code=2)], out).exit_code == 4
-    assert run_chain([stage(code=1)], out).exit_code == 4  # refused before it began anything: may be asked otherwise
+    (tmp_path / "checkpoint").touch()
+    told = refused([stage(code=1, kept=str(tmp_path / "checkpoint"))], out)
+    assert "exit 2 → command: exit 1" in told  # refused, but an earlier start has left something
+    assert (
+        run_chain([stage(code=1, kept=str(tmp_path / "none"))], out).exit_code == 4
+    )  # refused before it began anything: may be asked otherwise
     told = refused([stage(lr="2e-5", code=1)], out)
     assert told.startswith(f"{out}/stages/train/a: is not what train/a was when it began: ")
     assert "run.yaml: lr: 1e-5 → run.yaml: lr: 2e-5" in told and "beta" not in told and "another --out" in told
