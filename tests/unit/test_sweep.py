@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.flag_names import flag_names
 from megatron_bvpo.sampling.asking.job_file import read_line
@@ -304,7 +303,7 @@ def test_the_sweep_of_003_is_the_table_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     for i in (1, 2, 3):
-        Path(f"ds{i}.jsonl").write_text("{}\n" * 5)
+        Path(f"ds{i}.jsonl").write_text("{}\n" * 10_000)
     sweep = read_sweep("configs/sweep_003.yaml")
     table = """59 DS1 16 32 5e-5 .1 -
 64 DS2 16 32 5e-5 .1 -
@@ -320,7 +319,7 @@ def test_the_sweep_of_003_is_the_table_s(tmp_path, monkeypatch):
         assert (run.name, run.rows, made["lora_rank"], made["lora_alpha"]) == (name, rows, int(rank), int(alpha))
         assert (made["lr"], made["beta"]) == (float(lr), float(beta))
         assert made["target_modules"] == ("all-linear" if router == "-" else ["all-linear", "all-router"])
-        assert run_costs(sweep, run).steps > 0
     found = stages_of(sweep)
     assert sum(stage.name.startswith("refs/") for stage in found) == 3 and len(found) == 3 + 3 * 8 + 1
-    assert len(list(read_rows("ds1.jsonl"))) == 5
+    head = Path("configs/sweep_003.yaml").read_text()
+    assert all(f"#   {line}\n" in head for line in costs_told(sweep)[-2:])
