@@ -99,6 +99,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.evaluation import compare_command, eval_command
     from megatron_bvpo.export import export_command
+    from megatron_bvpo.growth import expand_command
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
@@ -118,6 +119,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     eval_command.add_command(commands)
     compare_command.add_command(commands)
     export_command.add_command(commands)
+    expand_command.add_command(commands)
     plan.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)

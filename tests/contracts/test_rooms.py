@@ -32,11 +32,22 @@ MAY_USE = {
     "evaluation": {"data", "launching", "sampling"},
     # Reads and writes weights, so torch; on a login node, so no host.
     "export": {"data", "launching"},
+    "growth": {"export"},
     "rehearsal": set(),
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export"}
+WITHOUT_HOSTS = {
+    "kernels",
+    "objective",
+    "planning",
+    "cluster",
+    "reporting",
+    "sampling",
+    "evaluation",
+    "export",
+    "growth",
+}
 
 
 def imports(source: str) -> set[str]:
@@ -163,6 +174,8 @@ def test_a_planted_circle_is_noticed():
         ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
         ("export.export_command", HOSTS | {"torch", "transformers"}),
         ("export.merging", HOSTS | {"transformers", "peft"}),
+        ("growth.expand_command", HOSTS | {"torch", "transformers", "ot"}),
+        ("growth.expansion", HOSTS | {"transformers", "peft"}),
         ("evaluation.evalscope_questions", HOSTS | {"torch", "transformers", "evalscope", "scipy"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
     ],
