@@ -129,7 +129,7 @@ def _note(expansion: Expansion) -> dict:
         "transport": {
             "solver": f"Sinkhorn of POT {version('POT')}",
             "regularisation": transport.REGULARISATION,
-            "cost": "Euclidean distance, divided by the largest",
+            "cost": "Euclidean distance, moved and scaled to [0, 1]",
             "units": units,
         },
         "zeroed": sorted(zero),
