@@ -18,7 +18,8 @@ def places(given: str, layers: int) -> list[int]:
     """
     example = f"give {UPPER_HALF}, or numbers from 0 to {layers - 2} such as {FLAG} {max(layers - 2, 0)}"
     if layers < 2:
-        raise UserError(f"a model of {layers} layer has no neighbours to put a layer between", field=FLAG)
+        message = f"a model of {layers} layer has no neighbours to put a layer between"
+        raise UserError(message, field=FLAG, remedy="grow a model of two layers or more")
     if given.strip() == UPPER_HALF:
         return list(range(layers - layers // 2 - 1, layers - 1))
     try:

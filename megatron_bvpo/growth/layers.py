@@ -92,7 +92,8 @@ def sizes_of(config: dict[str, Any], file: str) -> Sizes:
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     kv_heads = size("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise UserError(f"{heads} heads cannot share {kv_heads}", file=file, field="num_key_value_heads")
+        message = f"{heads} heads cannot share {kv_heads}"
+        raise UserError(message, file=file, field="num_key_value_heads", remedy="copy the model again")
     experts = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
     biased = bool(config.get("attention_bias"))
     return Sizes(
