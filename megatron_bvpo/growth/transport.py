@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_bvpo.errors import UserError
 
 # Of the entropy, against costs that are moved and scaled to [0, 1]. A move changes no plan; without the scale, rows of
-# thousands of numbers are all about as far from each other, and the plan of two trained layers blurs all neurons to one.
+# thousands of numbers are all about as far from each other, and the plan of two trained layers makes all neurons one.
 REGULARISATION = 0.06
 # POT stops where the marginals are off by this share of their size, or after its 1000 iterations: columns are made to
 # sum to 1 all the same.
