@@ -93,7 +93,6 @@ def write(expansion: Expansion, out: Path, say: Callable[[str], None]) -> None:
         say(f"layer {number}: between {place} and {place + 1} of the old ones ({time.monotonic() - began:.0f} s)")
     for source, file in shards.old.items():
         copy_renamed(source, out / file, lambda name: renamed(name, old_numbers))
-    # Last of all, and over one that copy_others has copied.
     (out / INDEX).write_text(json.dumps(shards.index, indent=2) + "\n")
 
 

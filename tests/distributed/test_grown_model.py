@@ -68,7 +68,13 @@ def runs(workshop, models, tmp_path_factory):
         more += f" {cache}" if name == "ep2" else ""
         cells.append(cell(workshop, name, models[kind][1], kind, layout, more, name in FULL))
     cells.append(cell(workshop, "warm", models["moe"][1], "moe", "ep2", f"{GROWN['ep2'][2]} {cache}", False))
-    found = run_cells(2, cells, folder)
+    planted = cell(workshop, "planted", models["moe"][1], "moe", "pp2", GROWN["idle-stage"][2], False)
+    planted.hook, planted.hook_args = (
+        "tests.distributed.canary_recorder:plant_in_reference",
+        {"faults": ["adapters_on"]},
+    )
+    planted.canaries = True
+    found = run_cells(2, [*cells, planted], folder)
     trained = found["ep2"].folder / "checkpoint-2"
     again = cell(workshop, "again", trained, "moe", "ep2", f"{ONLY} {cache}", False)
     return found | run_cells(2, [again], folder)
@@ -156,3 +162,10 @@ def test_trained_new_layers_are_no_part_of_the_reference(runs):
     for key, ((_, expected), *_) in old.items():
         assert all(torch.equal(found, expected) for _, found in again["reference"][key])
         assert not torch.equal(again["policy"][key][0][1], expected)
+
+
+def test_new_layers_that_are_left_on_in_the_reference_are_told(runs):
+    """By the canaries, which are silent in all runs above: while nothing is trained, no number shows it."""
+    told = runs["planted"].recorded["told"]
+    assert told[""] == []
+    assert len(told["adapters_on"]) == 1 and "the reference moves with the policy's weights" in told["adapters_on"][0]
