@@ -99,6 +99,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.evaluation import compare_command, eval_command
     from megatron_bvpo.export import export_command
+    from megatron_bvpo.growth import expand_command
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
@@ -119,6 +120,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     eval_command.add_command(commands)
     compare_command.add_command(commands)
     export_command.add_command(commands)
+    expand_command.add_command(commands)
     plan.add_command(commands)
     sweep_command.add_command(commands)
     rounds_command.add_command(commands)

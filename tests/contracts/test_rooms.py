@@ -32,6 +32,7 @@ MAY_USE = {
     "evaluation": {"data", "launching", "sampling"},
     # Reads and writes weights, so torch; on a login node, so no host.
     "export": {"data", "launching"},
+    "growth": {"export"},
     "rehearsal": set(),
     "workflow": {"cluster", "data", "evaluation", "launching", "planning", "reporting", "sampling"},
 }
@@ -41,7 +42,8 @@ WRITTEN = ("megatron_bvpo", "tests", "benchmarks", "configs", "containers", "lau
 WRITTEN_BY_HAND = {".py", ".sh", ".sbatch", ".yaml", ".yml", ".def", ".js", ".css", ".j2", ".html"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
 WITHOUT_HOSTS = {
-    "kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export", "workflow",
+    "kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export", "growth",
+    "workflow",
 }  # fmt: skip
 
 
@@ -187,6 +189,8 @@ def test_a_planted_circle_is_noticed():
         ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
         ("export.export_command", HOSTS | {"torch", "transformers"}),
         ("export.merging", HOSTS | {"transformers", "peft"}),
+        ("growth.expand_command", HOSTS | {"torch", "transformers", "ot"}),
+        ("growth.expansion", HOSTS | {"transformers", "peft"}),
         ("evaluation.evalscope_questions", HOSTS | {"torch", "transformers", "evalscope", "scipy"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
         ("workflow.chain", HOSTS | {"torch", "transformers", "snakemake"}),

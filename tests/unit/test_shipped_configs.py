@@ -24,6 +24,7 @@ EXPECTED = {
     "qwen3_30b_a3b_thinking_lora_2nodes": 2,
     "qwen3_30b_a3b_thinking_full_1node": 1,
     "qwen3_30b_a3b_thinking_full_2nodes": 2,
+    "qwen3_30b_a3b_thinking_expanded": 1,
     "deepseek_r1_distill_qwen_1_5b": 1,
     "deepseek_r1_distill_qwen_7b": 1,
     "deepseek_r1_0528_qwen3_8b": 1,
