@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.flag_names import flag_names
 from megatron_bvpo.sampling.asking.job_file import read_line
 from megatron_bvpo.workflow import sweep_command
+from megatron_bvpo.workflow.chain import run_chain
 from megatron_bvpo.workflow.stages import Stage
 from megatron_bvpo.workflow.sweep_costs import costs_told, run_costs
 from megatron_bvpo.workflow.sweep_file import read_sweep
@@ -162,6 +165,33 @@ def test_the_evaluation(write, tmp_path):
     assert asked["eval/router"].out == f"{runs_folder}/router/eval" and asked["eval/router"].name == "router"
     assert found["eval/plain"].reads == ("suite.yaml",)
     assert "eval/base" not in stages(write(evaluate={**EVALUATE, "base": False}))
+
+
+def test_the_evaluation_runs(write, tmp_path, monkeypatch, capsys):
+    """With the tests' own server in the engine's place, and what would be trained and exported there already."""
+    rows = [{"prompt": f"What is {i}?", "answer": str(i % 3)} for i in range(8)]
+    Path("ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("suite.yaml").write_text(yaml.safe_dump({"datasets": [{"file": "ours.jsonl", "judge": "exact"}]}))
+    told = json.dumps({"key": "KEY", "model": "NAME"})
+    told = told.replace("KEY", "'$VLLM_API_KEY'").replace("NAME", "'$BVPO_ENGINE_NAME'")
+    server = f"exec {sys.executable} {ROOT}/tests/unit/openai_server.py $BVPO_ENGINE_PORT {tmp_path}/asked.log '{told}'"
+    monkeypatch.setenv("BVPO_ENGINE_COMMAND", server)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    evaluate = {**EVALUATE, "thinking_switch": "enable_thinking", "modes": ["thinking"], "merge": True}
+    file = write(grid=None, runs=[{"name": "own", "rows": "DS1"}], evaluate=evaluate)
+    sweep = read_sweep(file, "out")
+    (sweep.out / "runs/own/model").mkdir(parents=True)
+    chosen = [stage for stage in stages_of(sweep) if stage.name.startswith(("export/", "eval/"))]
+    names = {stage.name for stage in chosen}
+    chosen = [replace(stage, after=tuple(names & set(stage.after))) for stage in chosen]
+    assert run_chain(chosen, sweep.out).exit_code == 0, capsys.readouterr().out
+    assert "is there" in (sweep.out / "stages/export/own/log.txt").read_text()
+    sweep_command.summarise(sweep)
+    said = capsys.readouterr().out
+    assert "own" in said and "base" in said and said.splitlines()[-1] == f"Page: {sweep.out}/sweep.html"
+    assert (sweep.out / "compare.txt").read_text() in said
+    assert bvpo(["sweep", file, "--out", "out"]) == 2
+    assert f"train.model: there is no folder {RUN['model']}; name the folder" in capsys.readouterr().err
 
 
 def test_on_slurm(write):
