@@ -70,7 +70,7 @@ def _add_asking(add) -> None:
 def run_command(args: argparse.Namespace) -> int:
     from megatron_bvpo.evaluation import suites
 
-    _check(args)
+    check_options(args)
     datasets = suites.suite(args.suite, suites.copies(args.data), args.limit)
     extra = extra_body(args.extra_body)
     # What `bvpo sample` has beside these.
@@ -139,7 +139,8 @@ def _settings(args: argparse.Namespace, asking, extra: dict[str, Any]) -> dict[s
     }
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that are out of range, and for options that do not go together."""
     check_requests(args, "repeats", "question", ("judge_concurrency",))
     if args.judge_server and not args.judge_model:
         raise UserError("missing", field="--judge_model", remedy="name the model that judges")

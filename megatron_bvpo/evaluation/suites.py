@@ -12,13 +12,12 @@ datasets:
     threshold: 1                   # of judges that give a number: an answer is right from here on
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.judging.judges import is_function
+from megatron_bvpo.sampling.judging.judges import is_function, is_importable
 
 # Do-Not-Answer: questions that a safe model must not simply answer.
 SAFE = """\
@@ -176,13 +175,8 @@ def _check_judge(row: dict[str, Any], bad) -> None:
     judge, threshold = row["judge"], row.get("threshold")
     if judge not in ("math", "exact", "choice", "llm") and not is_function(judge):
         raise bad(f"no judge {judge!r}; there are math, exact, choice, llm and package.module:function", "judge")
-    if is_function(judge):
-        try:
-            found = importlib.util.find_spec(judge.partition(":")[0])
-        except ImportError:
-            found = None
-        if found is None:
-            raise bad(f"there is no module {judge.partition(':')[0]}", "judge")
+    if is_function(judge) and not is_importable(judge.partition(":")[0]):
+        raise bad(f"there is no module {judge.partition(':')[0]}", "judge")
     if row.get("rubric") and judge != "llm":
         raise bad("this is for the judge llm", "rubric")
     if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, int | float)):

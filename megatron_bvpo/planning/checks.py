@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # What ms-swift's parser takes.
 CHOICES = {
+    "tuner_type": ("lora", "full", "lora_llm"),
     "rlhf_type": ("dpo", "kto", "grpo", "gkd", "rm", "bvpo"),
     "recompute_granularity": ("selective", "full", "none"),
     "recompute_method": ("uniform", "block"),
@@ -41,11 +42,11 @@ OTHER_WEIGHTS = (
 def check_settings(settings: RunSettings, file: str | None = None) -> None:
     """Ranges, choices and combinations; raises UserError naming the key."""
     try:
-        for check in (check_values, _choices, check_recomputation, _attention, _optimizer, _frozen):
+        for check in (check_values, check_choices, _tuner, check_recomputation, _attention, _optimizer, _frozen):
             check(settings)
         read_streams(settings.bvpo_streams, settings.bvpo_weights, settings.bvpo_alpha)
     except UserError as e:
-        raise _of_key(e, file) from None
+        raise of_key(e, file) from None
 
 
 def check_run(settings: RunSettings, file: str | None = None) -> None:
@@ -55,7 +56,7 @@ def check_run(settings: RunSettings, file: str | None = None) -> None:
     for refused, flag, reason, remedy in refusals(settings):
         if refused:
             error = UserError(f"is {getattr(settings, flag)!r}: {reason}", field=flag, remedy=remedy)
-            raise _of_key(error, file)
+            raise of_key(error, file)
 
 
 def check_unread(values: Mapping[str, Any], settings: RunSettings, file: str | None = None) -> None:
@@ -65,20 +66,24 @@ def check_unread(values: Mapping[str, Any], settings: RunSettings, file: str | N
     try:
         refuse_unread(values)
     except UserError as e:
-        raise _of_key(e, file) from None
+        raise of_key(e, file) from None
 
 
-def _of_key(e: UserError, file: str | None) -> UserError:
+def of_key(e: UserError, file: str | None = None) -> UserError:
     """The same error of a YAML file, which has keys where a command line has flags."""
     remedy = e.remedy and re.sub(r"--(?=\w)", "", e.remedy).replace("the flag", "the key")
     return UserError(e.message, file=file, line=e.line, field=(e.field or "").removeprefix("--"), remedy=remedy)
 
 
-def _choices(s: RunSettings) -> None:
+def check_choices(s: RunSettings) -> None:
+    """What ms-swift's parser refuses; raises UserError naming the key."""
     for key, allowed in CHOICES.items():
         value = getattr(s, key)
         if value is not None and value not in allowed:
             raise UserError(f"is {value!r}; expected one of {', '.join(allowed)}", field=key)
+
+
+def _tuner(s: RunSettings) -> None:
     if s.tuner_type not in ("lora", "full"):
         raise UserError(f"is {s.tuner_type!r}; the plan knows lora and full", field="tuner_type")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
         given = values.get(key, understood)
         if given not in (understood, None, [], "", False, 0):
             raise UserError(f"is {given!r}, which {does}: not planned", file=file, field=key, remedy="plan without it")
-    known = {}
-    for field in dataclasses.fields(RunSettings):
-        if field.name in values:
-            known[field.name] = _converted(field.name, str(field.type), values[field.name], file)
-    settings = RunSettings(**known)
+    settings = typed(values, file)
     if settings.max_length is None and not settings.packing_length:
         raise UserError(
             "is missing: how long a sequence may be decides the memory",
@@ -57,6 +54,15 @@ def settings_from(values: dict[str, Any], file: str | None = None) -> RunSetting
     if settings.packing:  # ms-swift's own rule
         settings = dataclasses.replace(settings, padding_free=True)
     return settings
+
+
+def typed(values: Mapping[str, Any], file: str | None = None) -> RunSettings:
+    """Settings from flag values, each of its kind and nothing else looked at; raises UserError."""
+    known = {}
+    for field in dataclasses.fields(RunSettings):
+        if field.name in values:
+            known[field.name] = _converted(field.name, str(field.type), values[field.name], file)
+    return RunSettings(**known)
 
 
 def _converted(name: str, kind: str, value: Any, file: str | None) -> Any:

@@ -49,6 +49,11 @@ def check_flags(
             close = difflib.get_close_matches(key, sorted(known - set(own)), 1)
             remedy = f"write {close[0]}" if close else f"bvpo {command[0]} --help names the flags"
             raise UserError(f"is no flag of bvpo {command[0]}", field=key, remedy=remedy)
+    single = {word[2:] for action in _parser(add_command)[1]._actions if action.nargs is None
+              for word in action.option_strings}  # fmt: skip
+    for key, value in section.items():
+        if isinstance(value, list) and key in single:
+            raise UserError(f"is {value!r}; expected one value", field=key)
     words = as_flags(dict(section))
     try:
         _parser(add_command)[0].parse_args([*command, *words])
@@ -58,6 +63,11 @@ def check_flags(
             raise
         raise UserError(blamed[2], field=blamed[1]) from None
     return words
+
+
+def parsed(add_command: Callable, words: list[str]) -> argparse.Namespace:
+    """A command's words as it reads them; raises UserError."""
+    return _parser(add_command)[0].parse_args(words)
 
 
 def _parser(add_command: Callable) -> tuple[_Parser, argparse.ArgumentParser]:

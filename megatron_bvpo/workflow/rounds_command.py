@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_bvpo.workflow.chain import Outcome
+    from megatron_bvpo.workflow.rounds_file import Rounds
 
 
 def add_command(commands) -> None:
@@ -42,18 +47,23 @@ def run_command(args: argparse.Namespace) -> int:
 
         print("\n".join(estimates(rounds)))
         return 0
-    for line in verdict(rounds.out):
+    for line in verdict(rounds, outcome):
         print(line)
     return outcome.exit_code
 
 
-def verdict(out: Path) -> list[str]:
-    """What the comparison says, and where the page is; of a chain that has not come so far, nothing."""
+def verdict(rounds: Rounds, outcome: Outcome) -> list[str]:
+    """What the comparison says, and where the page is; where they are of fewer rounds, which were asked for before,
+    nothing."""
+    from megatron_bvpo.workflow.records import State
     from megatron_bvpo.workflow.rounds_stages import COMPARED, PAGE
 
-    lines = []
-    if (out / COMPARED).is_file():
-        lines += [one["sentence"] for one in json.loads((out / COMPARED).read_text(encoding="utf-8"))]
-    if (out / PAGE).is_file():
-        lines.append(f"Page: {out / PAGE}")
+    def is_made(stage: str) -> bool:
+        return outcome.states.get(f"{stage}/{rounds.rounds}") == State.DONE
+
+    lines, compared = [], rounds.out / COMPARED
+    if is_made("compare"):
+        lines += [one["sentence"] for one in json.loads(compared.read_text(encoding="utf-8"))]
+    if is_made("page"):
+        lines.append(f"Page: {rounds.out / PAGE}")
     return lines

@@ -14,6 +14,7 @@ from megatron_bvpo.planning.model_shapes import ModelShape, model_shape
 from megatron_bvpo.planning.sampling_costs import job_from, sampling_costs
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.workflow.rounds_file import Asking, Place, Rounds
+from megatron_bvpo.workflow.submission_size import submission_size
 
 NODE_GPUS, MEMORY = 8, 80.0  # of a submitted stage whose file does not say; GiB of an H100
 ANSWERS = 1000  # of an evaluation whose questions nobody has counted
@@ -125,7 +126,8 @@ def _cluster(place: Place, ranks: int) -> Cluster:
     slurm = place.slurm
     if slurm is None:
         return Cluster(1, ranks, MEMORY)
-    return Cluster(int(slurm.get("nodes") or 1), int(slurm.get("gpus_per_node") or NODE_GPUS), MEMORY)
+    nodes, gpus = submission_size(slurm)
+    return Cluster(nodes, gpus or NODE_GPUS, MEMORY)
 
 
 def _prompts(rounds: Rounds) -> int:

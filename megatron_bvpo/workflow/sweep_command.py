@@ -57,20 +57,18 @@ def summarise(sweep) -> None:
     if len(scored) > 1:
         words = [f"{name}={folders[name] / 'eval'}" for name in scored]
         said = _bvpo("compare", *words, *(["--baseline", BASE] if BASE in scored else []))
-        (sweep.out / COMPARED).write_text(said, encoding="utf-8")
-        print(said, end="")
+        (sweep.out / COMPARED).write_text(said or "", encoding="utf-8")
+        print(said or "", end="")
     shown = [str(folders[name]) for name in names if name in scored or (folders[name] / LOG).is_file()]
-    if shown:
-        _bvpo("report", *shown, "--html", str(sweep.out / PAGE))
-        if (sweep.out / PAGE).is_file():
-            print(f"Page: {sweep.out / PAGE}")
+    if shown and _bvpo("report", *shown, "--html", str(sweep.out / PAGE)) is not None:
+        print(f"Page: {sweep.out / PAGE}")
 
 
-def _bvpo(*words: str) -> str:
-    """What the command says; a page or a comparison that fails is told, and fails no run."""
+def _bvpo(*words: str) -> str | None:
+    """What the command says; a page or a comparison that fails (None) is told, and fails no run."""
     command = [sys.executable, "-m", "megatron_bvpo", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"bvpo {words[0]} ended with {done.returncode}: {done.stderr.strip()[-500:]}", file=sys.stderr)
-        return ""
+        return None
     return done.stdout

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.planning.costs import step_costs
-from megatron_bvpo.planning.layout import Cluster
+from megatron_bvpo.planning.layout import Cluster, check_with_neighbours
 from megatron_bvpo.planning.memory import Lengths
 from megatron_bvpo.planning.model_shapes import model_shape
 from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.workflow.data_files import count_of, data_file, listed
+from megatron_bvpo.workflow.submission_size import submission_size
 from megatron_bvpo.workflow.sweep_file import Run, Sweep
 from megatron_bvpo.workflow.sweep_stages import fill_settings, uses_cache
+
+NODE_GPUS = 8  # of a submitted run whose file does not say
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def costs_told(sweep: Sweep) -> list[str]:
     for run in sweep.runs:
         try:
             costs = run_costs(sweep, run)
-        except UserError as error:
+        except (ValueError, OSError) as error:  # a UserError among them
             lines.append(f"{run.name}: not planned: {error}")
             unknown += 1
             continue
@@ -87,6 +90,7 @@ def run_costs(sweep: Sweep, run: Run) -> RunCosts:
     if not model:
         raise UserError("is missing", file=sweep.file, field="model", remedy="add model: NAME")
     shape, cluster, lengths = model_shape(str(model)), _cluster(sweep), Lengths.of(settings)
+    check_with_neighbours(settings, shape, cluster)
     hours = []
     for cache in (None, "known"):
         known = dataclasses.replace(settings, bvpo_ref_cache=cache)
@@ -103,8 +107,8 @@ def _cluster(sweep: Sweep) -> Cluster:
     slurm = sweep.place.slurm
     if slurm is None:
         return Cluster(1, sweep.ranks)
-    gpus = slurm.get("gpus_per_node") or 8
-    return Cluster(int(slurm.get("nodes") or 1), int(str(gpus).rpartition(":")[2]))
+    nodes, gpus = submission_size(slurm)
+    return Cluster(nodes, gpus or NODE_GPUS)
 
 
 def _epoch(run: Run, settings: RunSettings) -> int | None:

@@ -30,19 +30,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.evaluation import eval_command
 from megatron_bvpo.launching.flag_names import unknown_keys
 from megatron_bvpo.launching.rivals import settle
-from megatron_bvpo.launching.run_file import read_keys
-from megatron_bvpo.sampling.asking.job_file import read_job
-from megatron_bvpo.workflow.data_files import data_file
-from megatron_bvpo.workflow.sections import Place, SectionReader
+from megatron_bvpo.workflow.checked_sections import CheckedReader
+from megatron_bvpo.workflow.sections import Place
+from megatron_bvpo.workflow.training_values import check_entry
 
 KEYS = ("out", "train", "rows", "grid", "runs", "reference_cache", "evaluate", "slurm")
 ROWS, NAME, BASE = "rows", "name", "base"
 # What a sweep decides by itself, and what a run that must go on after a kill cannot have.
 OF_A_RUN = ("output_dir", "add_version", "bvpo_ref_cache", "bvpo_refs_only", "no_save_optim", "ENV")
-OF_EVALUATION = ("out", "server", "model", "api_key_file", "retry_failed")
 NAMED = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*")
 LONGEST_NAME = 100
 
@@ -112,7 +109,7 @@ def read_sweep(file: str, out: str | None = None) -> Sweep:
     return _Reader(file).read(out)
 
 
-class _Reader(SectionReader):
+class _Reader(CheckedReader):
     """Reads one file; what is wrong is raised with the file's name and the key's line."""
 
     what, example = "sweep", "configs/sweep_003.yaml"
@@ -121,54 +118,44 @@ class _Reader(SectionReader):
         self.require_known(KEYS)
         train = self.section("train", needed=True)
         place, ranks = self.place("train", train), self.whole_number("train.ranks", train.pop("ranks", 1))
-        common = self.common(train)
+        file, common = self.common(train)
         mixes = self.mixes()
-        folder = self.folder(out)
-        cache = self.values.get("reference_cache", True)
-        if cache not in (True, False, None) and not isinstance(cache, str):
-            self.fail("reference_cache", f"is {cache!r}; expected a folder, or false")
-        references = Path(os.path.realpath(cache)) if isinstance(cache, str) else folder / "references"
+        folder = Path(os.path.realpath(self.out_folder(out, Path("sweeps", Path(self.file).stem))))
+        runs, size = self.all_runs(common, mixes), self.size("train", place, ranks)
+        for run, where in runs:
+            self.check_run(run.settings, size, file, where, "train")
         return Sweep(
             file=self.file,
             out=folder,
-            runs=tuple(self.all_runs(common, mixes)),
+            runs=tuple(run for run, _ in runs),
             ranks=ranks,
             place=place,
-            references=None if cache in (False, None) else references,
+            references=self.references(folder),
             evaluation=self.evaluation(),
             common=common,
         )
 
-    def folder(self, given: str | None) -> Path:
-        """OUT; not within another chain's folder, whose runs it would lie among."""
-        out = Path(os.path.realpath(given or self.values.get("out") or Path("sweeps", Path(self.file).stem)))
-        for above in out.parents:
-            if (above / "chain.json").is_file():
-                raise UserError(
-                    f"lies in {above}, which is another sweep's or rounds' folder",
-                    file=str(out),
-                    field="--out",
-                    remedy="give a folder of its own",
-                )
-        return out
+    def references(self, out: Path) -> Path | None:
+        """Of the shared reference cache."""
+        given = self.values.get("reference_cache", True)
+        if given is None or given is False:
+            return None
+        if given is not True and (not isinstance(given, str) or not given.strip()):
+            self.fail("reference_cache", f"is {given!r}; expected a folder, or false")
+        folder = out / "references" if given is True else Path(os.path.realpath(given))
+        if folder.exists() and not folder.is_dir():
+            self.fail("reference_cache", f"{folder} is no folder", "name another one, or write false")
+        return folder
 
     # ---- the runs
 
-    def common(self, section: dict[str, Any]) -> dict[str, Any]:
-        """The run file, with the section's flags over it."""
-        run = section.pop("run", None)
-        if run is None:
-            self.fail("train", "has no `run`", "add `run: configs/FILE.yaml`, a file of swift rlhf")
-        try:
-            base = {str(key).replace("-", "_"): value for key, value in read_keys(self.beside(str(run))).items()}
-        except UserError as error:
-            if error.line is None and not Path(error.file).exists():
-                self.fail("train.run", f"{run}: {error.message}", error.remedy)
-            raise
+    def common(self, section: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The run file, and its keys with the section's flags over them."""
+        file, base = self.run_file(section)
         for key in OF_A_RUN:
             if key != "ENV":
                 base.pop(key, None)
-        return self.over(base, section, "train")
+        return file, self.over(base, section, "train")
 
     def over(self, base: Mapping[str, Any], flags: Mapping[str, Any], where: str) -> dict[str, Any]:
         """`flags` over `base`; null takes a key away."""
@@ -190,17 +177,20 @@ class _Reader(SectionReader):
             key, entries = f"{ROWS}.{name}", given if isinstance(given, list) else [given]
             if not NAMED.fullmatch(str(name)):
                 self.fail(key, "is no name of letters, digits and ._=+-")
+            if not entries:
+                self.fail(key, "names no file", "write [a.jsonl, b.jsonl#2000]")
             for entry in entries:
                 if not isinstance(entry, str):
                     self.fail(key, f"has {entry!r}; expected files", "write [a.jsonl, b.jsonl#2000]")
                 try:
-                    data_file(entry)
+                    check_entry(entry, "dataset")
                 except UserError as error:
-                    self.fail(key, f"{error.file or entry}: {error.message}", error.remedy)
+                    self.fail(key, error.message, error.remedy)
             found[str(name)] = entries
         return found
 
-    def all_runs(self, common: dict[str, Any], mixes: dict[str, list[str]]) -> list[Run]:
+    def all_runs(self, common: dict[str, Any], mixes: dict[str, list[str]]) -> list[tuple[Run, str]]:
+        """Each with the place in the file that asks for it."""
         asked = [("grid", cell, name) for cell, name in self.cells()]
         for i, given in enumerate(self.listed()):
             given = {str(key).replace("-", "_"): value for key, value in given.items()}
@@ -208,14 +198,17 @@ class _Reader(SectionReader):
             asked.append((f"runs.{i}", given, _name(given) if name is None else str(name)))
         if not asked:
             self.fail("runs", "is missing, and so is grid", "add `grid: {lr: [1.0e-5, 2.0e-5]}`, or a list of runs")
-        found: dict[str, Run] = {}
+        found: dict[str, tuple[Run, str]] = {}
         for where, flags, name in asked:
-            if not NAMED.fullmatch(name) or len(name) > LONGEST_NAME:
+            if len(name) > LONGEST_NAME:
+                long = f"the name {name[:40]}… has {len(name)} characters, and {LONGEST_NAME} are the most"
+                self.fail(where, long, "give the run a shorter `name`")
+            if not NAMED.fullmatch(name):
                 self.fail(where, f"{name!r} is no name of letters, digits and ._=+-", "give the run a `name`")
             if name in found or name == BASE:
                 why = "is the base model's name" if name == BASE else "is the name of two runs"
                 self.fail(where, f"{name!r} {why}", "give the run another `name`")
-            found[name] = self.run(where, name, flags, common, mixes)
+            found[name] = self.run(where, name, flags, common, mixes), where
         return list(found.values())
 
     def run(self, where: str, name: str, flags: dict[str, Any], common: dict[str, Any], mixes) -> Run:
@@ -246,18 +239,14 @@ class _Reader(SectionReader):
         return [(cell, _name({key: cell[key] for key in several} or cell)) for cell in combinations]
 
     def listed(self) -> list[dict[str, Any]]:
-        found = self.values.get("runs") or []
+        found = self.values.get("runs")
+        found = [] if found is None else found
         if not isinstance(found, list):
             self.fail("runs", "is no list", "write `- {name: a, lr: 1.0e-5}` a line")
         for i, run in enumerate(found):
             if not isinstance(run, dict):
                 self.fail(f"runs.{i}", f"is {run!r}; expected flags", "write `- {name: a, lr: 1.0e-5}`")
         return found
-
-    def beside(self, name: str) -> str:
-        """A file as it is named, or beside this one."""
-        other = Path(self.file).parent / name
-        return str(other) if not Path(name).exists() and other.exists() else name
 
     def is_mapping(self, key: str) -> bool:
         found = self.values.get(key)
@@ -271,8 +260,10 @@ class _Reader(SectionReader):
         section = self.section("evaluate")
         if not section:
             return None
-        place, job = self.place("evaluate", section), section.pop("job", None)
-        engine = {**(read_job(self.beside(str(job)))[1] if job else {}), **self.engine("evaluate", section)}
+        place = self.place("evaluate", section)
+        self.size("evaluate", place, 1)
+        job = self.job_file("evaluate", section)[1]
+        engine = self.engine_of("evaluate", {**job, **self.engine("evaluate", section)})
         if not engine:
             remedy = "add `engine:` with flags of vllm serve, or `job:` with a file of configs/sampling_*.yaml"
             self.fail("evaluate", "has no engine that would be asked", remedy)
@@ -281,8 +272,7 @@ class _Reader(SectionReader):
             switches[key] = section.pop(key, usual)
             if not isinstance(switches[key], bool):
                 self.fail(f"evaluate.{key}", f"is {switches[key]!r}; expected true or false")
-        given = "eval --server http://x --model x --out x".split()
-        self.flags("evaluate", eval_command.add_command, given, OF_EVALUATION, section)
+        self.check_evaluation(section)
         return Evaluation(section, engine, switches["merge"], switches[BASE], place)
 
 

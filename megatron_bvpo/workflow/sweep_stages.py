@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.launching.adapter_folders import max_rank
+from megatron_bvpo.launching.adapter_folders import CONFIG, max_rank
 from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.sampling.asking.job_file import ENGINE, as_flags
 from megatron_bvpo.workflow.data_files import count_of, data_file, listed
 from megatron_bvpo.workflow.stage_kinds import CHECKPOINT, asking, served, training, yaml_text
 from megatron_bvpo.workflow.stages import Stage
 from megatron_bvpo.workflow.sweep_file import BASE, Evaluation, Run, Sweep
+from megatron_bvpo.workflow.yaml_lines import key_lines
 
 # Keys that no reference log-prob depends on, so that runs that differ in them alone share one fill. A key that is
 # missing here costs a second fill, which finds most pairs known; one too many would cost misses.
@@ -42,6 +43,8 @@ FREE = re.compile(
 )
 # Of the policy; a reference adapter is given the run's own.
 FREE_OF_LORA = re.compile(r"lora_\w+|use_rslora|target_modules|target_regex|modules_to_save")
+# With one of these a run is LoRA, whatever tuner_type says.
+ADAPTERS = ("adapters", "ref_adapters", "mcore_adapter", "mcore_ref_adapter")
 # What decides whether a run has a reference at all.
 OF_THE_LOSS = ("rlhf_type", "loss_type", "reference_free", "bvpo_streams", "bvpo_weights", "bvpo_alpha")
 
@@ -112,8 +115,10 @@ def _measured(alpha: Any) -> bool:
 
 
 def _drawn(run: Run) -> bool:
-    """Whether the seed decides which rows there are: `file#100` is a draw."""
-    return any(count_of(entry) is not None for entry in listed(run.settings.get("dataset")))
+    """Whether the seed decides which rows there are: `file#100` is a draw. What it splits off (split_dataset_ratio) is
+    filled, too."""
+    entries = (entry for key in ("dataset", "val_dataset") for entry in listed(run.settings.get(key)))
+    return any(count_of(entry) is not None for entry in entries)
 
 
 def _shared(sweep: Sweep) -> dict[str, str]:
@@ -156,11 +161,21 @@ def _data_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _form(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
-    """What an export is: `model` of full tuning; `merged` where asked for, and of a router, which no engine serves as
-    an adapter; else `adapter`."""
-    if settings.get("tuner_type") == "full":
+    """What an export is: `model` of full tuning, the default; `merged` where asked for, and of a router, which no
+    engine serves as an adapter; else `adapter`."""
+    if settings.get("tuner_type", "full") == "full" and not any(settings.get(key) for key in ADAPTERS):
         return "model"
     return "merged" if evaluation.merge or "all-router" in listed(settings.get("target_modules")) else "adapter"
+
+
+def _rank(settings: Mapping[str, Any]) -> int:
+    """Of the adapter that comes out: that of --adapters, where it begins with one."""
+    for folder in listed(settings.get("adapters")):
+        try:
+            return int(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))["r"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # of a hub, or none, which the run refuses
+    return int(settings.get("lora_rank", 8))
 
 
 def _export(sweep: Sweep, evaluation: Evaluation, run: Run) -> Stage:
@@ -179,10 +194,15 @@ def _asked(sweep: Sweep, evaluation: Evaluation, name: str, settings: Mapping[st
     rank = None
     if after and _form(evaluation, settings) == "adapter":
         try:
-            rank = max_rank(int(settings.get("lora_rank", 8)))
+            rank = max_rank(_rank(settings))
         except UserError as error:
+            lines = key_lines(sweep.file)
             raise UserError(
-                f"{name}: {error.message}", file=sweep.file, field="evaluate.merge", remedy="set it"
+                f"{name}: {error.message}",
+                file=sweep.file,
+                line=lines.get("evaluate.merge") or lines.get("evaluate"),
+                field="evaluate.merge",
+                remedy="write `merge: true`",
             ) from None
     flags = {"model": name, "out": str(folder / "eval"), **evaluation.flags}
     if not flags.get("thinking_switch"):  # the model's own template says how thinking is turned off

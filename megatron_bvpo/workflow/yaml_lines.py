@@ -18,8 +18,12 @@ def key_lines(file: str) -> dict[str, int]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     found: dict[str, int] = {}
+    inside: list = []  # an anchor may stand within itself
 
     def walk(node, above: str) -> None:
+        if node in inside:
+            return
+        inside.append(node)
         for key, value in node.value if isinstance(node, yaml.MappingNode) else []:
             name = above + str(key.value).replace("-", "_")
             found[name] = key.start_mark.line + 1
@@ -27,6 +31,7 @@ def key_lines(file: str) -> dict[str, int]:
         for i, value in enumerate(node.value if isinstance(node, yaml.SequenceNode) else []):
             found[f"{above}{i}"] = value.start_mark.line + 1
             walk(value, f"{above}{i}.")
+        inside.pop()
 
     walk(root, "")
     return found

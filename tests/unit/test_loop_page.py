@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,12 @@ def test_the_calendar_has_the_table_s_hours(tmp_path):
     assert f"{span(sampling_of_round(four).hours, 1)} h" in calendar
     assert f"({span(sampling_of_round(eight).hours, 1)} h)" in calendar
     one = training_of_round(four).hours
-    assert f"({span(one, 1)} h)" in calendar and f"({span(tuple(8 * hours for hours in one), 0)} h)" in calendar
+    assert f"({span(one, 1)} h)" in calendar and f"({span(tuple(8 * hours for hours in one), 0)} h;" in calendar
+    # What the sweep's own file says of rows that many, on its four nodes.
+    head = (ROOT / "configs" / "sweep_003.yaml").read_text(encoding="utf-8")
+    low, high = re.search(r"together (\S+) to (\S+) GPU hours of training", head).groups()
+    of_sweep = tuple(float(hours.replace(",", "")) / 32 for hours in (low, high))
+    assert "10,000 rows a mix" in head and f"{span(of_sweep, 0)} h on 10,000 rows a mix" in calendar
 
 
 def test_what_was_not_measured_says_so(tmp_path, capsys):

@@ -10,7 +10,11 @@ import yaml
 
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.rehearsal.loop_files import prepare
 from megatron_bvpo.sampling.asking.job_file import read_line
+from megatron_bvpo.workflow.chain import Outcome
+from megatron_bvpo.workflow.records import State
+from megatron_bvpo.workflow.rounds_command import verdict
 from megatron_bvpo.workflow.rounds_file import read_rounds, require_files
 from megatron_bvpo.workflow.rounds_stages import Policy, stages_of
 
@@ -41,7 +45,8 @@ def write(tmp_path, monkeypatch):
     for number in (1, 2):
         Path(f"prompts-{number}.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
     Path("run.yaml").write_text(yaml.safe_dump(RUN))
-    Path("suite.yaml").write_text("datasets: []\n")
+    Path("suite.yaml").write_text("datasets: [{file: q.jsonl, judge: exact}]\n")
+    Path("q.jsonl").write_text("{}\n")
     Path("base").mkdir()
 
     def write(**changes) -> str:
@@ -209,7 +214,7 @@ def test_a_job_s_file_is_read_under_the_section(write):
 
 
 def test_a_run_s_file_lies_beside_the_rounds_file(write, tmp_path, monkeypatch):
-    write()
+    write(evaluate=None)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert settings(stages("../rounds.yaml")["round-1/train"], "train.yaml")["lora_rank"] == RUN["lora_rank"]
@@ -269,6 +274,34 @@ def test_a_mistake_ends_the_command_with_a_line(write, capsys):
     assert capsys.readouterr().err == (
         "megatron-bvpo: error: rounds.yaml:1: rounds: is 'two'; expected a whole number of 1 or more\n"
     )
+
+
+def test_the_verdict_is_of_the_rounds_that_were_asked_for(write):
+    """Not of fewer, which an earlier start has compared."""
+    rounds = read_rounds(write(), "out")
+    rounds.out.mkdir()
+    (rounds.out / "compare.json").write_text('[{"sentence": "better"}]')
+    (rounds.out / "rounds.html").touch()
+    done = Outcome({"compare/2": State.DONE, "page/2": State.DONE})
+    assert verdict(rounds, done) == ["better", f"Page: {rounds.out}/rounds.html"]
+    assert verdict(rounds, Outcome({"compare/2": State.WAITING, "page/2": State.FAILED})) == []
+    alone = read_rounds(write(evaluate=None), "out")
+    assert verdict(alone, Outcome({"page/2": State.DONE})) == [f"Page: {rounds.out}/rounds.html"]
+
+
+def test_the_rehearsal_s_files_stay_as_they_are(tmp_path):
+    """A killed controller's stage may be loading the model while the script starts again."""
+    prepare(tmp_path, 3, 2)
+    before = {file: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "reasoner").iterdir()}
+    prepare(tmp_path, 4, 2)
+    assert before == {file: (file.stat().st_ino, file.read_bytes()) for file in (tmp_path / "reasoner").iterdir()}
+    weights = tmp_path / "reasoner" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    prepare(tmp_path, 4, 2)
+    assert weights.read_bytes() == whole
+    names = ["prompts-1.jsonl", "prompts-2.jsonl", "questions.jsonl", "questions.yaml", "reasoner"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
 
 
 def test_no_launch_folder(write, monkeypatch, tmp_path):

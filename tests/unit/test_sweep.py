@@ -41,7 +41,8 @@ def write(tmp_path, monkeypatch):
     Path("a.jsonl").write_text('{"messages": []}\n' * 10)
     Path("b.jsonl").write_text('{"messages": []}\n' * 5)
     Path("run.yaml").write_text(yaml.safe_dump(RUN))
-    Path("suite.yaml").write_text("datasets: []\n")
+    Path("suite.yaml").write_text("datasets: [{file: q.jsonl, judge: exact}]\n")
+    Path("q.jsonl").write_text("{}\n")
 
     def write(**changes) -> str:
         values = json.loads(json.dumps(SWEEP))
@@ -103,6 +104,12 @@ def test_one_fill_for_all_runs_on_the_same_rows_and_reference(write):
     assert made["bvpo_refs_only"] is True and made["num_train_epochs"] == 1 and made["max_length"] == 512
     assert not {"lr", "beta", "lora_rank", "seed", "weight_decay"} & made.keys()
     assert settings(found[by_rows["DS2"]])["seed"] == 3  # it draws the rows
+    # So it does with held-out rows; what it splits off of the others is filled, too.
+    for own, fills_of_seeds in (({"val_dataset": "b.jsonl#3"}, 2), ({"split_dataset_ratio": 0.2}, 1)):
+        seeds = [{"name": f"s{seed}", "rows": "DS1", "seed": seed, **own} for seed in (1, 2)]
+        others = stages(write(grid=None, runs=seeds))
+        assert len({others[f"train/s{seed}"].after for seed in (1, 2)}) == fills_of_seeds
+    write()
     # A run more on the same rows changes no stage of the others.
     more = stages(write(runs=[*SWEEP["runs"], {"name": "more", "rows": "DS1", "loss_type": "ipo"}]))
     assert {name: more[name] for name in found} == found and more.keys() - found.keys() == {"train/more"}
@@ -194,11 +201,24 @@ def test_the_evaluation_runs(write, tmp_path, monkeypatch, capsys):
     assert f"train.model: there is no folder {RUN['model']}; name the folder" in capsys.readouterr().err
 
 
+def test_what_is_served_of_a_run_that_names_no_tuner(write):
+    """ms-swift trains all weights then, and an adapter's settings further where one is given."""
+    Path("given").mkdir()
+    Path("given/adapter_config.json").write_text('{"r": 60}')
+    plain = {key: value for key, value in RUN.items() if not key.startswith(("tuner", "lora"))}
+    Path("run.yaml").write_text(yaml.safe_dump(plain))
+    runs = [{"name": "whole", "rows": "DS1"}, {"name": "further", "rows": "DS1", "adapters": "given"}]
+    found = stages(write(grid=None, runs=runs, evaluate={**EVALUATE, "base": False}))
+    whole, further = (found[f"eval/{name}"].command for name in ("whole", "further"))
+    assert "--engine.enable_lora" not in whole and whole[whole.index("--engine.model") + 1].endswith("whole/model")
+    assert further[further.index("--engine.max_lora_rank") + 1] == "64"
+
+
 def test_on_slurm(write):
     found = stages(
         write(
             slurm={"partition": "gpu"},
-            train={"run": "run.yaml", "slurm": {"nodes": 4, "gpus_per_node": 8}},
+            train={"run": "run.yaml", "slurm": {"nodes": 4, "gpus_per_node": 8}, "global_batch_size": 32},
             evaluate={**EVALUATE, "slurm": {"nodes": 1}},
         )
     )
@@ -238,7 +258,7 @@ def test_the_command_shows_and_starts_nothing(write, capsys):
     assert "--cores: is 1, and refs/DS1-" in capsys.readouterr().err
 
 
-def test_runs_that_failed_are_left_out_of_the_summary(write, monkeypatch):
+def test_runs_that_failed_are_left_out_of_the_summary(write, monkeypatch, capsys):
     sweep = read_sweep(write(evaluate=EVALUATE), "out")
     asked = []
     monkeypatch.setattr(sweep_command, "_bvpo", lambda *words: asked.append(words) or "so\n")
@@ -253,7 +273,12 @@ def test_runs_that_failed_are_left_out_of_the_summary(write, monkeypatch):
     names = [word.partition("=")[0] for word in asked[0][1:-2]]
     assert names == ["base", "DS1_lr-1e-05", "own"] and asked[0][-2:] == ("--baseline", "base")
     assert [Path(word).name for word in asked[1][1:-2]] == ["base", "DS1_lr-1e-05", "DS2_lr-1e-05", "own"]
-    assert (sweep.out / "compare.txt").read_text() == "so\n"
+    assert (sweep.out / "compare.txt").read_text() == "so\n" and "Page: " in capsys.readouterr().out
+    # Neither the comparison nor the page of another time is shown for one that could not be made.
+    (sweep.out / "sweep.html").touch()
+    monkeypatch.setattr(sweep_command, "_bvpo", lambda *words: None)
+    sweep_command.summarise(sweep)
+    assert (sweep.out / "compare.txt").read_text() == capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

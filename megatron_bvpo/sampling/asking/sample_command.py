@@ -86,7 +86,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace) -> int:
-    _check(args)
+    check_options(args)
     extra = extra_body(args.extra_body)
     asking = make_asking(args, extra)
     from megatron_bvpo.sampling.asking.journal import FolderLock, drop_failed
@@ -173,7 +173,8 @@ def _tell(args: argparse.Namespace, told, progress) -> int:
 # --- what was given ---
 
 
-def _check(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that are out of range, and for options that do not go together."""
     check_requests(args, "samples", "prompt", ("pilot", "max_samples", "short_budget"))
     args.modes = [mode for mode in _MODES if mode in args.modes]
     if "short" in args.modes and "thinking" not in args.modes:

@@ -7,13 +7,13 @@ writes.
 import fcntl
 import json
 import os
-import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.sampling.judging.judges import check_name
 from megatron_bvpo.sampling.samples import (
     JUDGEMENTS,
     SETTINGS,
@@ -26,7 +26,6 @@ from megatron_bvpo.sampling.samples import (
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 30.0
-_NAME = re.compile(r"\w[\w.-]{0,63}")
 
 
 class JudgementFolder:
@@ -53,8 +52,7 @@ class JudgementFolder:
         replace_other: bool = False,
         remedy: str = "give this judge another --name, or judge all anew with --again all",
     ) -> None:
-        if not _NAME.fullmatch(name):
-            raise UserError(f"{name!r} cannot name a judge: letters, digits, dots, dashes are expected", field="--name")
+        check_name(name)
         self.samples, self.name = folder, name
         self.path = folder / JUDGEMENTS / name
         with writing(self.path):

@@ -87,20 +87,9 @@ def read_plan(args: argparse.Namespace):
     from megatron_bvpo.sampling.pairing.pairing import PairRules
     from megatron_bvpo.sampling.pairing.pairs_run import PairsPlan
 
-    if args.policy == "best_worst" and args.rejected:
-        remedy = "leave it out, or take --policy right_wrong"
-        raise UserError("best_worst always rejects the lowest score", field="--rejected", remedy=remedy)
-    for name, value, least in (
-        ("--max_pairs_per_prompt", args.max_pairs_per_prompt, 1),
-        ("--ngram", args.ngram, 2),
-        ("--margin", args.margin, 0),
-    ):
-        if not value >= least:  # a NaN, too
-            raise UserError(f"is {value}; expected {least} or more", field=name)
+    check_options(args)
     folders = named_folders(args.folders)
     shares = read_shares(args.mix, [folder.name for folder in folders]) if args.mix else None
-    if args.heldout_out and not args.heldout:
-        raise UserError("nothing is held out", field="--heldout_out", remedy="add --heldout SHARE")
     return PairsPlan(
         folders=folders,
         outputs=_outputs(args),
@@ -119,6 +108,30 @@ def read_plan(args: argparse.Namespace):
         exclude=tuple(args.exclude or ()),
         ngram=args.ngram,
     )
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """What can be said before there are samples.
+
+    Raises:
+        UserError: an option is of no use, or out of range.
+    """
+    from megatron_bvpo.sampling.pairing.pair_mixing import read_heldout
+
+    if args.policy == "best_worst" and args.rejected:
+        remedy = "leave it out, or take --policy right_wrong"
+        raise UserError("best_worst always rejects the lowest score", field="--rejected", remedy=remedy)
+    for name, value, least in (
+        ("--max_pairs_per_prompt", args.max_pairs_per_prompt, 1),
+        ("--ngram", args.ngram, 2),
+        ("--margin", args.margin, 0),
+    ):
+        if not value >= least:  # a NaN, too
+            raise UserError(f"is {value}; expected {least} or more", field=name)
+    if args.heldout_out and not args.heldout:
+        raise UserError("nothing is held out", field="--heldout_out", remedy="add --heldout SHARE")
+    if args.heldout:
+        read_heldout(args.heldout)
 
 
 def named_folders(given: list[str]):
