@@ -106,6 +106,7 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.sampling.asking import sample_command
     from megatron_bvpo.sampling.judging import judge_command
     from megatron_bvpo.sampling.pairing import pairs_command
+    from megatron_bvpo.workflow import rounds_command, sweep_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -121,6 +122,8 @@ def bvpo(argv: list[str] | None = None) -> int:
     export_command.add_command(commands)
     expand_command.add_command(commands)
     plan.add_command(commands)
+    sweep_command.add_command(commands)
+    rounds_command.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)
     refs = commands.add_parser(

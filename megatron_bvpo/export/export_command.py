@@ -113,7 +113,8 @@ def _write_merged(source, model, out: Path) -> tuple[str, list[str], list[str]]:
 
 def _write_adapter(source, model, out: Path) -> tuple[str, list[str], list[str]]:
     from megatron_bvpo.export.adapter import Adapter, updates
-    from megatron_bvpo.export.engine_adapter import max_rank, write_engine_adapter
+    from megatron_bvpo.export.engine_adapter import write_engine_adapter
+    from megatron_bvpo.launching.adapter_folders import max_rank
 
     adapter = Adapter(source.folder)
     rank = max_rank(adapter.rank)

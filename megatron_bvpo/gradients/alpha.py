@@ -44,6 +44,26 @@ MAX_LOG_STEP = math.log(10.0)
 _PRODUCTS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 
 
+def kappa_of(criterion: str, kappa: float | None) -> float:
+    """What the variance counts beside the squared bias: 1 under `mse`. Raises ValueError for what nothing can take."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
+    if criterion == "mse":
+        return 1.0
+    if kappa is None or not 0 < kappa <= 1:
+        raise ValueError(f"kappa is {kappa}; it must be in (0, 1] with criterion sgd")
+    return float(kappa)
+
+
+def checked_memory(moment_decay: float, prior_sd: float) -> tuple[float, float]:
+    """Both as they are given; raises ValueError for what no estimator takes."""
+    if not 0 <= moment_decay < 1:
+        raise ValueError(f"moment_decay is {moment_decay}; it must be in [0, 1)")
+    if not 0 < prior_sd < math.inf:
+        raise ValueError(f"prior_sd is {prior_sd}; it must be above 0 and finite")
+    return float(moment_decay), float(prior_sd)
+
+
 @dataclass(frozen=True)
 class Moments:
     """One probe: unbiased measurements of D, X, W in squared gradient units (gradients/moments.py).
@@ -101,19 +121,10 @@ class AlphaEstimator:
     ) -> None:
         if not 0 <= prior <= 1:
             raise ValueError(f"prior is {prior}; it must be in [0, 1]")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
-        if criterion == "sgd" and (kappa is None or not 0 < kappa <= 1):
-            raise ValueError(f"kappa is {kappa}; it must be in (0, 1] with criterion sgd")
-        if not 0 <= moment_decay < 1:
-            raise ValueError(f"moment_decay is {moment_decay}; it must be in [0, 1)")
-        if not 0 < prior_sd < math.inf:
-            raise ValueError(f"prior_sd is {prior_sd}; it must be above 0 and finite")
         self.prior = float(prior)
+        self.kappa = kappa_of(criterion, kappa)
         self.criterion = criterion
-        self.kappa = float(kappa) if criterion == "sgd" and kappa is not None else 1.0
-        self.moment_decay = float(moment_decay)
-        self.prior_sd = float(prior_sd)
+        self.moment_decay, self.prior_sd = checked_memory(moment_decay, prior_sd)
 
         self.probes = 0
         self.ignored = 0

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_bvpo.gradients.alpha import CRITERIA, MAX_LOG_STEP, small_sample_widening
+from megatron_bvpo.gradients.alpha import MAX_LOG_STEP, checked_memory, kappa_of, small_sample_widening
 from megatron_bvpo.gradients.grams import Grams, pairs_of
 from megatron_bvpo.gradients.simplex import Array, expected_if_not_negative, nearest_psd, simplex_minimum
 
@@ -96,18 +96,9 @@ class WeightEstimator:
         self.prior = np.array([float(prior[s]) for s in self.streams])
         if not (self.prior >= 0).all() or not math.isclose(self.prior.sum(), 1.0, abs_tol=1e-6):
             raise ValueError(f"prior is {prior}; its weights must not be negative and must add up to 1")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion is {criterion!r}; expected one of {', '.join(CRITERIA)}")
-        if criterion == "sgd" and (kappa is None or not 0 < kappa <= 1):
-            raise ValueError(f"kappa is {kappa}; it must be in (0, 1] with criterion sgd")
-        if not 0 <= moment_decay < 1:
-            raise ValueError(f"moment_decay is {moment_decay}; it must be in [0, 1)")
-        if not 0 < prior_sd < math.inf:
-            raise ValueError(f"prior_sd is {prior_sd}; it must be above 0 and finite")
+        self.kappa = kappa_of(criterion, kappa)
         self.criterion = criterion
-        self.kappa = float(kappa) if criterion == "sgd" and kappa is not None else 1.0
-        self.moment_decay = float(moment_decay)
-        self.prior_sd = float(prior_sd)
+        self.moment_decay, self.prior_sd = checked_memory(moment_decay, prior_sd)
         self.probes = 0
         self.ignored = 0
         self.last_ignored = ""

@@ -17,8 +17,8 @@ from megatron_bvpo.launching.run_file import RunFile
 _SECRET_FLAG = re.compile(
     r"(?:^|_)(?:token|secret|password|passwd|api_?key|key_file|(?:access|secret)_?key|webhook(?:_url)?)$"
 )
-# Tokenizers are no tokens, and a file of credentials is none itself, but set twice both paths are printed.
-_SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
+# Tokenizers and what they do are no tokens. A file of credentials is none itself, but set twice both paths are printed.
+_SECRET_NAME = re.compile(r"TOKEN(?!I[SZ])|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.IGNORECASE)
 _SECRET_ITSELF = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASS|PAT|KEY|APIKEY|WEBHOOK(?:_URL)?)$", re.IGNORECASE
 )

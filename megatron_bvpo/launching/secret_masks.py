@@ -84,6 +84,8 @@ def _value_behind(text: str, name: re.Match) -> re.Match | None:
 def called_like_a_secret(name: str) -> bool:
     """A flag's, a variable's or a key's name (of a.b: b), as secret_flags.py judges each; counts of tokens are none."""
     plain = name.rsplit(".", 1)[-1].replace("-", "_").strip("_")
+    if plain in flag_names():  # what it means is known: `lazy_tokenize` and `moe_token_drop_policy` hold no token
+        return is_secret_flag(plain, flag_names())
     if re.search(r"tokens(?:_|$)", plain):
         return False
     return is_secret_flag(plain.lower(), flag_names()) or is_secret_name(plain)

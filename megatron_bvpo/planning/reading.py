@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def _converted(name: str, kind: str, value: Any, file: str | None) -> Any:
             if number != float(value):
                 raise ValueError
             return number
-        return float(value) if kind.startswith("float") else str(value)
+        if kind.startswith("float"):
+            return float(value)
+        return json.dumps(value) if isinstance(value, dict) else str(value)
     except (TypeError, ValueError, OverflowError):
         wanted = {"b": "true or false", "i": "a whole number", "f": "a number", "t": "numbers"}[kind[0]]
         raise UserError(f"is {value!r}; expected {wanted}", file=file, field=name) from None

@@ -11,6 +11,7 @@ from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.data.rows import STREAMS_KEY, normalise_row
 from megatron_bvpo.data.verdicts import RowRules
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.start_checks import read_columns
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.streams import TABLE, sides_of
 
@@ -31,8 +32,8 @@ def row_lengths(file: str, model: str, run: RunSettings) -> list[int]:
         UserError: there is no tokenizer.json, the file cannot be read, or no row is of use.
     """
     encode = _encoder(model)
-    rules = RowRules(streams=run.streams, unpaired=run.unpaired)
-    reading = Reading(rules)
+    rules = run.rules
+    reading = Reading(rules, read_columns(run.columns or "{}"), auto_mapping=not run.disable_auto_column_mapping)
     found = []
     for _, row in islice(read_rows(file), MOST_ROWS):
         if not isinstance(row, dict):

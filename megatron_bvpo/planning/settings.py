@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_bvpo.data.verdicts import UNPAIRED
+from megatron_bvpo.data.verdicts import UNPAIRED, RowRules
 from megatron_bvpo.launching.stream_flags import StreamSettings, read_streams
 from megatron_bvpo.streams import DEFAULT, estimators, sides_of
 
@@ -108,6 +108,12 @@ class RunSettings:
     bvpo_logp_memory: float = 1.0
     bvpo_new_layers_only: bool = False
     bvpo_ref_cache: str | None = None
+    # read only to judge the rows of --rows as the run does
+    bvpo_empty: str = "strip"
+    bvpo_gate: str = "none"
+    bvpo_gate_threshold: float = 0.0
+    columns: str | None = None
+    disable_auto_column_mapping: bool = False
     # read only to say what the run refuses (launching/refusals.py)
     use_megatron_fsdp: bool = False
     moe_expert_capacity_factor: float | None = None
@@ -201,6 +207,12 @@ class RunSettings:
     def unpaired(self) -> bool:
         """The loss takes single responses with a label."""
         return self.rlhf_type == "bvpo" and self.loss_type in UNPAIRED
+
+    @property
+    def rules(self) -> RowRules:
+        """What the run asks of its rows."""
+        threshold = self.bvpo_gate_threshold if self.bvpo_gate == "hpt" else None
+        return RowRules(self.bvpo_empty, self.streams, unpaired=self.unpaired, gate_threshold=threshold)
 
     @property
     def measures_baselines(self) -> bool:

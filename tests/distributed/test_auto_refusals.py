@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.distributed.forks import zygotes
-from tests.distributed.test_bad_input import assert_told, flags
+from tests.distributed.short_runs import assert_told, flags
 
 pytestmark = pytest.mark.slow
 

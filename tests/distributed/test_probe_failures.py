@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.forks import Run, zygotes
-from tests.distributed.test_bad_input import flags, jsonl, row
+from tests.distributed.short_runs import flags, jsonl, row
 
 pytestmark = pytest.mark.slow
 

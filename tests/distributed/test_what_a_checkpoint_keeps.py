@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.distributed.forks import zygotes
-from tests.distributed.test_bad_input import flags
+from tests.distributed.short_runs import flags
 
 pytestmark = pytest.mark.slow
 

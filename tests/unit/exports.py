@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from megatron_bvpo.cli import bvpo
+
 H, F, E, RANK, ALPHA = 24, 8, 3, 4, 6.0
 CONFIG = {
     "model_type": "qwen3_moe",
@@ -20,6 +22,7 @@ CONFIG = {
 }
 Q, O_PROJ, EXPERTS = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj", "model.layers.1.mlp.experts"
 MTP = ["model.layers.2.mlp.down_proj.weight", "model.mtp.norm.weight"]
+PREFIX = "base_model.model."
 SHAPES = {"gate_proj": (F, H), "up_proj": (F, H), "down_proj": (H, F)}
 
 
@@ -77,6 +80,18 @@ def write_run_files(folder: Path, base: Path) -> None:
     (folder / "args.json").write_text(json.dumps({"model": "Maker/Model", "model_dir": str(base)}))
     identity = {"model_type": "qwen3_moe", "hidden_size": H, "num_hidden_layers": 2, "num_experts": E, "vocab_size": 11}
     (folder / "bvpo_state.json").write_text(json.dumps({"format": 1, "iteration": 7, "model": identity}))
+
+
+def write_trained(folder: Path, base: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint of a whole model, without the base's layers for MTP."""
+    write_model(folder, tensors, {"dtype": "bfloat16", **CONFIG, "num_nextn_predict_layers": 0})
+    write_run_files(folder, base)
+    return folder
+
+
+def export(*arguments) -> int:
+    """`bvpo export` with these arguments: its exit code."""
+    return bvpo(["export", *map(str, arguments)])
 
 
 def read_model(folder: Path) -> dict[str, torch.Tensor]:

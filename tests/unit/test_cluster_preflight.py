@@ -1,40 +1,23 @@
-"""The preflight's judgements, without GPUs: what nodes said, what is made of it, who is named."""
+"""The preflight of one node, without GPUs: where it is, its GPUs, its ports, its files."""
 
 from __future__ import annotations
 
 import json
 import resource
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from megatron_bvpo.cluster import compare, gpus, link_worker, local_checks, nodes
-from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding, NodeReport
-from megatron_bvpo.cluster.meeting import Meeting, MeetingLost, MeetingRefused, Visitor
-from megatron_bvpo.cluster.node_preflight import ROUNDS, Desk, _within, shared_folders
-from megatron_bvpo.cluster.node_report import verdict_lines
-from megatron_bvpo.cluster.nodes import Job, job_from_environment
+from megatron_bvpo.cluster import gpus, local_checks, nodes
+from megatron_bvpo.cluster.findings import OK, PROBLEM, WARNING, Finding
+from megatron_bvpo.cluster.node_preflight import _within, shared_folders
+from megatron_bvpo.cluster.nodes import job_from_environment
 from megatron_bvpo.cluster.plan_check import check_plan, judge_plan
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.run_file import read_run
-from tests.unit.cluster_ports import free_pair
-
-
-def job(rank: int = 0, count: int = 3, **more) -> Job:
-    made = {"address": "127.0.0.1", "port": 29500, "gpus": 2, "name": f"host{rank}", **more}
-    return Job(nodes=count, rank=rank, **made)
-
-
-def report(rank: int, **facts) -> NodeReport:
-    return NodeReport(rank, f"host{rank}", facts)
-
-
-def problems(findings) -> list[str]:
-    return [f.text for f in findings if f.level == PROBLEM]
-
+from tests.unit.node_reports import job, problems
 
 # ---- where am I
 
@@ -190,199 +173,6 @@ def test_a_model_that_the_plan_does_not_know_stops_no_run(tmp_path):
         file.write_text(f"rlhf_type: bvpo\nmodel: {model}\ntuner_type: lora\nmax_length: 4096\n")
         (finding,) = check_plan(read_run([str(file)]), job(count=1), 80.0, timeout=60)
         assert finding.level == WARNING and "plan" in finding.found, finding
-
-
-# ---- nodes beside each other
-
-
-def test_another_version_names_its_node():
-    reports = {r: report(r, versions={"torch": "2.13.0", "peft": "0.18.1"}) for r in range(4)}
-    reports[2].facts["versions"]["torch"] = "2.11.0"
-    found = compare.compare_facts(reports)
-    assert problems(found) == [
-        "versions: torch: 2.13.0 on 3 other nodes and 2.11.0 on node 2 (host2). Use one image, or one environment on a "
-        "shared disk, for all nodes"
-    ]
-    del reports[2].facts["versions"]["torch"]
-    assert "missing on node 2 (host2)" in problems(compare.compare_facts(reports))[0]
-
-
-def test_clocks_apart():
-    reports = {0: report(0, clock=(0.0, 0.0)), 1: report(1, clock=(-400.0, 0.01)), 2: report(2, clock=(3.0, 0.1))}
-    found = compare.compare_clocks(reports)
-    assert [(f.level, f.found) for f in found] == [
-        (PROBLEM, "node 1 (host1) is 400.0 s behind node 0"),
-        (WARNING, "node 2 (host2) is 3.0 s ahead of node 0"),
-    ]
-    slow_way = {0: report(0, clock=(0.0, 0.0)), 1: report(1, clock=(4.0, 5.0))}
-    assert compare.compare_clocks(slow_way)[0].level == OK, "a slow network is no wrong clock"
-
-
-def rank_notes(*phases, **more) -> list[dict]:
-    return [{"phase": phase, **more.get(phase, {})} for phase in phases]
-
-
-def links(node: int, ranks: dict, **more) -> dict:
-    return {"ranks": ranks, "networks": [], "transports": [], "stderr": {}, **more}
-
-
-DONE = ("started", "computed", "joined", "within", "across", "done")
-
-
-def good(pairs=(), tflops: float = 600.0, within: float = 300.0) -> list[dict]:
-    notes = rank_notes(*DONE, computed={"TFLOPs": tflops}, within={"GBs": within}, across={"GBs": 40.0})
-    return notes + [{"phase": "pair", "nodes": list(pair), "GBs": 20.0} for pair in pairs]
-
-
-def test_all_links_work():
-    reports = {r: report(r, infiniband={"mlx5_0/1": "ACTIVE"}) for r in range(2)}
-    told = {r: links(r, {"0": good([(0, 1)]), "1": good()}, transports=["NET/IB"], networks=["IB"]) for r in range(2)}
-    found = compare.judge_links(told, reports)
-    assert {f.level for f in found} == {OK} and "40.00 GB/s" in " ".join(f.text for f in found)
-    assert compare.judge_links(told, reports, lowest_GBs=100)[-2].level == WARNING
-
-
-def test_infiniband_that_nccl_does_not_use():
-    reports = {0: report(0, infiniband={"mlx5_0/1": "ACTIVE"}), 1: report(1, infiniband={"mlx5_0/1": "ACTIVE"})}
-    told = {
-        0: links(0, {"0": good([(0, 1)])}, networks=["IB"]),
-        1: links(1, {"0": good([(0, 1)])}, networks=["Socket"]),
-    }
-    assert (
-        "node 1 (host1) has active ports (mlx5_0/1) and NCCL uses TCP"
-        in problems(compare.judge_links(told, reports))[0]
-    )
-
-
-def test_the_node_whose_pairs_all_fail_is_named():
-    """Rounds (0,1)(2,3) and (1,2): node 3 exchanges nothing; 2 lost one round because of it, and not the other."""
-    stuck = rank_notes("started", "computed", "joined", "within", within={"GBs": 300.0})
-    told = {
-        0: links(0, {"0": stuck + [{"phase": "pair", "nodes": [0, 1], "GBs": 20.0}]}),
-        1: links(
-            1,
-            {
-                "0": stuck
-                + [{"phase": "pair", "nodes": [0, 1], "GBs": 20.0}, {"phase": "pair", "nodes": [1, 2], "GBs": 9}]
-            },
-        ),
-        2: links(
-            2,
-            {
-                "0": stuck
-                + [
-                    {"phase": "pair", "nodes": [1, 2], "GBs": 9.0},
-                    {"phase": "error", "error": "RuntimeError: Timed out"},
-                ]
-            },
-        ),
-        3: links(3, {"0": stuck + [{"phase": "error", "error": "RuntimeError: No route to host"}]}),
-    }
-    found = problems(compare.judge_links(told, {r: report(r) for r in told}))
-    assert len(found) == 1 and found[0].startswith("network: node 3 (host3) cannot exchange data with its neighbours")
-    assert "No route to host" in found[0]
-
-
-def test_a_node_that_cannot_join_is_named():
-    far, near = (
-        rank_notes("started", "computed", "error", error={"error": "DistNetworkError: refused"}),
-        rank_notes("started", "computed", "joined"),
-    )
-    told = {0: links(0, {"0": near}), 1: links(1, {"0": far})}
-    assert problems(compare.judge_links(told, {r: report(r) for r in told})) == [
-        "network: node 1 (host1) cannot join the others at MASTER_ADDR:MASTER_PORT (DistNetworkError: refused). Check "
-        "the route and firewall from there to node 0, and that nothing else uses MASTER_PORT"
-    ]
-
-
-def test_a_gpu_that_fails_or_is_slow_is_named():
-    broken = rank_notes("started", "error", error={"error": "AcceleratorError: CUDA error: uncorrectable ECC error"})
-    waiting = rank_notes("started", "computed")
-    told = {0: links(0, {"0": waiting, "1": waiting}), 1: links(1, {"0": waiting, "1": broken})}
-    found = problems(compare.judge_links(told, {r: report(r) for r in told}))
-    assert len(found) == 1 and "rank 1 of node 1 (host1): AcceleratorError" in found[0], "the waiting ones are victims"
-    told = {0: links(0, {"0": good([(0, 1)])}), 1: links(1, {"0": good([(0, 1)]), "1": good(tflops=200.0)})}
-    slow = [f.text for f in compare.judge_links(told, {r: report(r) for r in told}) if f.level == WARNING]
-    assert "GPU 1 of node 1 (host1) computes 200 TFLOP/s" in slow[0]
-
-
-def test_pairs_form_no_ring():
-    rounds = {node: link_worker.pairs_of(node, 5) for node in range(5)}
-    assert rounds == {0: [[0, 1]], 1: [[0, 1], [1, 2]], 2: [[2, 3], [1, 2]], 3: [[2, 3], [3, 4]], 4: [[3, 4]]}
-
-
-# ---- the rounds
-
-
-def test_a_round_ends_when_all_have_told_or_its_time_is_over():
-    clock = [0.0]
-    desk = Desk(job(), 100, now=lambda: clock[0])
-    assert desk.answer("arrive", 0, "a") == {"open": True, "told": {}}
-    assert desk.answer("arrive", 2, "c")["open"]
-    clock[0] = 100 * ROUNDS["arrive"] + 1
-    assert desk.answer("arrive", 0, "a") == {"open": False, "told": {0: "a", 2: "c"}}
-    assert desk.answer("arrive", 1, "too late")["told"] == {0: "a", 2: "c"}, "all nodes must see the same"
-    desk.answer("report", 0, "r")
-    assert not desk.answer("report", 2, "r")["open"], "those that came are all there is to wait for"
-
-
-def test_the_missing_are_named_as_the_scheduler_calls_them():
-    names = {rank: job(names=("a", "b", "c")).called(rank) for rank in range(3)}
-    found = compare.missing_nodes(names, {0, 2}, 3, 38, "10.0.0.1:29501")
-    assert len(found) == 1 and found[0].found == "node 1 (b) has not come to 10.0.0.1:29501 within 38 s"
-
-
-def test_the_verdict_says_once_what_all_nodes_say():
-    bad = Finding("disk", PROBLEM, "2 GiB free", "Name another")
-    reports = {r: NodeReport(r, f"h{r}", {}, [Finding("GPUs", OK, "8 × H100")]) for r in range(3)}
-    reports[1].findings.append(bad)
-    lines, found = verdict_lines(reports, [])
-    assert lines == ["  ok       all nodes: GPUs: 8 × H100", "  PROBLEM  node 1 (h1): disk: 2 GiB free. Name another"]
-    assert found == ["node 1 (h1): disk: 2 GiB free. Name another"]
-    assert NodeReport.from_json(json.loads(json.dumps(reports[1].as_json()))) == reports[1]
-
-
-# ---- the meeting
-
-
-def test_nodes_meet_over_http_and_strangers_are_refused(monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # must not be asked
-    port = free_pair()
-    host = job(port=port, run="mine")
-    heard = []
-    meeting = Meeting(
-        host, "preflight", lambda topic, rank, body: heard.append((topic, rank, body)) or {"n": len(heard)}
-    )
-    try:
-        guest = Visitor(job(1, port=port, run="mine"), "preflight")
-        assert guest.ask("arrive", {"ä": 1}) == {"n": 1} and heard == [("arrive", 1, {"ä": 1})]
-        with pytest.raises(MeetingRefused, match="another job"):
-            Visitor(job(1, port=port, run="other"), "preflight").ask("arrive")
-        with pytest.raises(MeetingRefused, match="NNODES is 3 on node 0 and 4"):
-            Visitor(job(1, 4, port=port, run="mine"), "preflight").ask("arrive")
-        with pytest.raises(MeetingRefused, match="at its preflight"):
-            Visitor(job(1, port=port, run="mine"), "run").ask("arrive")
-        with pytest.raises(UserError, match=f"port {port + 1} .* cannot be opened"):
-            Meeting(host, "run", lambda *_: None)
-    finally:
-        meeting.close()
-    with pytest.raises(MeetingLost):
-        guest.ask("arrive", timeout=0.5)
-
-
-def test_a_guest_waits_for_a_host_that_comes_late():
-    port = free_pair()
-    guest, started = Visitor(job(1, port=port), "run"), []
-
-    def later():
-        time.sleep(0.7)
-        started.append(Meeting(job(port=port), "run", lambda *_: "here"))
-
-    thread = threading.Thread(target=later)
-    thread.start()
-    assert guest.ask_until("beat", None, time.monotonic() + 60) == "here"
-    thread.join()
-    started[0].close()
 
 
 def test_files_of_the_checkout_make_the_version(tmp_path, monkeypatch):

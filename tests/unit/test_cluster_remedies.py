@@ -12,7 +12,7 @@ from megatron_bvpo.cluster.findings import WARNING
 from megatron_bvpo.cluster.shared_folders import SharedFolders
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.run_file import read_run
-from tests.unit.test_cluster_preflight import good, job, links, problems, report
+from tests.unit.node_reports import good, job, links, problems, report
 
 
 def test_a_network_that_nobody_names_is_no_silence():

@@ -12,10 +12,13 @@ from megatron_bvpo.planning.command import make_plan
 from megatron_bvpo.planning.costs import probe_bubble, recomputed_share
 from megatron_bvpo.planning.layout import Cluster, groups_of
 from megatron_bvpo.planning.memory import GIB, fullest
+from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.planning.report import as_text
+from megatron_bvpo.planning.row_lengths import row_lengths
 from megatron_bvpo.planning.settings import RunSettings
 from megatron_bvpo.planning.suggest import BUSIEST, HEADROOM
 from megatron_bvpo.planning.waiting import example_sizes, packs_of, replicas_together, variation, waiting_share
+from tests.unit.sample_rows import EXPERT, REJECTED, jsonl, row, talk
 from tests.unit.test_shipped_configs import EXPECTED, FOLDER, cluster_of
 
 
@@ -104,3 +107,26 @@ def test_as_few_recomputed_layers_as_fit(name):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_shipped_runs_bear_unevenly_loaded_experts(name):
     assert plan_of(name, imbalance=BUSIEST).fits
+
+
+def test_rows_are_judged_as_the_run_judges_them(workshop, tmp_path):
+    """The gate switches streams off, `--bvpo_empty` and `--columns` do what they do in the run."""
+    file = tmp_path / "rows.jsonl"
+
+    def lengths(*rows, **given):
+        file.write_bytes(jsonl(*rows))
+        run = settings_from({"max_length": 512, "bvpo_streams": "trace empty expert", **given})
+        return row_lengths(str(file), str(workshop.dense), run)
+
+    rows = [row(**EXPERT, accept_rate=rate) for rate in (0.25, 0.75)]
+    (both, same), (pairs, again) = lengths(*rows), lengths(*rows, bvpo_gate="hpt")
+    assert both == same and pairs == again < both
+    demonstration, other = lengths(*rows, bvpo_gate="hpt", bvpo_gate_threshold=0.5)
+    assert other == pairs and demonstration == both - pairs > 0
+
+    (trace_alone,) = lengths(row(), bvpo_empty="own")
+    assert trace_alone < pairs == lengths(row())[0]
+    renamed = {"messages": talk(), "worse": REJECTED}
+    assert lengths(renamed, columns={"worse": "rejected_response"}) == [pairs]
+    with pytest.raises(UserError, match="of use"):
+        lengths(renamed)

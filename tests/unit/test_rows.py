@@ -1,25 +1,12 @@
-"""Rows: what is refused, what is dropped, what is kept, and what people are told about it."""
+"""Rows before training: which are dropped, which lose their empty pair, which are good."""
 
-import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from megatron_bvpo.data.aliases import canonical_row
-from megatron_bvpo.data.rows import (
-    ALONE_KEY,
-    STREAMS_KEY,
-    RowRules,
-    RowTally,
-    RowVerdict,
-    check_row,
-    normalise_row,
-    require_rows,
-)
+from megatron_bvpo.data.rows import ALONE_KEY, RowRules, RowTally, RowVerdict, check_row, normalise_row
 from megatron_bvpo.errors import UserError
-from tests.unit.sample_rows import CHOSEN, OWN, REJECTED, RULES, row, talk
+from tests.unit.sample_rows import ALONE, CHOSEN, OWN, REJECTED, RULES, row, talk
 
 
 def without(name, **more):
@@ -32,6 +19,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"role": "tool_call", "content": "{}"}
 
 SPEAKS = "Open with <think>, write 0, and close with </think> before the answer."
+
 
 # name: (row, field of the problem, fragments of problem and remedy)
 DROPPED = {
@@ -284,119 +272,9 @@ def test_a_stream_that_is_not_used_asks_nothing():
     assert "has one" in str(check_row(row(rejected="It is 5, or"), only_empty).problems[0])
 
 
-# --- the normal form ---
-
-
-def test_normal_form():
-    given_row = row(chosen="so</think> 4\n", rejected="or</think>5", label=1, tools=["t"], rejected_messages=None)
-    before = json.dumps(given_row)
-    normal = normalise_row(given_row, check_row(given_row, RULES), RULES)
-    assert normal == {
-        "messages": talk("<think>\nso</think> 4\n"),
-        "rejected_response": "<think>\nor</think>5",
-        "empty_response": "4",
-        "empty_rejected_response": "5",
-        "label": 1,
-        "tools": ["t"],
-        STREAMS_KEY: ["trace", "empty"],
-    }
-    assert json.dumps(given_row) == before, "the row itself must not change"
-
-
-def test_normal_form_of_other_spellings():
-    as_talk = {"messages": talk(), "rejected_messages": talk("or</think>5"), "rejected_response": None}
-    normal = normalise_row(as_talk, check_row(as_talk, RULES), RULES)
-    assert normal["rejected_messages"] == talk("<think>\nor</think>5")
-    assert "rejected_response" not in normal, "ms-swift fails on a None here"
-    as_list = row(rejected=talk("or</think>5")[1:], **OWN)
-    normal = normalise_row(as_list, check_row(as_list, RULES), RULES)
-    assert normal["rejected_response"] == talk("<think>\nor</think>5")[1:]
-    assert (normal["empty_response"], normal["empty_rejected_response"]) == ("4", "5")
-
-
-TOOLS, OTHERS = [{"name": "f"}], [{"name": "g"}]
-
-
-@pytest.mark.parametrize(
-    ("given_row", "chosen", "rejected"),
-    [
-        ({"messages": talk(), "rejected_messages": talk(REJECTED), "tools": TOOLS}, TOOLS, TOOLS),
-        ({"messages": talk(), "rejected_messages": talk(REJECTED), "rejected_tools": TOOLS}, TOOLS, TOOLS),
-        (row(rejected_tools=TOOLS), TOOLS, TOOLS),
-        (row(tools=TOOLS, rejected_tools=[]), TOOLS, TOOLS),
-        (row(tools=TOOLS, rejected_tools=OTHERS), TOOLS, OTHERS),  # seen when the prompts are encoded
-        (row(tools=[], rejected_tools=None), [], None),
-        (row(tools=TOOLS), TOOLS, "absent"),  # ms-swift's own
-    ],
-)
-def test_tools_that_one_side_names_are_both_sides(given_row, chosen, rejected):
-    normal = normalise_row(given_row, check_row(given_row, RULES), RULES)
-    assert (normal["tools"], normal.get("rejected_tools", "absent")) == (chosen, rejected)
-    assert normalise_row(normal, check_row(given_row, RULES), RULES) == normal
-
-
-WORDS = st.lists(st.sampled_from(["<think>", "</think>", "\n", "a", "b", " "]), max_size=6).map("".join)
-RULE_SETS = st.builds(
-    RowRules,
-    empty=st.sampled_from(["strip", "require"]),
-    streams=st.sampled_from([("trace",), ("empty",), ("trace", "empty")]),
-)
-
-
-@given(WORDS, WORDS, st.none() | WORDS, st.none() | WORDS, RULE_SETS)
-@settings(deadline=None, max_examples=400)
-def test_the_normal_form_is_normal(chosen, rejected, empty, empty_rejected, rules):
-    texts = row(chosen, rejected, empty_response=empty, empty_rejected_response=empty_rejected)
-    verdict = check_row(texts, rules)
-    assert verdict.trace_ok <= ("trace" in rules.streams) and verdict.empty_ok <= ("empty" in rules.streams)
-    assert verdict.empty_ok == (verdict.empty_source is not None)
-    assert RowVerdict.from_json(verdict.to_json()) == verdict
-    if not verdict.kept:
-        assert verdict.problems
-        return
-    normal = normalise_row(texts, verdict, rules)
-    assert normalise_row(normal, verdict, rules) == normal
-    answers = normal["empty_response"], normal["empty_rejected_response"]
-    if verdict.empty_ok:
-        assert answers[0] != answers[1] and all(a and a == a.strip() for a in answers)
-        # Judged anew, the normal form gives the same pairs, its answers now being its own.
-        again = check_row(normal, rules)
-        assert (again.trace_ok, again.empty_ok) == (verdict.trace_ok, True)
-        assert normalise_row(normal, again, rules) == normal
-    else:
-        assert answers == (None, None)
-    if verdict.trace_ok:
-        assert normal["messages"][-1]["content"].lstrip().startswith("<think>")
-        assert normal["rejected_response"].lstrip().startswith("<think>")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-# Values in the fields that are looked at, so that the search gets past the first test.
-MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(["user", "assistant", "tool"]) | JSON, "content": WORDS | JSON}
-)
-LIKE_ROWS = st.fixed_dictionaries(
-    {},
-    optional={
-        "messages": st.lists(MESSAGE | JSON, max_size=3) | st.sampled_from([talk(), talk()[:1]]) | JSON,
-        "rejected_messages": st.lists(MESSAGE, max_size=3) | st.just(talk(REJECTED)) | JSON,
-        "rejected_response": WORDS | st.lists(MESSAGE, max_size=2) | JSON,
-        "empty_response": WORDS | JSON,
-        "empty_rejected_response": WORDS | JSON,
-        "images": JSON,
-        "history": JSON,
-        "query": JSON,
-    },
-)
-
-
 # --- an empty pair alone ---
 
-ALONE = {"messages": talk()[:1], **OWN}
+
 BLOCKED = {"empty_response": "<think>\n\n</think>\n\n4", "empty_rejected_response": "5"}
 
 
@@ -439,86 +317,6 @@ def test_an_empty_pair_alone_that_is_none(case):
     assert verdict.problems[0].drops == "row" and str(verdict.problems[0]).startswith(told)
 
 
-@given(JSON | LIKE_ROWS, RULE_SETS)
-@settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])
-def test_a_verdict_never_raises(value, rules):
-    verdict = check_row(value, rules)
-    assert verdict.kept or verdict.problems
-    assert all(str(problem) and problem.reason for problem in verdict.problems)
-    if isinstance(value, dict):
-        standard = canonical_row(value)
-        if standard is not None and check_row(standard, rules).kept:
-            normalise_row(standard, check_row(standard, rules), rules)
-
-
-def test_a_number_that_python_cannot_print():
-    assert "too many digits" in str(check_row(row(rejected=-(10**5000)), RULES).problems[0])
-
-
-# --- counts ---
-
-
-def test_tally():
-    tally = RowTally()
-    for entry in (row(), row(**OWN), row(empty_response="4"), row(chosen="x"), row(chosen="y"), {}):
-        tally.add(check_row(entry, RULES))
-    assert (tally.rows, tally.kept, tally.trace_pairs, tally.empty_pairs) == (6, 3, 3, 2)
-    assert tally.lines() == [
-        "6 rows read, 3 kept.",
-        "3 trace pairs, 2 empty pairs (1 with their own answers, 1 with stripped answers).",
-        "3 rows dropped:",
-        "  2 × messages: no trace, neither <think> nor </think>",
-        "  1 × messages: missing",
-        "1 row kept without the empty pair:",
-        "  1 × empty_rejected_response: missing, the other empty answer is there",
-    ]
-    tally.add(check_row(ALONE, RULES))
-    assert tally.lines()[:3] == [
-        "7 rows read, 4 kept.",
-        "3 trace pairs, 3 empty pairs (2 with their own answers, 1 with stripped answers).",
-        "1 row with an empty pair alone.",
-    ]
-    other = RowTally()
-    other.add(check_row({}, RULES))
-    assert tally.merge(other) is tally
-    assert (tally.rows, tally.kept, tally.alone["empty"]) == (8, 4, 1)
-    assert tally.dropped["messages: missing"] == 2
-
-
-def test_reasons_do_not_split_by_row():
-    tally = RowTally()
-    for role in ("boss", "chef"):
-        tally.add(check_row({**row(), "messages": [{"role": role, "content": "q"}]}, RULES))
-    assert list(tally.dropped.values()) == [2]
-
-
-def test_nothing_left_is_an_error():
-    tally = RowTally()
-    tally.add(check_row(row(chosen="x"), RULES))
-    with pytest.raises(UserError, match="no row is left to train on: 1 read, all dropped .*no trace") as caught:
-        require_rows(tally, ["a.jsonl", "b.jsonl"])
-    assert caught.value.file == "a.jsonl, b.jsonl" and caught.value.remedy
-    tally.add(check_row(row(empty_response="4"), RULES))
-    require_rows(tally, ["a.jsonl"])
-    with pytest.raises(UserError, match="no empty pair is left in 1 row"):
-        require_rows(tally, ["a.jsonl"], RULES)
-    require_rows(tally, ["a.jsonl"], RowRules(streams=("trace",)))
-    tally.add(check_row(row(), RULES))
-    require_rows(tally, ["a.jsonl"], RULES)
-    with pytest.raises(UserError, match="no row is left"):
-        require_rows(RowTally(), ["a.jsonl"])
-
-
 @pytest.mark.parametrize("blank", [{"empty_response": ""}, {"empty_rejected_response": "", "empty_response": None}])
 def test_a_blank_cell_beside_a_missing_column_is_no_answer(blank):
     assert check_row(row(**blank), RULES).empty_source == "stripped"
-
-
-def test_where_the_empty_answers_come_from_is_told_in_shares():
-    tally = RowTally(rows=8, own=2, stripped=1)
-    tally.dropped["a reason"] = 4
-    said = tally.empty_line()
-    assert said.startswith(
-        "empty stream: of 4 rows 50 % have own answers, 25 % have stripped ones, 25 % have none. A st"
-    )
-    assert RowTally(rows=2, own=2).empty_line().endswith("0 % have none.") and RowTally().empty_line() is None

@@ -10,12 +10,7 @@ from megatron_bvpo.sampling.asking.batch_files import RAW_TEMPLATE
 from megatron_bvpo.sampling.samples import read_samples
 from tests.unit.chat_models import write_chat_model
 from tests.unit.openai_server import Behaviour, Served
-from tests.unit.test_sample_run import rows, write_prompts
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    return write_prompts(tmp_path / "prompts.jsonl", 6)
+from tests.unit.sample_runs import rows
 
 
 def command(prompts, out, *flags, samples=2):

@@ -15,7 +15,8 @@ from megatron_bvpo.planning.layout import Cluster
 from megatron_bvpo.planning.memory import EMPTY_LENGTH
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
-CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not file.stem.startswith("sampling_"))
+OTHERS = ("sampling_", "rounds_", "sweep_", "rehearsal_")  # no runs of swift rlhf
+CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not file.stem.startswith(OTHERS))
 EXPECTED = {
     "qwen3_235b_a22b_thinking_lora_4nodes": 4,
     "qwen3_235b_a22b_thinking_lora_8nodes": 8,

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_bvpo import cli
 from megatron_bvpo.cluster.support_report import head_and_tail, run_logs
+from megatron_bvpo.launching.flag_names import flag_names
 from megatron_bvpo.launching.run_file import RunFile
 from megatron_bvpo.launching.secret_masks import MASK, known_secrets, masked
 
@@ -99,6 +100,14 @@ def test_well_known_forms_need_no_name(secret):
 )  # fmt: skip
 def test_what_is_no_secret_stays(text):
     assert masked(text) == text
+
+
+def test_of_all_flags_only_the_secret_ones_are_masked():
+    """`lazy_tokenize`, `moe_token_drop_policy` and `teacher_tag_key` hold no token and no key."""
+    texts = {name: [f"--{name} chosen-value", f"{name}: chosen-value"] for name in flag_names()}
+    assert [name for name, ways in texts.items() if any(masked(way) != way for way in ways)] == ["hub_token"]
+    shown = "TOKENIZED_ROWS=/data/tokenized"
+    assert masked(shown) == shown and MASK in masked("MY_TOKEN=/data/tokenized")
 
 
 def test_values_of_flags_and_addresses_are_known():
