@@ -25,6 +25,8 @@ def record_growth(base, folder, save: bool = True):
                 self.state.last_model_checkpoint = str(folder)
 
         def _keep(self, stock, current, stream, layout, responses):
+            if not self.wrapped_models[0].training:  # held-out rows, which are numbered from 0, too
+                return stock(current, stream, layout, responses)
             chosen, rejected = layout.slices(stream)
             for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
                 pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
