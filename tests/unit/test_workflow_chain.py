@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -128,7 +129,8 @@ def test_what_a_killed_stage_left_is_ended_before_it_is_begun_again(tmp_path):
     (stray,) = [pid for pid in mine if os.getsid(pid) == pid and said_by(pid).startswith("sh -c while")]
     for pid in [controller.process.pid, *descendants(controller.process.pid)]:
         if pid not in [stray, *descendants(stray)]:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may have ended with the one before
+                os.kill(pid, signal.SIGKILL)
     controller.process.communicate()
     assert leftovers.processes_of(out / "stages/one"), "nothing was left: this shows nothing"
     Controller(stages, out).end(0)
