@@ -11,7 +11,7 @@
 #                               Says what it left out and why. What has passed for these very files is not run again,
 #                               so a go that was stopped goes on where it was (.test-progress/ keeps the names).
 set -euo pipefail
-BVPO_EXTRAS="evalscope,rehearsal,test"
+BVPO_EXTRAS="evalscope,rehearsal,test,workflow"
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 bvpo_environment
 cd "$BVPO_ROOT"

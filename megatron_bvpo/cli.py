@@ -99,12 +99,14 @@ def bvpo(argv: list[str] | None = None) -> int:
     from megatron_bvpo.errors import EXIT_CODE, UserError
     from megatron_bvpo.evaluation import compare_command, eval_command
     from megatron_bvpo.export import export_command
+    from megatron_bvpo.growth import expand_command
     from megatron_bvpo.launching import doctor, error_output, rows_command
     from megatron_bvpo.planning import command as plan
     from megatron_bvpo.reporting import run_report
     from megatron_bvpo.sampling.asking import sample_command
     from megatron_bvpo.sampling.judging import judge_command
     from megatron_bvpo.sampling.pairing import pairs_command
+    from megatron_bvpo.workflow import rounds_command, sweep_command
 
     parser = argparse.ArgumentParser(prog="bvpo", description="Tools around BVPO training with ms-swift.")
     parser.add_argument("--version", action="version", version=f"megatron-bvpo {megatron_bvpo.__version__}")
@@ -118,7 +120,10 @@ def bvpo(argv: list[str] | None = None) -> int:
     eval_command.add_command(commands)
     compare_command.add_command(commands)
     export_command.add_command(commands)
+    expand_command.add_command(commands)
     plan.add_command(commands)
+    sweep_command.add_command(commands)
+    rounds_command.add_command(commands)
     node_preflight.add_command(commands)
     supervise.add_command(commands)
     refs = commands.add_parser(

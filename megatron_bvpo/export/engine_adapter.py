@@ -26,20 +26,6 @@ from megatron_bvpo.launching.adapter_folders import CONFIG, WEIGHTS
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ROUTERS = ("gate", "router")
-# vLLM's --max-lora-rank takes these and no others.
-MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-
-
-def max_rank(rank: int) -> int:
-    """What to give a server as --max-lora-rank. Raises UserError above all of them."""
-    found = next((r for r in MAX_RANKS if r >= rank), None)
-    if found is None:
-        raise UserError(
-            f"vLLM takes adapters of rank {MAX_RANKS[-1]} at most, and this is one of {rank}",
-            field="r",
-            remedy="use --merge",
-        )
-    return found
 
 
 def write_engine_adapter(adapter: Adapter, out: Path, num_experts: int | None) -> list[str]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import shutil
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.export.new_folder import copy_others, new_folder, require_free, require_room
 
-# Of a model's folder, what an engine reads beside the weights.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".distcp")
+OUT = "--out"
 NOTE = "bvpo_export.json"
 
 
@@ -46,7 +44,7 @@ def run_command(args: argparse.Namespace) -> int:
     source = sources.find_source(args.checkpoint)
     model = sources.find_model(source, args.model)
     out = Path(args.out).absolute()
-    _require_free(out)
+    require_free(out, OUT)
     if args.merge and source.kind == "model":
         raise UserError(
             "this checkpoint is a whole model, and there is nothing to merge", field="--merge", remedy="leave it out"
@@ -57,17 +55,8 @@ def run_command(args: argparse.Namespace) -> int:
 
         model = sources.require_model(source, model, "--check")
         sequences = logprob_check.sequences_of(model, args.check)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(out, OUT) as partial:
         lines = _write(source, model, partial, merge=args.merge)
-        os.rename(partial, out)
-    except OSError as e:
-        where = e.filename or out
-        raise UserError(f"cannot be read or written: {e.strerror or e}", file=str(where), field="--out") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     named = source.trained_from
     if args.model and named and Path(named).name != model.folder.name:
         lines.append(
@@ -102,10 +91,10 @@ def _write_model(source, model, out: Path) -> tuple[str, list[str], list[str]]:
 
     base = sources.require_model(source, model, "carrying along what training dropped")
     saved = ModelFiles(source.folder, sources.FIELD)
-    _require_room(out, saved.bytes())
+    require_room(out.parent, saved.bytes(), OUT)
     told = write_whole_model(saved, base, out)
     for folder in (source.folder, base.folder):
-        _copy_others(folder, out)
+        copy_others(folder, out)
     return "model", told, []
 
 
@@ -116,54 +105,26 @@ def _write_merged(source, model, out: Path) -> tuple[str, list[str], list[str]]:
 
     base = sources.require_model(source, model, "a merge")
     adapter = Adapter(source.folder)
-    _require_room(out, base.bytes())
+    require_room(out.parent, base.bytes(), OUT)
     told = merge(base, adapter, out)
-    _copy_others(base.folder, out)
+    copy_others(base.folder, out)
     return "merged model", told, []
 
 
 def _write_adapter(source, model, out: Path) -> tuple[str, list[str], list[str]]:
     from megatron_bvpo.export.adapter import Adapter, updates
-    from megatron_bvpo.export.engine_adapter import max_rank, write_engine_adapter
+    from megatron_bvpo.export.engine_adapter import write_engine_adapter
+    from megatron_bvpo.launching.adapter_folders import max_rank
 
     adapter = Adapter(source.folder)
     rank = max_rank(adapter.rank)
     if model is not None:
         updates(adapter, model.shapes, str(model.folder))
-    _require_room(out, adapter.file.stat().st_size)
+    require_room(out.parent, adapter.file.stat().st_size, OUT)
     told = write_engine_adapter(adapter, out, (source.state.get("model") or {}).get("num_experts"))
     if model is None:
         told.append(f"its model is no folder on this machine ({source.trained_from}): the shapes were not compared")
     return "adapter", told, ["--enable-lora", "--max-lora-rank", str(rank)]
-
-
-def _require_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already", field="--out", remedy="give a new folder")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent}", field="--out", remedy="make it first")
-    if out.is_dir():
-        out.rmdir()
-
-
-def _require_room(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"{needed / 2**30:.1f} GiB are to be written and {free / 2**30:.1f} GiB are free",
-            file=str(out.parent),
-            field="--out",
-            remedy="give a folder on another disk",
-        )
-
-
-def _copy_others(source: Path, out: Path) -> None:
-    """What is no weight and not there yet: config, tokenizer, sampling settings, code."""
-    ours = ("args.json", "bvpo_state.json", "additional_config.json", "latest_checkpointed_iteration.txt")
-    for file in sorted(source.iterdir()):
-        skipped = file.name in ours or file.name.startswith(".") or ".safetensors" in file.name
-        if file.is_file() and not skipped and file.suffix not in _WEIGHTS and not (out / file.name).exists():
-            shutil.copy(file, out / file.name)
 
 
 def _write_note(source, model, out: Path, form: str) -> None:

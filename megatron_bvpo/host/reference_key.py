@@ -98,6 +98,8 @@ def reference_files(folders: dict[str, str]) -> dict[str, Path]:
 def key_of(files: dict[str, str], args: Any) -> tuple[str, dict]:
     """(32 hexadecimal digits, what they were made of) from the files' digests and the run's settings."""
     settings = [*SETTINGS, *(ADAPTER_SETTINGS if any(name.startswith("adapter/") for name in files) else ())]
+    if args.bvpo_new_layers_only:
+        settings.append("bvpo_new_layers_only")  # of the same files, another reference
     if args.new_special_tokens:
         settings.append("seed")  # their rows are random
     description = {

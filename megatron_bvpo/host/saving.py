@@ -126,10 +126,12 @@ class Checkpoints:
             ckpt.rotate(oldest_first, self.args.save_total_limit)
 
     def _add_generation_config(self, staging: Path) -> None:
-        """The model's own sampling settings and end-of-text tokens, which ms-swift leaves out of what it exports."""
-        source = Path(self.args.model_info.model_dir) / "generation_config.json"
-        for config in staging.glob("*/config.json") if source.is_file() else ():
-            shutil.copy(source, config.parent)
+        """The model's own sampling settings and end-of-text tokens, and which of its layers are new (bvpo expand):
+        ms-swift leaves them out of what it exports."""
+        for name in ("generation_config.json", "expansion.json"):
+            source = Path(self.args.model_info.model_dir) / name
+            for config in staging.glob("*/config.json") if source.is_file() else ():
+                shutil.copy(source, config.parent)
 
     def _saved_state(self) -> dict[str, Any]:
         """What bvpo_state.json holds besides its format."""
@@ -173,7 +175,9 @@ class Checkpoints:
 
     def _tuner_identity(self) -> dict[str, Any]:
         args = self.args
-        return {key: getattr(args, key) for key in (LORA_KEYS if args.tuner_type != "full" else ("tuner_type",))}
+        found = {key: getattr(args, key) for key in (LORA_KEYS if args.tuner_type != "full" else ("tuner_type",))}
+        # None, as checkpoints have it that know nothing of it.
+        return found | {"bvpo_new_layers_only": args.bvpo_new_layers_only or None}
 
     # ---- resuming
 

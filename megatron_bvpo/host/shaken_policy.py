@@ -14,6 +14,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from megatron_bvpo.host.grown_layers import steps_of_new_layers
 from megatron_bvpo.host.lora_start import ADAPTER
 
 
@@ -23,7 +24,9 @@ def adapters_begin_at_zero(models: Sequence[nn.Module]) -> bool:
 
 
 @contextmanager
-def shaken_policy(models: Sequence[nn.Module], *, adapted: bool) -> Iterator[Callable[[float], bool]]:
+def shaken_policy(
+    models: Sequence[nn.Module], *, adapted: bool, new_layers: Sequence[int] = ()
+) -> Iterator[Callable[[float], bool]]:
     """Yields `shake(scale)`, which makes the policy another model until the block ends.
 
     It returns whether there is anything to shake on this rank. A scale of 1 is as large as what the layers read, and
@@ -33,9 +36,14 @@ def shaken_policy(models: Sequence[nn.Module], *, adapted: bool) -> Iterator[Cal
         models: unwrapped chunks.
         adapted: B of the adapter that is trained is moved, else the model's norms and biases: what a reference of
             full tuning has copies of, and little enough to be kept.
+        new_layers: of a grown model, where they alone are trained: they are moved, and not what the reference shares.
     """
-    steps = _steps_of_b if adapted else _steps_of_vectors
-    kept = [(tensor, step, tensor.detach().clone()) for model in models for tensor, step in steps(model)]
+    if new_layers:
+        moved = list(steps_of_new_layers(models, new_layers))
+    else:
+        steps = _steps_of_b if adapted else _steps_of_vectors
+        moved = [found for model in models for found in steps(model)]
+    kept = [(tensor, step, tensor.detach().clone()) for tensor, step in moved]
 
     @torch.no_grad()
     def shake(scale: float) -> bool:

@@ -17,6 +17,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Where a checkpoint of ours keeps the factors of each expert, if peft needs another form of them (host/peft_export.py).
 PER_EXPERT = "vllm"
+# vLLM's --max-lora-rank takes these and no others.
+MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Settings of peft that mcore-bridge has no place for, with the values under which they say nothing.
 NO_PLACE = {
     "use_dora": (None, False),
@@ -91,3 +93,15 @@ def _read(file: Path, flag: str) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as e:
         raise UserError(f"cannot be read: {e}", file=str(file), field=f"--{flag}") from None
+
+
+def max_rank(rank: int) -> int:
+    """What to give a server as --max-lora-rank. Raises UserError above all of them."""
+    found = next((r for r in MAX_RANKS if r >= rank), None)
+    if found is None:
+        raise UserError(
+            f"vLLM takes adapters of rank {MAX_RANKS[-1]} at most, and this is one of {rank}",
+            field="r",
+            remedy="use --merge",
+        )
+    return found

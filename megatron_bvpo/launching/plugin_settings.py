@@ -84,6 +84,7 @@ SETTINGS = {
     "BVPO_GATE_THRESHOLD": Setting("bvpo_gate_threshold", float, "a number in [0, 1)"),
     "BVPO_LOGP_IMPL": Setting("bvpo_logp_impl", str, "auto, fused, triton, te or torch"),
     "BVPO_LOGP_MEMORY": Setting("bvpo_logp_memory", float, "GiB"),
+    "BVPO_NEW_LAYERS_ONLY": Setting("bvpo_new_layers_only", _boolean, "true or false"),
     "BVPO_REF_CACHE": Setting("bvpo_ref_cache", str, "a folder"),
     "BVPO_REFS_ONLY": Setting("bvpo_refs_only", _boolean, "true or false"),
     "BVPO_EVAL_ON_START": Setting("bvpo_eval_on_start", _boolean, "true or false"),

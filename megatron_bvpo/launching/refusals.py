@@ -167,6 +167,7 @@ def lora_refusals(args: Any) -> list[tuple]:
         "freeze_parameters_ratio": frozen,
         "trainable_parameters": frozen,
         "trainable_parameters_regex": frozen,
+        "bvpo_new_layers_only": "adapters are on all layers, and the model without them is the reference",
         "ref_model": reference,
         "mcore_ref_model": reference,
     }
@@ -209,7 +210,11 @@ LORA_ONLY = {
 
 def full_refusals(args: Any) -> list[tuple]:
     """Settings that full tuning, ms-swift's default, would ignore."""
-    found = []
+    without = "the reference is the model without its new layers, so nothing would read it"
+    found = [
+        (bool(args.bvpo_new_layers_only and getattr(args, flag)), flag, without, "leave the flag out")
+        for flag in ("ref_model", "mcore_ref_model")
+    ]
     for flag, default in LORA_ONLY.items():
         value = getattr(args, flag)
         value = tuple(value) if isinstance(value, list) else value

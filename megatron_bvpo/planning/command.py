@@ -144,6 +144,13 @@ def make_plan(
         raise UserError("is missing", file=config, field="model", remedy="add model: NAME, or give --model")
     shape = model_shape(name, beside=Path(config).parent)
     check_run(settings, config)
+    if settings.bvpo_new_layers_only and not shape.new_layers:
+        raise UserError(
+            f"is true, and {name} has no layers that are known to be new",
+            file=config,
+            field="bvpo_new_layers_only",
+            remedy="make the model with bvpo expand, and name its folder",
+        )
     lengths = Lengths.of(settings, trace=trace, empty=empty)
     measured = row_lengths(rows, name, settings) if rows else None
     try:

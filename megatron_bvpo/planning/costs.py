@@ -87,11 +87,13 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
     if run.lora:
         passes, products = 2, 2  # the policy forward; gradients of the inputs alone
         adapters = 6 * batch.tokens * lora_elements_a_token(shape, run)
+    elif run.bvpo_new_layers_only:
+        passes, products = 2 + new_share(shape, run), 2
     else:
         passes, products = 3, 4
     total = forward * passes + head * products + adapters
     if run.runs_reference:
-        total += forward + head
+        total += forward * (1 - new_share(shape, run)) + head
     if run.measures_baselines:
         total += 2 * (forward + head)
     if run.recompute == "full":
@@ -99,6 +101,11 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
     elif run.recompute == "selective" and "core_attn" in run.recompute_modules:
         total += attention_flops(shape, batch)
     return total
+
+
+def new_share(shape: ModelShape, run: RunSettings) -> float:
+    """The share of the layers that alone are trained, and that the reference leaves out; 0 in other runs."""
+    return len(shape.new_layers) / shape.layers if run.bvpo_new_layers_only else 0.0
 
 
 def recomputed_share(shape: ModelShape, run: RunSettings) -> float:

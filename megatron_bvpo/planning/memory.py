@@ -122,12 +122,16 @@ def stage_chunks(shape: ModelShape, run: RunSettings, stage: int) -> list[tuple[
     """Parameters of each model chunk of a stage (one, or VPP of them)."""
     pp = run.pipeline_model_parallel_size
     vpp = run.vpp if pp > 1 else 1
-    layers = stage_layers(run, shape.layers)[stage] // vpp
-    split = split_of(run)
-    return [
-        chunk_tensors(shape, split, layers, stage == 0 and chunk == 0, stage == pp - 1 and chunk == vpp - 1)
-        for chunk in range(vpp)
-    ]
+    split, of_stages = split_of(run), [n // vpp for n in stage_layers(run, shape.layers)]
+    found = []
+    for chunk in range(vpp):
+        trained = None
+        if run.bvpo_new_layers_only and not run.lora:  # the stages take turns with their chunks
+            before = chunk * sum(of_stages) + sum(of_stages[:stage])
+            trained = tuple(n - before for n in shape.new_layers if before <= n < before + of_stages[stage])
+        outer = stage == 0 and chunk == 0, stage == pp - 1 and chunk == vpp - 1
+        found.append(chunk_tensors(shape, split, of_stages[stage], *outer, trained))
+    return found
 
 
 def stage_buffers(chunks: list[tuple[Tensor, ...]], run: RunSettings, groups: Groups, stage: int) -> list[Buffer]:
@@ -187,7 +191,7 @@ def static_memory(shape: ModelShape, run: RunSettings, ranks: int, stage: int, *
     kept = 0
     if run.probes:
         kept = kept_copies(run, shape.experts > 0) * sum(b.shard_elements for b in buffers) * run.grad_bytes
-    has_reference = not run.lora and run.uses_reference
+    has_reference = not run.lora and run.uses_reference and not run.bvpo_new_layers_only
     return {
         "parameters": (frozen + stored) * run.dtype_bytes,
         "adapters": sum(t.elements for t in tensors if t.adapter) * run.dtype_bytes,
@@ -232,7 +236,7 @@ def log_prob_bytes(shape: ModelShape, run: RunSettings, batch: Batch) -> float:
         return t * shape.vocab / tp * 4
     gathered = t * h * run.dtype_bytes if tp > 1 else 0.0
     tiles = 0.0 if run.rehearsal else run.bvpo_logp_memory * GIB  # kernels/tile_sizes.py
-    if run.lora:
+    if run.head_frozen:
         products = t * h * (4 if tp > 1 else run.dtype_bytes)
         return tiles + gathered + products
     weight = shape.vocab / tp * h * run.dtype_bytes
@@ -292,10 +296,11 @@ def host_bytes(shape: ModelShape, run: RunSettings, ranks: int) -> float:
 
 
 def fullest(shape: ModelShape, run: RunSettings, ranks: int, lengths: Lengths, imbalance: float = 1.0) -> float:
-    """Bytes on the fullest rank. Of the stages between the first and the last, the second holds most."""
+    """Bytes on the fullest rank. Of the stages between the first and the last, the second holds most, where all layers
+    are trained alike."""
     batch = micro_batch(run, lengths)
     last = run.pipeline_model_parallel_size - 1
-    stages = {0, min(1, last), last}
+    stages = set(range(last + 1)) if run.bvpo_new_layers_only else {0, min(1, last), last}
     return max(stage_memory(shape, run, ranks, stage, batch, imbalance).total for stage in stages)
 
 

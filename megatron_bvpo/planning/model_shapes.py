@@ -37,6 +37,7 @@ class ModelShape:
         qk_norm: queries and keys are normalised per head.
         tied: one matrix for the embedding and the output layer.
         max_positions: longest sequence the model was made for.
+        new_layers: numbers of the layers that `bvpo expand` has added; () for a model that was not grown.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelShape:
     qk_norm: bool
     tied: bool
     max_positions: int
+    new_layers: tuple[int, ...] = ()
 
     @property
     def layer_matrices(self) -> int:
@@ -137,7 +139,21 @@ def shape_from_config(config: dict[str, Any], name: str, file: str | None = None
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         tied=bool(config.get("tie_word_embeddings", False)),
         max_positions=size("max_position_embeddings", 0),
+        new_layers=_new_layers(config, file),
     )
+
+
+def _new_layers(config: dict[str, Any], file: str | None) -> tuple[int, ...]:
+    """What `bvpo expand` has written; raises UserError where that names no layers of the model."""
+    found, layers = config.get("bvpo_new_layers") or [], config.get("num_hidden_layers")
+    if not isinstance(found, list) or not all(n in range(layers) for n in found):
+        raise UserError(
+            f"is {found!r}; expected numbers of the model's {layers} layers",
+            file=file,
+            field="bvpo_new_layers",
+            remedy="grow the model again with bvpo expand",
+        )
+    return tuple(found)
 
 
 def _family(config: dict[str, Any]) -> str:

@@ -106,6 +106,7 @@ class RunSettings:
     bvpo_probe_interval: int = 10
     bvpo_logp_impl: str = "auto"
     bvpo_logp_memory: float = 1.0
+    bvpo_new_layers_only: bool = False
     bvpo_ref_cache: str | None = None
     # read only to judge the rows of --rows as the run does
     bvpo_empty: str = "strip"
@@ -170,6 +171,10 @@ class RunSettings:
     @property
     def lora(self) -> bool:
         return self.tuner_type != "full"
+
+    @property
+    def head_frozen(self) -> bool:
+        return self.lora or self.bvpo_new_layers_only
 
     @property
     def recompute(self) -> str:

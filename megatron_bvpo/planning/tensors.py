@@ -79,17 +79,23 @@ def lora_modules(target_modules: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=512)
-def chunk_tensors(shape: ModelShape, split: Split, layers: int, first: bool, last: bool) -> tuple[Tensor, ...]:
-    """Parameters of a model chunk with `layers` layers; `first` has the embedding, `last` the head."""
-    full = split.lora_rank == 0
+def chunk_tensors(
+    shape: ModelShape, split: Split, layers: int, first: bool, last: bool, trained: tuple[int, ...] | None = None
+) -> tuple[Tensor, ...]:
+    """Parameters of a model chunk with `layers` layers; `first` has the embedding, `last` the head.
+
+    Args:
+        trained: the layers of the chunk, from 0, that alone are trained in full tuning; None: everything is.
+    """
+    full = split.lora_rank == 0 and trained is None
     vocab_rows = -(-shape.vocab // split.tp)  # padded to a multiple of TP
     shared = shape.tied and split.pipeline
     tensors: list[Tensor] = []
     if first:
         tensors.append(Tensor(vocab_rows * shape.hidden, full, shared_embedding=shared))
-    layer = _layer(shape, split, full)
-    for _ in range(layers):
-        tensors += layer
+    kept, moved = _layer(shape, split, full), _layer(shape, split, True) if trained else []
+    for i in range(layers):
+        tensors += moved if trained and i in trained else kept
     if last:
         tensors.append(Tensor(shape.hidden, full))
         if not shape.tied or (shared and not first):

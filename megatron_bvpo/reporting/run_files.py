@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.secret_masks import masked
 from megatron_bvpo.reporting.differing_settings import plain_settings, unique_names
-from megatron_bvpo.reporting.run_log import read_log, require_log
+from megatron_bvpo.reporting.run_log import LOG, read_log, require_log
 from megatron_bvpo.reporting.run_versions import FILE as VERSIONS
-from megatron_bvpo.reporting.scores import Evaluations, Score, read_scores
+from megatron_bvpo.reporting.scores import Evaluations, Score, read_scores, scores_below
 from megatron_bvpo.reporting.series import found_spikes
 
 ARGUMENTS = "args.json"
@@ -58,6 +59,10 @@ class Run:
     def scores(self) -> list[Score]:
         return self.evaluations.scores
 
+    @property
+    def trained(self) -> bool:
+        return bool(self.training or self.evaluation or self.settings)
+
     @cached_property
     def spikes(self) -> dict[str, list[int]]:
         """Metric → steps that are spikes."""
@@ -77,17 +82,36 @@ class Run:
         return line["step"], int(planned) if planned.isdigit() else None
 
 
+def require_run(folder: Path) -> Path:
+    """`folder` if it is a run's, or that of a model that was evaluated and not trained: it has scores, and no log in or
+    below it.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        return require_log(folder)
+    except UserError as error:
+        if "did you mean" in error.remedy or not any(scores_below(folder)):
+            raise
+    return folder
+
+
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs, in the order given; a folder that is named twice is one run.
 
     Raises:
-        UserError: a folder without a log.
+        UserError: a folder that is neither a run's nor an evaluated model's.
     """
-    distinct = list({require_log(folder).resolve(): None for folder in folders})
+    distinct = list({require_run(folder).resolve(): None for folder in folders})
     return [_read(name, folder) for name, folder in zip(unique_names(distinct), distinct, strict=True)]
 
 
 def _read(name: str, folder: Path) -> Run:
+    if not (folder / LOG).is_file():
+        run = Run(masked(name), folder, [], [], evaluations=read_scores(folder))
+        run.notes += ["was evaluated, and not trained here.", *map(masked, run.evaluations.notes)]
+        return run
     run = Run(masked(name), folder, *read_log(folder))
     if not run.training:
         run.notes.append("logging.jsonl has no step yet.")

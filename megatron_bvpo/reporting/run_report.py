@@ -1,7 +1,8 @@
 """What a run learnt, for a person: short lines while it runs, a table and a plot at its end.
 
-`bvpo report RUN [RUN …]` reads `logging.jsonl` of each BVPO run and writes `bvpo.png` beside it; with `--html FILE`
-all of them become one page, too. With `--follow` it turns the full log on standard input into a line a step.
+`bvpo report RUN [RUN …]` reads `logging.jsonl` of each BVPO run and writes `bvpo.png` beside it; with `--html FILE` all
+of them become one page, too, on which models can stand that were evaluated and not trained: RUN is then the folder that
+holds the evaluation's. With `--follow` it turns the full log on standard input into a line a step.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.reporting.run_log import LOG, STREAMS, measured_streams, read_log, require_log
+from megatron_bvpo.reporting.run_files import read_runs, require_run
+from megatron_bvpo.reporting.run_log import LOG, STREAMS, measured_streams, read_log
 from megatron_bvpo.streams import TABLE
 
 _METRICS = re.compile(r"\{'(?:eval_)?loss'.*\}")
@@ -156,13 +158,15 @@ def report(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.runs:
         raise UserError("a run is needed", field="RUN", remedy="name the run's --output_dir: bvpo report output/run-70")
-    runs = [require_log(run) for run in arguments.runs]
+    runs = [require_run(run) for run in arguments.runs]
     if arguments.html is not None:
         from megatron_bvpo.reporting.html_page import require_page, write_page
-        from megatron_bvpo.reporting.run_files import read_runs
 
         require_page(arguments.html)
     for run in dict.fromkeys(runs):
+        if not (run / LOG).is_file():
+            print(f"\n{run} was evaluated, and not trained: its scores are on the page (--html).")
+            continue
         target = run / "bvpo.png"
         try:
             told = write_report(run, target)

@@ -103,12 +103,13 @@ def _training(runs: Sequence[Run]):
     for run in runs:
         number = sum(map(len, run.spikes.values()))
         told = "; ".join(f"{key}: {len(steps)}" for key, steps in run.spikes.items())
-        cells.append(Cell(str(number), str(number), help=told))
+        cells.append(Cell(str(number), str(number), help=told) if run.trained else Cell(NONE))
     yield Column("training", "spikes", "of losses and gradient norm; the rule is below"), cells
     steps = []
     for run in runs:
         done, planned = run.steps
-        steps.append(Cell(f"{done} of {planned}" if planned else str(done), str(done)))
+        told = f"{done} of {planned}" if planned else str(done)
+        steps.append(Cell(told, str(done)) if run.trained else Cell(NONE))
     yield Column("training", "steps", "optimizer steps"), steps
 
 

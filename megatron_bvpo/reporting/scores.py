@@ -75,11 +75,16 @@ class Evaluations:
     last: Scores | None = None
 
 
+def scores_below(folder: Path) -> list[Path]:
+    """Scores in a folder and up to two folders down."""
+    files = (folder / SCORES, *sorted(folder.glob(f"*/{SCORES}")), *sorted(folder.glob(f"*/*/{SCORES}")))
+    return [file for file in files if file.is_file()]
+
+
 def read_scores(folder: Path) -> Evaluations:
     """Every evaluation of a run, by the names of their folders, and a note for what could not be had."""
     found = Evaluations()
-    files = (folder / SCORES, *sorted(folder.glob(f"*/{SCORES}")), *sorted(folder.glob(f"*/*/{SCORES}")))
-    for file in filter(Path.is_file, files):
+    for file in scores_below(folder):
         where = str(file.parent.relative_to(folder))
         try:
             whole = scores_file.read(file)

@@ -23,6 +23,7 @@ from transformers import AutoConfig
 
 from megatron_bvpo.data.shared_cache import spare_cores
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.host.grown_layers import new_layer_numbers
 from megatron_bvpo.host.timeouts import patient_until_the_first_step
 from megatron_bvpo.launching.adapter_folders import check_adapters, use_readable_forms
 from megatron_bvpo.launching.combinations import check_combinations, check_warmup
@@ -70,6 +71,7 @@ class BvpoArguments(MegatronRLHFArguments):
     bvpo_gate_threshold: float = 0.0
     bvpo_logp_impl: Literal["auto", "fused", "triton", "te", "torch"] = "auto"
     bvpo_logp_memory: float = 1.0
+    bvpo_new_layers_only: bool = False
     bvpo_ref_cache: str | None = None
     bvpo_refs_only: bool = False
     bvpo_eval_on_start: bool = False
@@ -135,7 +137,10 @@ class BvpoArguments(MegatronRLHFArguments):
 
     def _check_layout(self):
         check_layout(self, int(os.environ.get("WORLD_SIZE", "1")))
-        check_model_fits(self, AutoConfig.from_pretrained(self.model_info.model_dir, trust_remote_code=True))
+        config = AutoConfig.from_pretrained(self.model_info.model_dir, trust_remote_code=True)
+        check_model_fits(self, config)
+        if self.bvpo_new_layers_only:
+            new_layer_numbers(config, self.model_info.model_dir)
 
     def init_iters(self, train_dataset, val_dataset):
         asked_eval_iters = self.eval_iters

@@ -83,17 +83,23 @@ def rounding_of(args, layers: int, device: torch.device | str | int) -> Rounding
     return Rounding(eps, layers)
 
 
-def reference_begins_as_policy(args, *, resumed: bool, adapters_at_zero: bool) -> bool:
-    """Whether the two are one model before the first step; `adapters_at_zero` on every rank."""
+def reference_begins_as_policy(args, *, resumed: bool, policy_at_zero: bool) -> bool:
+    """Whether the two are one model before the first step.
+
+    Args:
+        policy_at_zero: on every rank, what is trained on top of the reference (adapters, new layers) changes nothing.
+    """
     if resumed:
         return False
+    if args.bvpo_new_layers_only:
+        return policy_at_zero
     if args.tuner_type == "full":
         same_model = not args.ref_model or args.ref_model == args.model
         return same_model and args.mcore_ref_model == args.mcore_model
     references = [*args.ref_adapters, *filter(None, [args.mcore_ref_adapter])]
     if references:
         return references == [*args.adapters, *filter(None, [args.mcore_adapter])]
-    return adapters_at_zero
+    return policy_at_zero
 
 
 def noisy(args, config) -> bool:

@@ -37,6 +37,7 @@ class BvpoConfig:
         empty_block: text of an empty trace, or None: the template's own.
         logp_impl: implementation of the log-probs.
         logp_memory: GiB that their tiles of logits may take on a GPU.
+        new_layers_only: train the layers that `bvpo expand` has added; the model without them is the reference.
         ref_cache: folder of reference log-probs, or None.
         refs_only: compute those of every row and train nothing.
         eval_on_start: evaluate once before the first step.
@@ -58,6 +59,7 @@ class BvpoConfig:
     empty_block: str | None
     logp_impl: str
     logp_memory: float
+    new_layers_only: bool
     ref_cache: str | None
     refs_only: bool
     eval_on_start: bool
@@ -112,6 +114,7 @@ def bvpo_config(values: dict[str, Any]) -> BvpoConfig:
         empty_block=values["bvpo_empty_block"],
         logp_impl=values["bvpo_logp_impl"],
         logp_memory=float(values["bvpo_logp_memory"]),
+        new_layers_only=bool(values["bvpo_new_layers_only"]),
         ref_cache=values["bvpo_ref_cache"] or None,
         refs_only=bool(values["bvpo_refs_only"]),
         eval_on_start=bool(values["bvpo_eval_on_start"]),

@@ -5,6 +5,7 @@ A step is step.py's, which is where to read on: pass → loss, or probe → pass
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
+from megatron_bvpo.host.grown_layers import new_layer_numbers, switched_off, train_only
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.merging import BaseWeights, check_merge_memory
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
@@ -61,6 +63,8 @@ class BvpoTrainer(MegatronRLHFTrainer):
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
+        # Of a grown model whose new layers alone are trained; else ().
+        self.new_layers = new_layer_numbers(template.config, args.model_dir) if self.bvpo.new_layers_only else ()
         if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
             template.bvpo = replace(template.bvpo, tell_losses=False)
         self.mixture = Mixture(self.bvpo)
@@ -104,7 +108,9 @@ class BvpoTrainer(MegatronRLHFTrainer):
             collate=self.data_collator,
             max_length=args.max_length,
         )
-        self.canaries = CanaryQuestions(args, self.config, self.unwrapped_models, self.passes, self.references, groups)
+        self.canaries = CanaryQuestions(
+            args, self.config, self.unwrapped_models, self.passes, self.references, groups, self.new_layers
+        )
         self.step = Step(
             args,
             models,
@@ -127,6 +133,8 @@ class BvpoTrainer(MegatronRLHFTrainer):
         args = self.args
         check_tuner_names(args, models)
         peft_models = super()._prepare_peft_model(models)
+        if self.new_layers:
+            train_only(models, self.new_layers)
         require_something_to_train(models)
         for folder in args.adapters:
             require_all_loaded(self.bridge, models, folder, flag="adapters", adapter_name="default")
@@ -137,18 +145,28 @@ class BvpoTrainer(MegatronRLHFTrainer):
         return peft_models
 
     def prepare_model(self):
-        if self.bvpo.losses.uses_reference:
+        if self.bvpo.losses.uses_reference and not self.new_layers:
             super().prepare_model()
             for folder in self.args.ref_adapters:
                 name = {"flag": "ref_adapters", "adapter_name": "ref_adapter"}
                 require_all_loaded(self.bridge, self.unwrapped_models, folder, **name)
-        else:  # no reference model is loaded where none is asked
+        else:  # no reference model is loaded where none is asked, or where the policy has one in it
             super(MegatronRLHFTrainer, self).prepare_model()
             self.ref_models = []
         config = self.template.config
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
+
+    @contextmanager
+    def null_ref_context(self):
+        """The reference's chunks, as they are inside: where new layers are trained, the policy's without those."""
+        if not self.new_layers:
+            with super().null_ref_context() as models:
+                yield models
+        else:
+            with switched_off(self.unwrapped_models, self.new_layers):
+                yield self.unwrapped_models
 
     # ---- data
 

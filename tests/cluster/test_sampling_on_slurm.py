@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from megatron_bvpo.cli import bvpo
+from megatron_bvpo.evaluation import scores_file
 from megatron_bvpo.sampling.samples import read_judgements, read_samples
 from tests.cluster.slurm_cluster import GOING_ON, OWN_ADDRESSES, free_port
 from tests.distributed.cells import ROOT
@@ -76,8 +77,8 @@ def wait_for(slurm, number: int, log: Path, true) -> None:
         time.sleep(0.3)
 
 
-def submit(slurm, job: Path) -> tuple[int, Path, int]:
-    """(number, log and the engines' port) of a job."""
+def submit(slurm, job: Path, *words: str) -> tuple[int, Path, int]:
+    """(number, log and the engines' port) of a job; `words` stand behind its file."""
     port, log = free_port(), job / "job.log"
     env = {
         "BVPO_ROOT": str(ROOT),
@@ -86,7 +87,7 @@ def submit(slurm, job: Path) -> tuple[int, Path, int]:
         "BVPO_ENGINE_PORT": str(port),
     }
     script = str(ROOT / "launch" / "sample.sbatch")
-    return slurm.submit("--nodes=2", f"--output={log}", script, "job.yaml", cwd=job, env=env), log, port
+    return slurm.submit("--nodes=2", f"--output={log}", script, "job.yaml", *words, cwd=job, env=env), log, port
 
 
 def test_it_samples_on_two_nodes_and_goes_on_after_every_stop(slurm, job):
@@ -143,3 +144,22 @@ def test_a_job_that_is_cancelled_stays_so(slurm, job):
     assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), told[-4000:]
     assert "it does not come back" in told and len(samples(job / "samples")) >= 50
     assert not listening(port)
+
+
+def test_an_evaluation_goes_on_after_its_time_limit(slurm, job):
+    """`-- bvpo eval …` in place of the file's own sampling."""
+    suite = {"datasets": [{"file": "prompts.jsonl", "name": "q", "judge": "exact"}]}
+    (job / "q.yaml").write_text(yaml.safe_dump(suite))
+    how = f"--max_tokens 100 --thinking_switch enable_thinking --repeats 2 --concurrency {CONCURRENCY}"
+    words = f"-- bvpo eval --suite q.yaml --model m --out eval {how}".split()
+    number, log, port = submit(slurm, job, *words)
+    answers = job / "eval" / "answers" / "q"
+    wait_for_answers(slurm, number, answers, log, 100)
+    slurm.ask("scancel", "--signal=USR1", "--batch", str(number))
+    record = slurm.wait(number, 180, log)
+    told = log.read_text()
+    assert (record["JobState"], record["Restarts"]) == ("COMPLETED", "1"), told[-4000:]
+    assert "the job goes back into the queue and goes on" in told and "done: eval" in told
+    for score in scores_file.read(job / "eval").scores:
+        assert (score.questions, score.answers, score.failed) == (PROMPTS, 2 * PROMPTS, 0)
+    assert len(samples(answers)) == 4 * PROMPTS and not listening(port)

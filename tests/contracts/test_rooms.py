@@ -32,14 +32,19 @@ MAY_USE = {
     "evaluation": {"data", "launching", "sampling"},
     # Reads and writes weights, so torch; on a login node, so no host.
     "export": {"data", "launching"},
+    "growth": {"export"},
     "rehearsal": set(),
+    "workflow": {"cluster", "data", "evaluation", "launching", "planning", "reporting", "sampling"},
 }
 HOSTS = {"megatron", "swift", "mcore_bridge", "transformer_engine", "transformer_engine_torch"}
 # Where our files are, and the endings of those that people write.
 WRITTEN = ("megatron_bvpo", "tests", "benchmarks", "configs", "containers", "launch", "plugins")
 WRITTEN_BY_HAND = {".py", ".sh", ".sbatch", ".yaml", ".yml", ".def", ".js", ".css", ".j2", ".html"}
 # Rooms of pure mathematics and of login nodes: no host framework, wherever in a file it is imported.
-WITHOUT_HOSTS = {"kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export"}
+WITHOUT_HOSTS = {
+    "kernels", "objective", "planning", "cluster", "reporting", "sampling", "evaluation", "export", "growth",
+    "workflow",
+}  # fmt: skip
 
 
 def imports(source: str) -> set[str]:
@@ -184,8 +189,11 @@ def test_a_planted_circle_is_noticed():
         ("evaluation.comparison", HOSTS | {"torch", "transformers"}),
         ("export.export_command", HOSTS | {"torch", "transformers"}),
         ("export.merging", HOSTS | {"transformers", "peft"}),
+        ("growth.expand_command", HOSTS | {"torch", "transformers", "ot"}),
+        ("growth.expansion", HOSTS | {"transformers", "peft"}),
         ("evaluation.evalscope_questions", HOSTS | {"torch", "transformers", "evalscope", "scipy"}),
         ("cluster.node_preflight", HOSTS | {"torch", "transformers"}),
+        ("workflow.chain", HOSTS | {"torch", "transformers", "snakemake"}),
     ],
 )
 def test_importing_loads_no_host(module, unwanted):

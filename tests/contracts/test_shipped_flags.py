@@ -15,9 +15,8 @@ import yaml
 
 from tests.distributed.cells import CPU_FLAGS, ROOT, SHIPPED_FLAGS
 
-CONFIGS = [
-    file for file in sorted((ROOT / "configs").glob("*.yaml")) if not file.stem.startswith(("rehearsal", "sampling_"))
-]
+NOT_SHIPPED = ("rehearsal", "sampling_", "rounds_", "sweep_")
+CONFIGS = [file for file in sorted((ROOT / "configs").glob("*.yaml")) if not file.stem.startswith(NOT_SHIPPED)]
 ELSEWHERE = {
     "ddp_backend": "NCCL needs GPUs: docs/first-gpu-run.md",
     "attention_backend": "which kernel computes it: the stand-in is one for all",

@@ -27,13 +27,13 @@ from tests.distributed.fork_worker import READY
 CELLS_A_PROCESS = 6
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a CPU needs, as in the README's table of rehearsal flags.
+# What a CPU needs, as in the README's table of rehearsal flags; more of them by hand (docs/logprob.md).
 CPU_FLAGS = (
     "--ddp_backend gloo --attention_backend flash --torch_dtype float32 --fp16 false --bf16 false "
     "--recompute_granularity none --gradient_accumulation_fusion false --masked_softmax_fusion false "
     "--bias_dropout_fusion false --moe_permute_fusion false --dataloader_num_workers 0 "
     "--dataloader_persistent_workers false --dataloader_pin_memory false --check_model false --add_version false "
-    "--report_to tensorboard --load_from_cache_file false --dataset_num_proc 1"
+    "--report_to tensorboard --load_from_cache_file false --dataset_num_proc 1 " + os.environ.get("BVPO_CELL_FLAGS", "")
 ).split()
 
 # What GPU configurations have on, by ms-swift's defaults or by configs/, and a CPU's cheap runs leave out. The rest of

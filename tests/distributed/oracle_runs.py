@@ -100,6 +100,7 @@ def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
     both = f"--adapters {adapter} --ref_adapters {adapter} --bvpo_eval_on_start true --train_iters 1"
     hook = {"hook": "tests.distributed.recorders:record_first_step", "hook_args": {"lora_scale": 0}}
     cells.append(cell("again", f"{data} {moe(workshop)} {both}", **hook))
+    cells.append(cell("onward", f"{data} {moe(workshop)} {both.replace(f'--ref_adapters {adapter}', '')}", **hook))
     for name, flags in (("fewer", "--adapters"), ("fewer-ref", "--ref_adapters")):
         given = f"{flags} {adapter} --target_modules linear_qkv linear_proj"
         cells.append(cell(name, f"{data} {moe(workshop)} {given}", may_fail=True))

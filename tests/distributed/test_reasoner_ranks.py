@@ -15,11 +15,10 @@ from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 from tests.distributed.hf_oracle import mean_logps
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    """Right answers before wrong ones, in both modes."""
+def problem_pairs(n: int) -> list[dict]:
+    """Rows of the reasoner's own problems: right answers before wrong ones, in both modes."""
     found = []
-    for problem in islice(problems(0, "train"), 8):
+    for problem in islice(problems(0, "train"), n):
         wrong = str(int(problem.answer) + 1)
         asked = {"role": "user", "content": problem.question}
         found.append(
@@ -33,7 +32,8 @@ def rows() -> list[dict]:
     return found
 
 
-def test_log_probs_are_those_of_transformers(rows, tmp_path):
+def test_log_probs_are_those_of_transformers(tmp_path):
+    rows = problem_pairs(8)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = (
         f"--model {reasoner_folder()} --model_type qwen3 --template qwen3 --dataset {tmp_path}/rows.jsonl "

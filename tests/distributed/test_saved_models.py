@@ -79,6 +79,15 @@ def test_the_adapter_in_a_further_run(saved_runs):
     assert start["eval_rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_adapter_alone_in_a_further_run(saved_runs):
+    """`--adapters` without `--ref_adapters`: the reference is the base model, as it was in the run before."""
+    (start,) = [line for line in saved_runs["onward"].log if "eval_loss" in line][:1]
+    (ended,) = [line for line in saved_runs["moe-experts"].log if "eval_loss" in line][-1:]
+    for key in ("loss", "rewards/margins", "empty/rewards/margins", "rewards/chosen", "rewards/rejected"):
+        assert start[f"eval_{key}"] == pytest.approx(ended[f"eval_{key}"], rel=TOLERANCE), key
+    assert abs(start["eval_rewards/margins"]) > 1e-4
+
+
 @pytest.mark.parametrize(("kind", "flag"), [("fewer", "adapters"), ("fewer-ref", "ref_adapters")])
 def test_an_adapter_of_more_layers_than_the_run_is_told(saved_runs, kind, flag):
     """mcore-bridge would leave the experts' factors unread."""

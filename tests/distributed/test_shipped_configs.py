@@ -20,6 +20,7 @@ import yaml
 
 from megatron_bvpo.planning.model_shapes import model_shape, shipped_names
 from tests.distributed.cells import CPU_FLAGS, ROOT, Cell, run_cells
+from tests.unit.grown_models import expand
 from tests.unit.test_shipped_configs import CONFIGS, cluster_of
 
 RANKS = 8
@@ -153,11 +154,12 @@ def test_two_steps_in_the_layout(tiny, workshop, tmp_path, request):
         pytest.skip("takes minutes: --whole-matrix runs it")
     cells = []
     for name in CONFIGS:
-        if name == "rehearsal":
-            kind = "qwen3_moe"
-        else:
-            kind = model_shape(settings_of(name)["model"]).kind
-        argv = argv_of(name, tiny[kind], workshop.train)
+        kind = "qwen3_moe" if name == "rehearsal" else model_shape(settings_of(name)["model"]).kind
+        model = tiny[kind]
+        if settings_of(name).get("bvpo_new_layers_only"):
+            model = tmp_path / f"{kind}-grown"
+            assert expand(tiny[kind], model) == 0
+        argv = argv_of(name, model, workshop.train)
         cells.append(Cell(name, argv, hook=HOOK, hook_args=HOOK_ARGS))
     for name, result in run_cells(RANKS, cells, tmp_path).items():
         losses = result.steps("loss")

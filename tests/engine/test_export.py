@@ -1,7 +1,8 @@
 """What `bvpo export` writes, served by a real engine: log-probs of ten held-out rows are those of the run's evaluation.
 
 A run logs the mean over the rows, for chosen and rejected responses in both streams. All adapters of a server are asked
-at once and by turns, so that its batches hold rows of each.
+at once and by turns, so that its batches hold rows of each. Three models: tiny ones, dense and with experts, and the
+small reasoner, whose rows are its own problems.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bvpo.rehearsal.reasoner import copy_reasoner
 from tests.conftest import Workshop
 from tests.distributed import oracle_runs
 from tests.distributed.cells import run_cells
 from tests.distributed.hf_oracle import STREAMS, load_model, mean_logps, pair_of, read_rows, tokens
+from tests.distributed.test_reasoner_ranks import problem_pairs
 from tests.distributed.test_saved_models import last_evaluation
 from tests.engine.commands import bvpo
 from tests.engine.vllm_server import serving
@@ -32,49 +35,64 @@ EXPERTS_ON_A_CPU = Path(__file__).parent / "cpu_moe_lora"
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Workshop:
-    """Models that the engine's attention for CPUs takes, and rows."""
+def benches(tmp_path_factory) -> dict[str, Workshop]:
+    """Kind → its model (as `dense` and `moe`) and rows; the tiny ones have sizes that the engine's attention takes."""
     from megatron_bvpo.rehearsal.sample_data import make_sample_rows
     from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 
     home = tmp_path_factory.mktemp("export")
-    rows = make_sample_rows(16 + ROWS, seed=1)
     sizes = dict(head_dim=32, num_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    return Workshop(
-        folder=home,
-        moe=make_tiny_model(home / "moe", kind="moe", **sizes),
-        dense=make_tiny_model(home / "dense", kind="dense", **sizes),
-        train=oracle_runs.write_rows(home / "train.jsonl", rows[:16]),
-        held_out=oracle_runs.write_rows(home / "held_out.jsonl", rows[16:]),
-    )
+    models = {kind: make_tiny_model(home / kind, kind=kind, **sizes) for kind in ("dense", "moe")}
+    models["reasoner"] = copy_reasoner(home / "reasoner")
+    tiny, own = make_sample_rows(16 + ROWS, seed=1), problem_pairs(16 + ROWS)
+    found = {}
+    for kind, model in models.items():
+        rows = own if kind == "reasoner" else tiny
+        found[kind] = Workshop(
+            folder=home / f"{kind}-runs",
+            moe=model,
+            dense=model,
+            train=oracle_runs.write_rows(home / f"{kind}-train.jsonl", rows[:16]),
+            held_out=oracle_runs.write_rows(home / f"{kind}-held-out.jsonl", rows[16:]),
+        )
+    return found
 
 
 @pytest.fixture(scope="module")
-def runs(bench):
+def runs(benches):
     """Two adapters of each model, one of them with rsLoRA, one of a mixture's router, too, and whole models."""
-    data, moe, dense = oracle_runs.saved_data(bench), oracle_runs.moe(bench), oracle_runs.dense(bench)
-    full = data.replace(oracle_runs.LORA, "--tuner_type full --lr 1e-3")
+    models = {kind: (oracle_runs.moe if kind == "moe" else oracle_runs.dense)(bench) for kind, bench in benches.items()}
+    models["reasoner"] = models["reasoner"].replace("qwen3_thinking", "qwen3")
+    data = {kind: oracle_runs.saved_data(bench) for kind, bench in benches.items()}
     flags = {
-        "dense-a": f"{data} {dense} --merge_lora false",
-        "dense-b": f"{data} {dense} --merge_lora false --seed 7 --lr 2e-2 --use_rslora true",
-        "moe-a": f"{data} {moe} --merge_lora false --use_rslora true --target_modules all-linear",
-        "moe-b": f"{data} {moe} --merge_lora false --seed 7 --target_modules all-linear",
-        "moe-router": f"{data} {moe} --merge_lora false --target_modules all-linear all-router",
-        "dense-full": f"{full} {dense}",
-        "moe-full": f"{full} {moe}",
+        "dense-a": "--merge_lora false",
+        "dense-b": "--merge_lora false --seed 7 --lr 2e-2 --use_rslora true",
+        "moe-a": "--merge_lora false --use_rslora true --target_modules all-linear",
+        "moe-b": "--merge_lora false --seed 7 --target_modules all-linear",
+        "moe-router": "--merge_lora false --target_modules all-linear all-router",
+        "reasoner-a": "--merge_lora false",
+        "reasoner-b": "--merge_lora false --seed 7 --use_rslora true",
+        "dense-full": "--tuner_type full --lr 1e-3",
+        "moe-full": "--tuner_type full --lr 1e-3",
+        "reasoner-full": "--tuner_type full --lr 1e-4",
     }
-    cells = [oracle_runs.cell(name, given, hook_args={"save": True}) for name, given in flags.items()]
-    return run_cells(1, cells, bench.folder / "runs")
+    cells = []
+    for name, given in flags.items():
+        kind = name.split("-")[0]
+        rows = data[kind].replace(oracle_runs.LORA, "") if "full" in name else data[kind]
+        cells.append(oracle_runs.cell(name, f"{rows} {models[kind]} {given}", hook_args={"save": True}))
+    return run_cells(1, cells, benches["dense"].folder)
 
 
 @pytest.fixture(scope="module")
-def exported(runs, bench):
+def exported(runs, benches):
     """name → folder; vLLM would leave a router's factors out, so that adapter is merged."""
     found = {}
+    home = benches["dense"].folder
     for name, run in runs.items():
-        found[name] = bench.folder / f"exported-{name}"
+        found[name] = home / f"exported-{name}"
         form = ["--merge"] if name == "moe-router" else []
-        said = bvpo("export", f"{run.folder}/last-checkpoint", "--out", str(found[name]), *form, cwd=bench.folder)
+        said = bvpo("export", f"{run.folder}/last-checkpoint", "--out", str(found[name]), *form, cwd=home)
         assert "serve it: vllm serve" in said
     return found
 
@@ -113,26 +131,25 @@ def require_same(found: dict[str, float], run) -> None:
     assert found == pytest.approx(expected, abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_two_adapters_on_one_server(kind, bench, runs, exported):
-    pair = [f"{kind}-a", f"{kind}-b"]
+@pytest.mark.parametrize("kind", ["dense", "moe", "reasoner"])
+def test_two_adapters_on_one_server(kind, benches, runs, exported):
+    bench, pair = benches[kind], [f"{kind}-a", f"{kind}-b"]
     flags = [*LORA, *(f"{name}={exported[name]}" for name in pair)]
     plugins = EXPERTS_ON_A_CPU if kind == "moe" else None
-    with serving(getattr(bench, kind), "base", bench.folder / f"{kind}.log", *flags, plugins=plugins) as address:
+    with serving(bench.dense, "base", exported[pair[0]].with_suffix(".log"), *flags, plugins=plugins) as address:
         found = served_logps(address, pair, bench)
         # By itself: in a batch with adapters, vLLM 0.32's code for CPUs takes slot −1 of the base for the last adapter.
         found |= served_logps(address, ["base"], bench)
     for name in pair:
         require_same(found[name], runs[name])
-    model = getattr(bench, kind)
-    expected = mean_logps(load_model(model), model, read_rows(bench.held_out))
+    expected = mean_logps(load_model(bench.dense), bench.dense, read_rows(bench.held_out))
     assert found["base"] == pytest.approx(expected, abs=TOLERANCE)
     for one, other in ((pair[0], pair[1]), (pair[0], "base"), (pair[1], "base")):
         assert found[one] != pytest.approx(found[other], abs=100 * TOLERANCE), "all would pass with any of them"
 
 
-@pytest.mark.parametrize("name", ["dense-full", "moe-full", "moe-router"])
-def test_a_whole_model(name, bench, runs, exported):
-    with serving(exported[name], "model", bench.folder / f"{name}.log") as address:
-        found = served_logps(address, ["model"], bench)
+@pytest.mark.parametrize("name", ["dense-full", "moe-full", "moe-router", "reasoner-full"])
+def test_a_whole_model(name, benches, runs, exported):
+    with serving(exported[name], "model", exported[name].with_suffix(".log")) as address:
+        found = served_logps(address, ["model"], benches[name.split("-")[0]])
     require_same(found["model"], runs[name])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bvpo.export import merging
-from megatron_bvpo.export.engine_adapter import max_rank
+from megatron_bvpo.launching.adapter_folders import max_rank
 from tests.unit import exports
 from tests.unit.exports import ALPHA, DENSE, EXPERTS, MIXTURE, MTP, PREFIX, RANK, E, F, export, write_trained
 

@@ -174,6 +174,7 @@ REFUSED_WITH_ADAPTERS = {
     "freeze_parameters_ratio": ADAPTERS | {"freeze_parameters_ratio": 0.5},
     "trainable_parameters": ADAPTERS | {"trainable_parameters": ["embedding"]},
     "trainable_parameters_regex": ADAPTERS | {"trainable_parameters_regex": ".*norm"},
+    "bvpo_new_layers_only": ADAPTERS | {"bvpo_new_layers_only": True},
 }
 
 
@@ -203,6 +204,12 @@ def test_what_the_run_refuses_is_refused(flag, values):
     plans_own = any(words in str(found.value) for words in ("not planned", "the plan knows"))
     assert found.value.field == flag and found.value.file == (None if plans_own else "run.yaml")
     assert "--" not in str(found.value)
+
+
+@pytest.mark.parametrize("flag", ["ref_model", "mcore_ref_model"])
+def test_new_layers_have_their_reference_in_the_model(flag):
+    with pytest.raises(UserError, match=rf"{flag}: is 'there': the reference is the model without its new layers"):
+        check_run(settings_from({"max_length": 1, "bvpo_new_layers_only": True, flag: "there"}), "run.yaml")
 
 
 def test_a_fixed_alpha_and_other_methods_are_refused_less():

@@ -33,6 +33,7 @@ ALL = {
     "BVPO_LOGP_MEMORY": "2.5",
     "BVPO_REFS_ONLY": "False",
     "BVPO_EVAL_ON_START": "true",
+    "BVPO_NEW_LAYERS_ONLY": "true",
     "BVPO_REF_CACHE": "/data/refs",
 }
 
@@ -63,6 +64,7 @@ def test_every_variable_fills_its_field():
         "bvpo_logp_memory": 2.5,
         "bvpo_refs_only": False,
         "bvpo_eval_on_start": True,
+        "bvpo_new_layers_only": True,
         "bvpo_ref_cache": "/data/refs",
     }
     assert set(ALL) == set(SETTINGS)

@@ -14,7 +14,7 @@ ALL = [*key.SETTINGS, *key.ADAPTER_SETTINGS, "seed"]
 
 
 def args(**changed):
-    values = dict.fromkeys(ALL, "as it was") | {"new_special_tokens": []}
+    values = dict.fromkeys(ALL, "as it was") | {"new_special_tokens": [], "bvpo_new_layers_only": False}
     return SimpleNamespace(**(values | changed))
 
 
@@ -29,6 +29,11 @@ def test_lora_settings_count_where_the_reference_is_an_adapter(name):
     assert key.key_of(FILES, changed)[0] == key.key_of(FILES, args())[0]
     adapter = FILES | {"adapter/adapter_model.safetensors": "b2"}
     assert key.key_of(adapter, changed)[0] != key.key_of(adapter, args())[0]
+
+
+def test_without_its_new_layers_a_model_is_another_reference():
+    """Of a model whose new layers were trained, the same files are the reference of a run that trains all."""
+    assert key.key_of(FILES, args(bvpo_new_layers_only=True))[0] != key.key_of(FILES, args())[0]
 
 
 def test_random_rows_of_new_tokens_come_from_the_seed():

@@ -14,6 +14,7 @@ from megatron_bvpo.cli import bvpo
 from megatron_bvpo.reporting.html_page import PARTS, page
 from megatron_bvpo.reporting.run_files import read_runs
 from megatron_bvpo.reporting.run_versions import write_versions
+from megatron_bvpo.reporting.runs_table import runs_table
 from tests.unit.report_runs import made_run, made_scores
 
 EVIL = "<script>alert(1)</script>"
@@ -74,6 +75,24 @@ def test_a_folder_that_cannot_be_written_and_a_run_without_steps(tmp_path, capsy
 
 
 # --- folders that lack something, or hold something else ---
+
+
+def test_a_model_that_was_evaluated_and_not_trained(tmp_path, capsys):
+    """The base stands beside the runs with its scores, and nothing is said of a training; a folder of runs is none."""
+    made_scores(tmp_path / "base" / "eval", {("AIME", "thinking"): 0.2})
+    run = made_run(tmp_path / "run", steps=20)
+    made_scores(run / "eval", {("AIME", "thinking"): 0.6})
+    target = tmp_path / "runs.html"
+    assert bvpo(["report", str(tmp_path / "base"), str(run), "--html", str(target)]) == 0
+    assert f"{tmp_path / 'base'} was evaluated, and not trained" in capsys.readouterr().out
+    text = target.read_text()
+    assert "run beats base by 40.0" in text and "was evaluated, and not trained here." in text
+    assert "args.json is not there" not in text and not (tmp_path / "base" / "bvpo.png").exists()
+    base, trained = read_runs([tmp_path / "base", run])
+    steps = [row.cells[-1].text for row in runs_table([base, trained]).rows]
+    assert steps == ["–", "20 of 20"]
+    assert bvpo(["report", str(tmp_path), "--html", str(target)]) == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 def test_a_run_without_anything_but_its_log(tmp_path):

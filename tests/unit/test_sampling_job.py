@@ -54,7 +54,7 @@ def test_without_a_file_nothing_changes():
 
 
 def test_the_engine_s_command(job):
-    words = job_file.engine_command(job, 8001)
+    words = job_file.engine_command(job_file.read_line([job]), 8001)
     assert words[:7] == "vllm serve some/model --host 0.0.0.0 --port 8001".split()
     assert words[7:] == [
         "--tensor-parallel-size",
@@ -63,7 +63,18 @@ def test_the_engine_s_command(job):
         "--hf-overrides",
         '{"rope_theta": 1}',
     ]
-    assert job_file.engine_command(job, 8001, "another")[2] == "another"
+    assert job_file.engine_command(job_file.read_line([job, "--model", "another"]), 8001)[2] == "another"
+
+
+def test_another_command_and_flags_of_the_engine(job):
+    """What the engine loads is the file's model, or --engine.model; an evaluation may ask for an adapter's name."""
+    words = "--engine.lora_modules a=A b=B --engine.enable_lora --engine.tensor-parallel-size=2"
+    line = job_file.read_line([job, *words.split(), *"-- bvpo eval --model a --out e".split()])
+    assert (line.model, line.client, line.out) == ("some/model", "eval --model a --out e".split(), "e")
+    assert line.engine["lora_modules"] == ["a=A", "b=B"] and line.engine["enable_lora"] is True
+    assert line.engine["tensor_parallel_size"] == "2" and line.engine["enable_expert_parallel"] is True
+    line = job_file.read_line([job, "--engine.model", "merged", "--limit", "3"])
+    assert (line.model, line.client, line.out) == ("merged", ["sample", job, "--limit", "3"], "samples")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +100,7 @@ def test_a_missing_model_is_named(tmp_path):
     file = tmp_path / "job.yaml"
     file.write_text("modes: [empty]\n")
     with pytest.raises(UserError, match="model: is missing"):
-        job_file.engine_command(str(file), 1)
+        job_file.read_line([str(file)])
 
 
 # --- sample.sbatch ---
@@ -104,7 +115,7 @@ print("key", os.environ["VLLM_API_KEY"], flush=True)
 http.server.HTTPServer(("127.0.0.1", int(os.environ["BVPO_ENGINE_PORT"])), Health).serve_forever()'"""
 # The Python that sample.sbatch calls: itself for everything but `bvpo sample`, whose words and key it prints.
 CLIENT = """#!/bin/bash
-if [ "$1" = -c ] && [ "$3" = sample ]; then
+if [ "$1" = -c ] && [[ "$3" =~ ^(sample|eval)$ ]]; then
   shift 2; echo "CLIENT $*"; echo "KEY $OPENAI_API_KEY"
   mkdir -p {out}/journal; {does}
 fi
@@ -160,6 +171,29 @@ def test_it_starts_engines_samples_and_ends_them(tmp_path, job, port):
     (log,) = (tmp_path / "samples" / "logs" / "slurm-7-0").glob("engine-*.log")
     assert log.read_text().split()[1] == told.split("KEY ")[1].split()[0], "both have the job's key"
     assert subprocess.run(["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}"], capture_output=True).returncode != 0
+
+
+def test_an_evaluation_asks_the_engines(tmp_path, job, port):
+    words = "--engine.model base --engine.served_model_name a -- bvpo eval --model a --out".split()
+    says = 'print("loads", os.environ["BVPO_ENGINE_MODEL"], os.environ["BVPO_ENGINE_NAME"], flush=True); '
+    command = ENGINE.replace('print("key"', f'{says}print("key"')
+    out = str(tmp_path / "samples")
+    told = sbatch(tmp_path, job, "exit 4", *words, out, port=port, BVPO_ENGINE_COMMAND=command)
+    assert f"CLIENT eval --model a --out {out} --server http://127.0.0.1:{port}/v1\n" in told and told.endswith(
+        "exit 4"
+    )
+    (log,) = (tmp_path / "samples" / "logs" / "slurm-7-0").glob("engine-*.log")
+    assert "loads base a\n" in log.read_text() and "bvpo eval ended with code 4" in told
+
+
+def test_answers_of_an_evaluation_count_as_going_on(tmp_path, job, port):
+    """They lie a folder deeper than samples."""
+    journal = tmp_path / "samples" / "answers" / "set" / "journal"
+    asks = f"mkdir -p {journal}; trap 'echo more >>{journal}/x; exit 0' TERM; kill -USR1 $PPID; "
+    asks += "while :; do sleep 0.1; done"
+    words = "-- bvpo eval --model a --out".split()
+    told = sbatch(tmp_path, job, asks, *words, str(tmp_path / "samples"), port=port)
+    assert "REQUEUED 7" in told and told.endswith("exit 0")
 
 
 def test_the_time_limit_ends_the_client_and_puts_the_job_back(tmp_path, job, port):

@@ -15,7 +15,8 @@ from megatron_bvpo.planning.layout import Cluster
 from megatron_bvpo.planning.memory import EMPTY_LENGTH
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
-CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not file.stem.startswith("sampling_"))
+OTHERS = ("sampling_", "rounds_", "sweep_", "rehearsal_")  # no runs of swift rlhf
+CONFIGS = sorted(file.stem for file in FOLDER.glob("*.yaml") if not file.stem.startswith(OTHERS))
 EXPECTED = {
     "qwen3_235b_a22b_thinking_lora_4nodes": 4,
     "qwen3_235b_a22b_thinking_lora_8nodes": 8,
@@ -23,6 +24,7 @@ EXPECTED = {
     "qwen3_30b_a3b_thinking_lora_2nodes": 2,
     "qwen3_30b_a3b_thinking_full_1node": 1,
     "qwen3_30b_a3b_thinking_full_2nodes": 2,
+    "qwen3_30b_a3b_thinking_expanded": 1,
     "deepseek_r1_distill_qwen_1_5b": 1,
     "deepseek_r1_distill_qwen_7b": 1,
     "deepseek_r1_0528_qwen3_8b": 1,

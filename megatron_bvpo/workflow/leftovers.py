@@ -1,0 +1,51 @@
+"""Processes that a stage has left behind: found by a variable of their environment, which all that it starts inherits.
+
+A stage's own process may be killed (`kill -9`, memory) and leave ranks that still write into its folder. Process groups
+do not find them, as torchrun gives each rank a session of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+VARIABLE = "BVPO_STAGE"
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Those of this user on this machine that the stage of `folder` has started, and that still run."""
+    marker, found = f"{VARIABLE}={folder}".encode(), []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if marker in (entry / "environ").read_bytes().split(b"\0") and not _is_over(entry):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def end_processes_of(folder: Path, grace: float = 15.0) -> int:
+    """SIGTERM, and SIGKILL to what is left after `grace` seconds; returns how many there were."""
+    first = processes_of(folder)
+    for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
+        for pid in processes_of(folder):
+            _tell(pid, number)
+        deadline = time.monotonic() + seconds
+        while processes_of(folder) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    return len(first)
+
+
+def _is_over(entry: Path) -> bool:
+    return (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def _tell(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass

@@ -1,0 +1,59 @@
+"""A trainer that keeps what policy and reference say of every row, and what it trains."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.hooks import around
+
+
+def record_growth(base, folder, save: bool = True):
+    """recorded.pt: `reference` and `policy`, (row, stream) → list of (iteration, log-probs of its pair); `trained`,
+    for each rank the numbers of the layers with a parameter to train, None for those outside of layers."""
+
+    class Recorder(base):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.heard = {"reference": {}, "policy": {}}
+            around(self.passes, "stream_sums", self._keep)
+
+        def save_checkpoint(self):
+            if save:
+                super().save_checkpoint()
+            else:
+                self.state.last_model_checkpoint = str(folder)
+
+        def _keep(self, stock, current, stream, layout, responses):
+            if not self.wrapped_models[0].training:  # held-out rows, which are numbered from 0, too
+                return stock(current, stream, layout, responses)
+            chosen, rejected = layout.slices(stream)
+            for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
+                pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
+                for row, pair in zip(layout.rows[stream], pairs, strict=True):
+                    self.heard[what].setdefault((row, stream), []).append((self.state.iteration, pair))
+            return stock(current, stream, layout, responses)
+
+        def finalize_training(self):
+            super().finalize_training()
+            gathered: list = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (self.heard, trained_layers(self.unwrapped_models)))
+            if dist.get_rank() == 0:
+                found = {"trained": [trained for _, trained in gathered], "ref_models": len(self.ref_models)}
+                for what in ("reference", "policy"):
+                    found[what] = {key: values for heard, _ in gathered for key, values in heard[what].items()}
+                torch.save(found, folder / "recorded.pt")
+
+    return Recorder
+
+
+def trained_layers(models) -> set:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    found = set()
+    for model in models:
+        inside = {}
+        for layer in (m for m in model.modules() if isinstance(m, TransformerLayer)):
+            inside |= {id(p): layer.layer_number - 1 for p in layer.parameters()}
+        found |= {inside.get(id(p)) for p in model.parameters() if p.requires_grad}
+    return found
