@@ -271,7 +271,7 @@ def _require_the_same(stages: list[Stage], out: Path) -> None:
     """Raises UserError for a stage that began as another one: its files would be kept, or mixed, without a word."""
     for stage in stages:
         record = Record(out, stage.name)
-        before, now = record.what(), stage.what(out)
+        before, now = record.what(stage.kept), stage.what(out)
         if before is not None and before != now:
             raise UserError(
                 f"is not what {stage.name} was when it began: {difference(before, now)}",

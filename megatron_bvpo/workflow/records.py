@@ -57,10 +57,10 @@ class Record:
         found = _read(self._lock)
         return found.get("pid") if is_locked(self._lock) and found.get("host") == socket.gethostname() else None
 
-    def what(self) -> list[str] | None:
+    def what(self, kept: str | None) -> list[str] | None:
         """What the stage was when it began (stages.py); None where it may be asked otherwise: it has not begun, or
-        was refused as a user's mistake before it did anything."""
-        if not self.done and self.failure().get("code") == 2:
+        was refused as a user's mistake before there was a `kept`."""
+        if not self.done and self.failure().get("code") == 2 and not (kept and os.path.lexists(kept)):
             return None
         return _read(self._begun).get("what")
 

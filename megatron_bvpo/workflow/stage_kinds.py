@@ -28,15 +28,15 @@ def training(
     """A run that goes on from its last checkpoint.
 
     Args:
-        file: of the run, which is written with `settings`.
+        file: of the run, which is written with `settings`; they have an output_dir.
         ranks: on this machine.
     """
-    files = {str(file): yaml_text(settings)}
+    more = {"files": {str(file): yaml_text(settings)}, "kept": str(Path(settings["output_dir"]) / CHECKPOINT)}
     if place.slurm is not None:
         slurm = Slurm(script(TRAIN_SCRIPT), place.words)
-        return Stage(name, (str(file),), after, env=env or {}, files=files, slurm=slurm)
+        return Stage(name, (str(file),), after, env=env or {}, slurm=slurm, **more)
     env = {"NPROC_PER_NODE": str(ranks), "MASTER_PORT": FREE_PORT, **(env or {})}
-    return Stage(name, ("bvpo", "supervise", "--", str(file)), after, env=env, files=files, cores=ranks)
+    return Stage(name, ("bvpo", "supervise", "--", str(file)), after, env=env, cores=ranks, **more)
 
 
 def asking(name: str, words: list[str], after: tuple[str, ...], place: Place, cores: int, **more) -> Stage:

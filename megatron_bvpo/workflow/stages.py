@@ -55,6 +55,7 @@ class Stage:
         cores: ranks or processes that it uses here; nothing of a Slurm stage's counts.
         slurm: submit instead of running here.
         whole: a path that appears whole when the work is done: where it is there, the command need not run again.
+        kept: a path that is there as soon as the work has left what a later start goes on from.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Stage:
     cores: int = 1
     slurm: Slurm | None = None
     whole: str | None = None
+    kept: str | None = None
 
     @property
     def words(self) -> list[str]:

@@ -32,9 +32,11 @@ def run_command(args: argparse.Namespace) -> int:
     from megatron_bvpo.workflow.chain import run_chain
     from megatron_bvpo.workflow.sweep_costs import costs_told
     from megatron_bvpo.workflow.sweep_file import read_sweep
-    from megatron_bvpo.workflow.sweep_stages import stages_of
+    from megatron_bvpo.workflow.sweep_stages import require_models, stages_of
 
     sweep = read_sweep(args.sweep, args.out)
+    if not (args.dry_run or args.graph):
+        require_models(sweep)
     outcome = run_chain(stages_of(sweep), sweep.out, cores=args.cores, dry_run=args.dry_run, graph=args.graph)
     if args.dry_run and not args.graph:
         print("\n".join(costs_told(sweep)))

@@ -70,9 +70,8 @@ def costs_told(sweep: Sweep) -> list[str]:
     for i in (0, 1):
         total[i] += sum(fill[i] for fill in fills.values())
     rest = f", without {unknown} run(s) that could not be planned" if unknown else ""
-    lines.append(
-        f"together {_range(total)} GPU hours, an estimate by bvpo plan with every sequence at its longest{rest}"
-    )
+    how = f"an estimate by bvpo plan with every sequence at its longest{rest}"
+    lines.append(f"together {_range(total)} GPU hours of training, {how}")
     if fills:
         saved = [max(0.0, without[i] - total[i]) for i in (0, 1)]
         lines.append(

@@ -90,6 +90,15 @@ def fill_settings(run: Run) -> dict[str, Any]:
     return kept
 
 
+def require_models(sweep: Sweep) -> None:
+    """Raise UserError where an engine is to be started on a model whose folder is not on this machine."""
+    models = [run.settings.get("model") for run in sweep.runs] if sweep.evaluation else []
+    for model in models:
+        if not Path(str(model)).is_dir():
+            remedy = "name the folder where it lies: engines, tokenizer and exports read it"
+            raise UserError(f"there is no folder {model}", file=sweep.file, field="train.model", remedy=remedy)
+
+
 def run_folder(sweep: Sweep, name: str) -> Path:
     return sweep.out / "runs" / name
 
@@ -175,7 +184,9 @@ def _asked(sweep: Sweep, evaluation: Evaluation, name: str, settings: Mapping[st
             raise UserError(
                 f"{name}: {error.message}", file=sweep.file, field="evaluate.merge", remedy="set it"
             ) from None
-    flags = {"model": name, "out": str(folder / "eval"), "tokenizer": str(base), **evaluation.flags}
+    flags = {"model": name, "out": str(folder / "eval"), **evaluation.flags}
+    if not flags.get("thinking_switch"):  # the model's own template says how thinking is turned off
+        flags.setdefault("tokenizer", str(base))
     suite, file = str(evaluation.flags.get("suite")), folder / "evaluate.yaml"
     return asking(
         f"eval/{name}",

@@ -53,7 +53,7 @@ class Sweeps:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("BVPO_", "SLURM_"))}
         env |= {"PYTHONPATH": str(ROOT), "BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
         with (self.home / f"{name}.log").open("ab") as log:
-            return subprocess.Popen([*command, "--cores", "1"], cwd=self.home, env=env, stdout=log, stderr=log)
+            return subprocess.Popen([*command, "--cores", "2"], cwd=self.home, env=env, stdout=log, stderr=log)
 
     def said(self, name: str) -> str:
         return (self.home / f"{name}.log").read_text()

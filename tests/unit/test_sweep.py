@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_bvpo.cli import bvpo
-from megatron_bvpo.data.readers import read_rows
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.launching.flag_names import flag_names
 from megatron_bvpo.sampling.asking.job_file import read_line
 from megatron_bvpo.workflow import sweep_command
+from megatron_bvpo.workflow.chain import run_chain
 from megatron_bvpo.workflow.stages import Stage
 from megatron_bvpo.workflow.sweep_costs import costs_told, run_costs
 from megatron_bvpo.workflow.sweep_file import read_sweep
@@ -165,6 +167,33 @@ def test_the_evaluation(write, tmp_path):
     assert "eval/base" not in stages(write(evaluate={**EVALUATE, "base": False}))
 
 
+def test_the_evaluation_runs(write, tmp_path, monkeypatch, capsys):
+    """With the tests' own server in the engine's place, and what would be trained and exported there already."""
+    rows = [{"prompt": f"What is {i}?", "answer": str(i % 3)} for i in range(8)]
+    Path("ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("suite.yaml").write_text(yaml.safe_dump({"datasets": [{"file": "ours.jsonl", "judge": "exact"}]}))
+    told = json.dumps({"key": "KEY", "model": "NAME"})
+    told = told.replace("KEY", "'$VLLM_API_KEY'").replace("NAME", "'$BVPO_ENGINE_NAME'")
+    server = f"exec {sys.executable} {ROOT}/tests/unit/openai_server.py $BVPO_ENGINE_PORT {tmp_path}/asked.log '{told}'"
+    monkeypatch.setenv("BVPO_ENGINE_COMMAND", server)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    evaluate = {**EVALUATE, "thinking_switch": "enable_thinking", "modes": ["thinking"], "merge": True}
+    file = write(grid=None, runs=[{"name": "own", "rows": "DS1"}], evaluate=evaluate)
+    sweep = read_sweep(file, "out")
+    (sweep.out / "runs/own/model").mkdir(parents=True)
+    chosen = [stage for stage in stages_of(sweep) if stage.name.startswith(("export/", "eval/"))]
+    names = {stage.name for stage in chosen}
+    chosen = [replace(stage, after=tuple(names & set(stage.after))) for stage in chosen]
+    assert run_chain(chosen, sweep.out).exit_code == 0, capsys.readouterr().out
+    assert "is there" in (sweep.out / "stages/export/own/log.txt").read_text()
+    sweep_command.summarise(sweep)
+    said = capsys.readouterr().out
+    assert "own" in said and "base" in said and said.splitlines()[-1] == f"Page: {sweep.out}/sweep.html"
+    assert (sweep.out / "compare.txt").read_text() in said
+    assert bvpo(["sweep", file, "--out", "out"]) == 2
+    assert f"train.model: there is no folder {RUN['model']}; name the folder" in capsys.readouterr().err
+
+
 def test_on_slurm(write):
     found = stages(
         write(
@@ -304,7 +333,7 @@ def test_the_sweep_of_003_is_the_table_s(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("configs").symlink_to(ROOT / "configs")
     for i in (1, 2, 3):
-        Path(f"ds{i}.jsonl").write_text("{}\n" * 5)
+        Path(f"ds{i}.jsonl").write_text("{}\n" * 10_000)
     sweep = read_sweep("configs/sweep_003.yaml")
     table = """59 DS1 16 32 5e-5 .1 -
 64 DS2 16 32 5e-5 .1 -
@@ -320,7 +349,7 @@ def test_the_sweep_of_003_is_the_table_s(tmp_path, monkeypatch):
         assert (run.name, run.rows, made["lora_rank"], made["lora_alpha"]) == (name, rows, int(rank), int(alpha))
         assert (made["lr"], made["beta"]) == (float(lr), float(beta))
         assert made["target_modules"] == ("all-linear" if router == "-" else ["all-linear", "all-router"])
-        assert run_costs(sweep, run).steps > 0
     found = stages_of(sweep)
     assert sum(stage.name.startswith("refs/") for stage in found) == 3 and len(found) == 3 + 3 * 8 + 1
-    assert len(list(read_rows("ds1.jsonl"))) == 5
+    head = Path("configs/sweep_003.yaml").read_text()
+    assert all(f"#   {line}\n" in head for line in costs_told(sweep)[-2:])

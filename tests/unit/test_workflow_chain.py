@@ -52,8 +52,8 @@ def test_what_a_stage_gets(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/proc")  # nobody can write there, as in an image without a home
     monkeypatch.setenv("BVPO_RUN_DIR", "/one/run/for/all")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    script = "import os, sys; assert not {'BVPO_RUN_DIR', 'XDG_CACHE_HOME'} & os.environ.keys(); "
+    monkeypatch.setenv("XDG_CACHE_HOME", "/my/cache")
+    script = "import os, sys; assert 'BVPO_RUN_DIR' not in os.environ and os.environ['XDG_CACHE_HOME'] == '/my/cache'; "
     script += "print(sys.prefix, os.environ['PORT'], os.environ['WORD'], open('made/in.txt').read())"
     stage = Stage("one", ("python", "-c", script), env={"PORT": FREE_PORT, "WORD": "w"}, files={"made/in.txt": "text"})
     whole = Stage("there", ("false",), whole="whole")
@@ -206,7 +206,12 @@ def test_a_stage_that_was_another_one_is_neither_kept_nor_written_over(tmp_path,
                      reads=(str(rows),), **more)  # fmt: skip
 
     assert run_chain([stage(code=2)], out).exit_code == 4
-    assert run_chain([stage(code=1)], out).exit_code == 4  # refused before it began anything: may be asked otherwise
+    (tmp_path / "checkpoint").touch()
+    told = refused([stage(code=1, kept=str(tmp_path / "checkpoint"))], out)
+    assert "exit 2 → command: exit 1" in told  # refused, but an earlier start has left something
+    assert (
+        run_chain([stage(code=1, kept=str(tmp_path / "none"))], out).exit_code == 4
+    )  # refused before it began anything: may be asked otherwise
     told = refused([stage(lr="2e-5", code=1)], out)
     assert told.startswith(f"{out}/stages/train/a: is not what train/a was when it began: ")
     assert "run.yaml: lr: 1e-5 → run.yaml: lr: 2e-5" in told and "beta" not in told and "another --out" in told
