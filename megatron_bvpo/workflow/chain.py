@@ -9,7 +9,6 @@ next start waits for them.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.workflow.leftovers import ends_with
 from megatron_bvpo.workflow.records import Record, State, take_lock
 from megatron_bvpo.workflow.stages import (
     Slurm,
@@ -115,7 +115,7 @@ class Controller:
             with (self.out / LOG).open("ab") as log:
                 self.snakemake = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env=environment_of_snakemake(self.out), preexec_fn=_ends_with(os.getpid()),
+                    env=environment_of_snakemake(self.out), preexec_fn=ends_with(os.getpid(), signal.SIGKILL),
                 )  # fmt: skip
             handed_on = 0
             while self.snakemake.poll() is None:
@@ -196,19 +196,6 @@ def _snakemake(out: Path) -> list[str]:
     file = Path(__file__).with_name("Snakefile")
     own = ["--profile", "none", "--workflow-profile", "none"]  # and not what a person or site has for other workflows
     return [sys.executable, "-m", "snakemake", *own, "--snakefile", str(file), "--directory", str(out)]
-
-
-def _ends_with(parent: int):
-    """What a child calls before it becomes Snakemake, so that it ends with `parent`: prctl(2), Linux only."""
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this could be asked for
-            os._exit(1)
-
-    return ask
 
 
 def _states(stages: list[Stage], out: Path) -> dict[str, State]:

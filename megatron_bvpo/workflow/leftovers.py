@@ -1,4 +1,5 @@
-"""Processes that a stage has left behind: found by a variable of their environment, which all that it starts inherits.
+"""Processes that end with their parent, and those that a stage has left behind, which are found by a variable of their
+environment: all that it starts inherits it.
 
 A stage's own process may be killed (`kill -9`, memory) and leave ranks that still write into its folder. Process groups
 do not find them, as torchrun gives each rank a session of its own.
@@ -6,12 +7,27 @@ do not find them, as torchrun gives each rank a session of its own.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from pathlib import Path
 
 VARIABLE = "BVPO_STAGE"
+
+
+def ends_with(parent: int, number: int):
+    """What a child calls before it becomes another program, so that it is sent `number` when `parent` ends, however:
+    prctl(2), Linux only."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
+        libc.prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it ended before this could be asked for
+            os._exit(1)
+
+    return ask
 
 
 def processes_of(folder: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,3 +99,10 @@ def wait_for(condition, what: str, seconds: float = 60):
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.02)
     return found
+
+
+def kill_all(pids) -> None:
+    """SIGKILL; one may end by itself when its parent has."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
