@@ -9,7 +9,6 @@ next start waits for them.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
@@ -21,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.workflow.records import Record, State, take_lock
+from megatron_bvpo.workflow.leftovers import ends_with
+from megatron_bvpo.workflow.records import Record, State, origin, take_lock
 from megatron_bvpo.workflow.stages import (
     Slurm,
     Stage,
@@ -77,11 +77,12 @@ def run_chain(
         graph: draw the chain into this file instead: .dot, .mmd (Mermaid), or .svg, .png, .pdf where graphviz is.
 
     Raises:
-        UserError: another controller works in `out`; a stage that has begun was another command then; too few cores;
-            the extra [workflow] is missing.
+        UserError: another controller works in `out`; a stage that has begun was another command then, or what it is
+            made from has been done again; too few cores; the extra [workflow] is missing.
     """
     stages, out = in_order(stages), Path(os.path.realpath(out))
     cores = _cores(stages, cores)
+    _require_work(stages)
     _require_the_same(stages, out)
     if graph is not None:
         _draw(stages, out, Path(graph))
@@ -115,7 +116,7 @@ class Controller:
             with (self.out / LOG).open("ab") as log:
                 self.snakemake = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env=environment_of_snakemake(self.out), preexec_fn=_ends_with(os.getpid()),
+                    env=environment_of_snakemake(self.out), preexec_fn=ends_with(os.getpid()),
                 )  # fmt: skip
             handed_on = 0
             while self.snakemake.poll() is None:
@@ -198,19 +199,6 @@ def _snakemake(out: Path) -> list[str]:
     return [sys.executable, "-m", "snakemake", *own, "--snakefile", str(file), "--directory", str(out)]
 
 
-def _ends_with(parent: int):
-    """What a child calls before it becomes Snakemake, so that it ends with `parent`: prctl(2), Linux only."""
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this could be asked for
-            os._exit(1)
-
-    return ask
-
-
 def _states(stages: list[Stage], out: Path) -> dict[str, State]:
     return {stage.name: Record(out, stage.name).state() for stage in stages}
 
@@ -267,24 +255,45 @@ def _cores(stages: list[Stage], cores: int | None) -> int:
     return needed if cores is None else cores
 
 
+def _require_work(stages: list[Stage]) -> None:
+    """Raises UserError where jobs would end well and have done nothing."""
+    if os.environ.get("BVPO_PREFLIGHT") == "only" and any(stage.slurm for stage in stages):
+        message = "is only: a job would check its nodes, train nothing and end as a finished one"
+        raise UserError(message, field="BVPO_PREFLIGHT", remedy="unset it")
+
+
 def _require_the_same(stages: list[Stage], out: Path) -> None:
     """Raises UserError for a stage that began as another one: its files would be kept, or mixed, without a word."""
     for stage in stages:
-        record = Record(out, stage.name)
-        before, now = record.what(stage.kept), stage.what(out)
-        if before is not None and before != now:
+        record, now = Record(out, stage.name), origin(stage, out)
+        before = record.begun_as(stage.kept)
+        if not before and not record.done:
+            continue
+        if before.get("what", now["what"]) != now["what"]:
             raise UserError(
-                f"is not what {stage.name} was when it began: {difference(before, now)}",
+                f"is not what {stage.name} was when it began: {difference(before['what'], now['what'])}",
                 file=str(record.folder),
-                remedy="Give the new chain another --out; or, to do this stage again, remove that folder and what the "
-                "stage has made.",
+                remedy=f"Give the new chain another --out; or, to do this stage again, {_undoing(record)}.",
             )
-        if record.done and (missing := [name for name in stage.after if not Record(out, name).done]):
-            raise UserError(
-                f"{stage.name} is done, and {missing[0]}, which it was made from, is not any more",
-                file=str(record.folder),
-                remedy="Remove that folder and what the stage has made, too.",
-            )
+        for name, ended in now["made_from"].items():
+            if ended is None or before.get("made_from", {}).get(name, ended) != ended:
+                has = "is done" if record.done else "has begun"
+                is_now = "is not done any more" if ended is None else "was done again since"
+                raise UserError(
+                    f"{stage.name} {has}, and {name}, which it was made from, {is_now}",
+                    file=str(record.folder),
+                    remedy=f"{_undoing(record).capitalize()}, too.",
+                )
+
+
+def _undoing(record: Record) -> str:
+    """What is to be done before a stage can be done again. What still works for it comes first."""
+    first = ""
+    if record.state() == State.RUNNING:
+        first = f"end process {record.holder()}, " if record.holder() else "end what runs it, "
+    if record.job and not record.done:
+        first += f"scancel {record.job}, "
+    return f"{first}remove that folder and what the stage has made"
 
 
 def _refuse_second(out: Path, holder: dict) -> None:

@@ -1,11 +1,13 @@
 """Processes that a stage has left behind: found by a variable of their environment, which all that it starts inherits.
 
 A stage's own process may be killed (`kill -9`, memory) and leave ranks that still write into its folder. Process groups
-do not find them, as torchrun gives each rank a session of its own.
+do not find them, as torchrun gives each rank a session of its own. What must not outlive its parent asks for that when
+it starts (`ends_with`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -38,6 +40,20 @@ def end_processes_of(folder: Path, grace: float = 15.0) -> int:
         while processes_of(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
     return len(first)
+
+
+def ends_with(parent: int):
+    """What a child calls before it becomes another program, so that it is killed when `parent` ends: prctl(2), Linux
+    only."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before this could be asked for
+            os._exit(1)
+
+    return ask
 
 
 def _is_over(entry: Path) -> bool:
