@@ -22,7 +22,8 @@ def record(base, folder: Path, starve: bool = False, save: bool = False, fault: 
     class Recorder(base):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.passes.stream_sums = partial(self._keep_logps, self.passes.stream_sums)
+            losses = self.passes.losses
+            object.__setattr__(losses, "of", partial(self._keep_logps, losses.of))  # it is frozen
 
         def save_checkpoint(self):
             if save:
@@ -40,13 +41,13 @@ def record(base, folder: Path, starve: bool = False, save: bool = False, fault: 
                     if model.post_process:
                         model.decoder.final_layernorm.weight.data.mul_(1 + fault)
 
-        def _keep_logps(self, stock, current, stream, layout, responses):
+        def _keep_logps(self, stock, stream, responses, layout):
             logps_Q, ref_logps_Q = responses.logps_Q, responses.ref_logps_Q
             chosen, rejected = layout.slices(stream)
             kept = [logps_Q[chosen], logps_Q[rejected], ref_logps_Q[chosen], ref_logps_Q[rejected]]
             for row, *values in zip(layout.rows[stream], *(k.detach().tolist() for k in kept), strict=True):
                 self.logps[f"{row} {stream}"] = values
-            return stock(current, stream, layout, responses)
+            return stock(stream, responses, layout)
 
         def train_step(self, train_data_iterator):
             self.logps = {}

@@ -34,6 +34,13 @@ class Slice:
     copies: int
 
 
+def clear(models: Iterable, optimizer) -> None:
+    """Empty the buffers of all DDP-wrapped model chunks, and what the optimizer keeps beside them."""
+    for model in models:
+        model.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
 def gradient_slices(models: Iterable, *, tp_rank: int) -> list[Slice]:
     """Slices of all DDP-wrapped model chunks of this rank.
 

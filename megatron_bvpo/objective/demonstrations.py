@@ -1,15 +1,17 @@
-"""Token losses of demonstrations. Pure.
+"""Token losses of demonstrations, and what is summed of them. Pure.
 
 Shapes: any; token losses stand where their log-probs stood.
 
 A demonstration's loss is a mean over the counted tokens of the **global** batch: whoever calls adds the tokens of all
-sequences up (objective/sequence.py) and divides once by the count of all ranks. Neither source divides by the sum of
-the factors.
+sequences up (stream_losses.py) and divides once by the count of all ranks. Neither source divides by the sum of the
+factors.
 
 Sources: DFT (arXiv 2508.05629), SFT-φ of CHORD (2508.11408).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,3 +43,31 @@ def token_losses(logps: Tensor, kind: str) -> Tensor:
         # expm1: 1 − p of a token that is nearly certain would lose its digits, and with them the factor.
         return fixed.exp() * torch.expm1(fixed) * logps
     raise ValueError(f"{kind!r} is no loss of demonstrations; there are {', '.join(TOKEN_LOSSES)}")
+
+
+@dataclass
+class DemonstrationSums:
+    """Of a stream that demonstrates: over counted tokens, and over whole responses."""
+
+    tokens: Tensor
+    loss: Tensor
+    logps: Tensor
+    responses: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """What the stream's loss is a mean over."""
+        return self.tokens
+
+    @staticmethod
+    def of(losses_P: Tensor, logps_P: Tensor, tokens_P: Tensor, weights_P: Tensor) -> DemonstrationSums:
+        """Weighted sums over P demonstrations, from each one's summed token losses and log-probs; weight 0: nothing."""
+
+        def total(values_P: Tensor) -> Tensor:
+            return torch.where(weights_P > 0, weights_P * values_P.double(), 0.0).sum()
+
+        return DemonstrationSums(total(tokens_P), total(losses_P), total(logps_P.detach()), weights_P.sum())
+
+    def metrics(self, *, rpo: bool) -> dict[str, tuple]:
+        """Log names, without the stream's prefix, to (sum, count)."""
+        return {"nll_loss": (-self.logps, self.tokens), "logps/response": (self.logps, self.responses)}

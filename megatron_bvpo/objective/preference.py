@@ -1,4 +1,4 @@
-"""Pair log-probs to preference losses and rewards. Pure.
+"""Pair log-probs to preference losses and rewards, and what is summed of them. Pure.
 
 Shapes: P pairs. All tensors are float64 [P].
 
@@ -11,6 +11,7 @@ loss (arXiv 2510.05095).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -125,3 +126,75 @@ def with_rewards(loss: Tensor, pairs: PairLogps, config: PreferenceConfig) -> Pa
         chosen, rejected = chosen - pairs.ref_chosen, rejected - pairs.ref_rejected
     rewards = (config.beta * side.detach() for side in (chosen, rejected))
     return PairLosses(loss.double(), *rewards, -pairs.chosen / pairs.chosen_tokens.clamp(min=1))
+
+
+@dataclass
+class StreamSums:
+    """Of an estimator: over pairs."""
+
+    pairs: Tensor
+    loss: Tensor
+    nll: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    accuracies: Tensor
+    margins: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """What the stream's loss is a mean over."""
+        return self.pairs
+
+    @staticmethod
+    def of(logps: PairLogps, losses: PairLosses, weights_P: Tensor) -> StreamSums:
+        """Weighted sums over P pairs; a pair of weight 0 adds nothing, even if its values are not finite."""
+
+        def total(values_P: Tensor) -> Tensor:
+            return torch.where(weights_P > 0, weights_P * values_P.double(), 0.0).sum()
+
+        # A tie counts half: with policy = reference every pair is one, and nothing is preferred yet.
+        difference_P = losses.chosen_rewards - losses.rejected_rewards
+        better = torch.heaviside(difference_P.double(), difference_P.new_full((), 0.5, dtype=torch.float64))
+        return StreamSums(
+            pairs=weights_P.sum(),
+            loss=total(losses.loss),
+            nll=total(losses.nll.detach()),
+            chosen_logps=total(logps.chosen.detach()),
+            rejected_logps=total(logps.rejected.detach()),
+            chosen_rewards=total(losses.chosen_rewards),
+            rejected_rewards=total(losses.rejected_rewards),
+            accuracies=total(better),
+            margins=total(difference_P),
+        )
+
+    def metrics(self, *, rpo: bool) -> dict[str, tuple]:
+        """Log names, without the stream's prefix, to (sum, count)."""
+        found = {
+            "logps/chosen": (self.chosen_logps, self.pairs),
+            "logps/rejected": (self.rejected_logps, self.pairs),
+            "rewards/chosen": (self.chosen_rewards, self.pairs),
+            "rewards/rejected": (self.rejected_rewards, self.pairs),
+            "rewards/accuracies": (self.accuracies, self.pairs),
+            "rewards/margins": (self.margins, self.pairs),
+        }
+        return found | ({"nll_loss": (self.nll, self.pairs)} if rpo else {})
+
+
+def summed_pairs(
+    stream: str,
+    pairs: PairLogps,
+    config: PreferenceConfig,
+    weights_P: Tensor,
+    own: Callable[[PairLogps, PreferenceConfig], Tensor] | None = None,
+) -> tuple[Tensor, StreamSums]:
+    """([P] losses, their weighted sums) of a stream's pairs; gradients flow through both.
+
+    Args:
+        config: the run's; the stream's constants are taken from it.
+        own: a user's own loss, in place of that of `config`.
+    """
+    config = config.of(stream)
+    losses = pair_losses(pairs, config) if own is None else with_rewards(own(pairs, config), pairs, config)
+    return losses.loss, StreamSums.of(pairs, losses, weights_P)

@@ -1,4 +1,4 @@
-"""Losses of single responses that are known to be right or wrong. Pure.
+"""Losses of single responses that are known to be right or wrong, and what is summed of them. Pure.
 
 Shapes: R responses of a stream in a micro-batch, M mismatched ones. All tensors are float64 unless said otherwise.
 
@@ -116,3 +116,65 @@ def unpaired_losses(responses: ResponseLogps, z: Tensor | None, config: Unpaired
     weights = ratio.new_tensor([config.undesirable_weight, config.desirable_weight])
     weight = weights[responses.desirable.long()]
     return ResponseLosses(weight * torch.sigmoid(config.beta * signed), (config.beta * ratio).detach())
+
+
+@dataclass
+class ResponseSums:
+    """Of an estimator whose loss takes single responses: over all of them, and over the right and the wrong ones."""
+
+    responses: Tensor
+    loss: Tensor
+    right: Tensor
+    right_logps: Tensor
+    wrong_logps: Tensor
+    right_rewards: Tensor
+    wrong_rewards: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """What the stream's loss is a mean over."""
+        return self.responses
+
+    @staticmethod
+    def of(logps: ResponseLogps, losses: ResponseLosses, weights_P: Tensor) -> ResponseSums:
+        """Weighted sums over P responses; one of weight 0 adds nothing, even if its values are not finite."""
+        right_P = torch.where(logps.desirable, weights_P, 0.0)
+
+        def total(values_P: Tensor, weights_P: Tensor) -> Tensor:
+            return torch.where(weights_P > 0, weights_P * values_P.double(), 0.0).sum()
+
+        both = (right_P, weights_P - right_P)
+        return ResponseSums(
+            weights_P.sum(),
+            total(losses.loss, weights_P),
+            right_P.sum(),
+            *(total(logps.policy.detach(), some_P) for some_P in both),
+            *(total(losses.rewards, some_P) for some_P in both),
+        )
+
+    def metrics(self, *, rpo: bool) -> dict[str, tuple]:
+        """ms-swift's names of KTO: chosen are the right ones, rejected the wrong ones."""
+        wrong = self.responses - self.right
+        found = {}
+        for side, logps, rewards, number in (
+            ("chosen", self.right_logps, self.right_rewards, self.right),
+            ("rejected", self.wrong_logps, self.wrong_rewards, wrong),
+        ):
+            if number > 0:
+                found |= {f"logps/{side}": (logps, number), f"rewards/{side}": (rewards, number)}
+        if self.right > 0 and wrong > 0:
+            found["rewards/margins"] = (self.right_rewards / self.right - self.wrong_rewards / wrong, 1)
+        return found
+
+
+def summed_responses(
+    stream: str, logps: ResponseLogps, z: Tensor | None, config: UnpairedConfig, weights_P: Tensor
+) -> tuple[Tensor, ResponseSums]:
+    """([P] losses, their weighted sums) of a stream's responses; gradients flow through both.
+
+    Args:
+        z: as `unpaired_losses` takes it.
+        config: the run's; the stream's constants are taken from it.
+    """
+    losses = unpaired_losses(logps, z, config.of(stream))
+    return losses.loss, ResponseSums.of(logps, losses, weights_P)

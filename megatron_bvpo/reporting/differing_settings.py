@@ -86,9 +86,11 @@ def shown(run: Mapping[str, str], name: str) -> str:
 
 
 def short_paths(texts: Sequence[str]) -> list[str]:
-    """Lists of files as a table has them: names without folders, unless two different ones would look the same."""
-    short = [", ".join(PurePath(part).name or part for part in text.split(", ")) for text in texts]
-    return short if len(set(short)) == len(set(texts)) else list(texts)
+    """Lists of files as a table has them: names, with as many of their folders as tell them from each other."""
+    lists = [text.split(", ") for text in texts]
+    paths = list(dict.fromkeys(part for parts in lists for part in parts))
+    short = dict(zip(paths, unique_names([PurePath(path) for path in paths]), strict=True))
+    return [", ".join(short[part] or part for part in parts) for parts in lists]
 
 
 def unique_names(folders: Sequence[PurePath]) -> list[str]:

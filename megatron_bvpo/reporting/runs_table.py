@@ -54,6 +54,7 @@ class Table:
         return [(group, len(list(of))) for group, of in groupby(self.columns, key=lambda column: column.group)]
 
 
+PATHS = ("dataset", "val_dataset", "model", "ref_model", "adapters", "ref_adapters")
 RIGHTLY = "that are preferred rightly"
 # Title, metric, digits, what it is.
 _HELD_OUT = (
@@ -131,7 +132,7 @@ def _number(value: float | None, digits: int) -> Cell:
 
 def _setting(runs: Sequence[Run], name: str) -> list[Cell]:
     texts = [shown(run.settings, name) for run in runs]
-    short = short_paths(texts) if name in ("dataset", "val_dataset", "model", "ref_model") else texts
+    short = short_paths(texts) if name in PATHS else texts
     return [
         Cell(short_text, "" if text == NONE else short_text, help=text if short_text != text else "")
         for text, short_text in zip(texts, short, strict=True)

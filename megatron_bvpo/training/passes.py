@@ -3,7 +3,7 @@
 Megatron's schedule calls `forward` on every stage and `loss` on the last one. The reference's and the policy's
 activations go through the pipeline joined along dim 0, so that one schedule serves both.
 
-Shapes: P members of a stream in a micro-batch, Q sequences of it, S streams, K sums of a stream (objective/streams.py).
+Shapes: P members of a stream in a micro-batch, Q sequences of it, S streams, K sums of a stream.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from megatron.core.utils import get_attr_wrapped_model
 
 from megatron_bvpo.data.batches import ITEMS_KEY, LAYOUT_KEY, BatchLayout
 from megatron_bvpo.gradients.groups import ParallelGroups
-from megatron_bvpo.objective.sequence import sequence_logps, sequence_losses
-from megatron_bvpo.objective.stream_losses import Responses, StreamLosses
-from megatron_bvpo.objective.streams import WIDTH
+from megatron_bvpo.objective.stream_losses import WIDTH, Responses, StreamLosses, TokenLogps, sequence_logps
 from megatron_bvpo.training.canaries import Heard
 from megatron_bvpo.training.referencing import REFERENCE_KEY, References
 
@@ -50,6 +48,12 @@ class Pass:
     listening: bool = False
     heard: list[Heard] | None = None
     _watched: list[tuple[list[str], torch.Tensor]] = field(default_factory=list)
+
+    def hear(self, layout: BatchLayout, found: Responses) -> None:
+        """Keep the log-probs of what a loss compares with the reference, if somebody wants them."""
+        if self.heard is not None and found.ref_logps_Q is not None:
+            compared = layout.compared(found.logps_Q.detach(), found.ref_logps_Q, found.tokens_Q)
+            self.heard.append(Heard(*compared))
 
     def watch(self, names: list[str], finite_P: torch.Tensor) -> None:
         """Note whether these rows' losses are finite; the host looks at the end of the pass, and waits once."""
@@ -92,6 +96,7 @@ class Passes:
     ):
         self.args, self.models, self.groups = args, models, groups
         self.losses, self.references = losses, references
+        self.uses_reference = losses.uses_reference
         self.reference_models, self.next_batch = reference_models, next_batch
         self.overheard: list[Heard] | None = None
         self.baselines: dict[str, torch.Tensor] = {}
@@ -154,7 +159,7 @@ class Passes:
 
         if current.reference_only:
             known_Q, output = None, self.reference_forward(unwrapped.vp_stage, input_tensor, data)
-        elif known_Q is not None or not self.losses.uses_reference:
+        elif known_Q is not None or not self.uses_reference:
             output = model(**data)
         else:
             ref_input, input_tensor = (None, None) if input_tensor is None else input_tensor.chunk(2, dim=0)
@@ -198,44 +203,20 @@ class Passes:
         if current.reference_only:
             self.references.keep(layout, sequence_logps(-output, labels, seq_lens, self.groups.cp)[0])
             return nothing
-        joined = self.losses.uses_reference and known_Q is None
+        joined = self.uses_reference and known_Q is None
         ref_losses, losses = output.chunk(2, dim=0) if joined else (None, output)
-        logps_Q, tokens_Q = sequence_logps(-losses, labels, seq_lens, self.groups.cp)
-        ref_logps_Q = None
-        if joined:
-            ref_logps_Q, _ = sequence_logps(-ref_losses.detach(), labels, seq_lens, self.groups.cp)
-        elif known_Q is not None:
-            ref_logps_Q = logps_Q.new_tensor(known_Q)
-        if current.heard is not None and ref_logps_Q is not None:
-            current.heard.append(Heard(*layout.compared(logps_Q.detach(), ref_logps_Q, tokens_Q)))
+        reference = -ref_losses.detach() if joined else None
+        tokens = TokenLogps(-losses, labels, reference, known_Q, seq_lens, self.groups.cp)
         if current.listening:
+            current.hear(layout, self.losses.responses(tokens))
             return nothing
+        batch = self.losses.of_batch(tokens, layout, current.factors, self.baselines)
+        current.hear(layout, batch.responses)
         if joined:
-            self.references.keep(layout, ref_logps_Q)
-        token_losses_Q = None
-        if any(layout.rows[stream] for stream in layout.tokens):
-            token_losses_Q = sequence_losses(-losses, labels, seq_lens, self.groups.cp, self.losses.of_tokens)
-
-        total = logps_Q.new_zeros(())
-        stacked = []
-        right = {
-            stream: torch.tensor(right, dtype=torch.bool, device=output.device)
-            for stream, right in layout.right.items()
-        }
-        responses = Responses(logps_Q, ref_logps_Q, tokens_Q, token_losses_Q, right, self.baselines)
-        for stream in layout.streams:
-            sums = self.stream_sums(current, stream, layout, responses)
-            total = total + current.factors.get(stream, 0.0) * sums.loss
-            stacked.append(sums.stack())
-        return (total * current.loss_scale).float(), torch.stack(stacked)
-
-    def stream_sums(self, current: Pass, stream: str, layout: BatchLayout, responses: Responses):
-        """Sums of one stream's members; notes whether their losses are finite."""
-        weights_P = responses.logps_Q.new_tensor(layout.weights[stream])
-        losses_P, sums = self.losses.of(stream, responses, layout.slices(stream), weights_P)
-        finite_P = torch.isfinite(losses_P) | (weights_P == 0)
-        current.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
-        return sums
+            self.references.keep(layout, batch.responses.ref_logps_Q)
+        for stream, finite_P in batch.finite.items():
+            current.watch([f"row {row} ({stream} stream)" for row in layout.rows[stream]], finite_P)
+        return (batch.loss * current.loss_scale).float(), batch.sums
 
 
 def own_lengths(packed_seq_params, cp_size: int) -> torch.Tensor:

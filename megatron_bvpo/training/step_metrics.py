@@ -9,8 +9,8 @@ import torch.distributed as dist
 from swift.utils import get_current_device
 from torch import Tensor
 
-from megatron_bvpo.objective.stream_losses import StreamLosses
-from megatron_bvpo.objective.streams import stream_metrics, sums_of
+from megatron_bvpo.objective.stream_losses import StreamLosses, sums_of
+from megatron_bvpo.objective.streams import stream_metrics
 
 
 def reduced_metrics(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from swift.megatron.trainers.rlhf_mixin import MegatronRLHFTrainer
 from swift.utils import get_logger, is_master
 
 from megatron_bvpo.data.batches import LAYOUT_KEY
+from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
@@ -85,7 +87,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
 
     def _make_step(self) -> None:
         args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
-        routers = router_configs(self.unwrapped_models)
+        routers, zero_gradients = router_configs(self.unwrapped_models), partial(shards.clear, models, self.optimizer)
         self.references = References(args, bvpo.ref_cache, groups)
         self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
         self.probes = Probes(
@@ -95,7 +97,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
             groups,
             router_configs=routers,
             collate=self.data_collator,
-            zero_gradients=self._zero_gradients,
+            zero_gradients=zero_gradients,
             interval=bvpo.probe_interval,
             virtual=args.virtual_pipeline_model_parallel_size is not None,
         )
@@ -122,7 +124,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
             probes=self.probes,
             references=self.references,
             canaries=self.canaries,
-            zero_gradients=self._zero_gradients,
+            zero_gradients=zero_gradients,
         )
 
     # ---- model
@@ -235,11 +237,6 @@ class BvpoTrainer(MegatronRLHFTrainer):
 
     def forward_step(self, data_iterator, model):
         raise AssertionError("Megatron's schedule gets Passes.forward")  # abstract in ms-swift's class
-
-    def _zero_gradients(self) -> None:
-        for model in self.wrapped_models:
-            model.zero_grad_buffer()
-        self.optimizer.zero_grad()
 
     def on_log(self, logs, prefix=""):
         if self.row_counts is not None and not prefix:

@@ -116,7 +116,7 @@ class Controller:
             with (self.out / LOG).open("ab") as log:
                 self.snakemake = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                    env=environment_of_snakemake(self.out), preexec_fn=ends_with(os.getpid()),
+                    env=environment_of_snakemake(self.out), preexec_fn=ends_with(os.getpid(), signal.SIGKILL),
                 )  # fmt: skip
             handed_on = 0
             while self.snakemake.poll() is None:

@@ -1,8 +1,8 @@
-"""Processes that a stage has left behind: found by a variable of their environment, which all that it starts inherits.
+"""Processes that end with their parent, and those that a stage has left behind, which are found by a variable of their
+environment: all that it starts inherits it.
 
 A stage's own process may be killed (`kill -9`, memory) and leave ranks that still write into its folder. Process groups
-do not find them, as torchrun gives each rank a session of its own. What must not outlive its parent asks for that when
-it starts (`ends_with`).
+do not find them, as torchrun gives each rank a session of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +14,20 @@ import time
 from pathlib import Path
 
 VARIABLE = "BVPO_STAGE"
+
+
+def ends_with(parent: int, number: int):
+    """What a child calls before it becomes another program, so that it is sent `number` when `parent` ends, however:
+    prctl(2), Linux only."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
+        libc.prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it ended before this could be asked for
+            os._exit(1)
+
+    return ask
 
 
 def processes_of(folder: Path) -> list[int]:
@@ -40,20 +54,6 @@ def end_processes_of(folder: Path, grace: float = 15.0) -> int:
         while processes_of(folder) and time.monotonic() < deadline:
             time.sleep(0.1)
     return len(first)
-
-
-def ends_with(parent: int):
-    """What a child calls before it becomes another program, so that it is killed when `parent` ends: prctl(2), Linux
-    only."""
-    libc = ctypes.CDLL(None)
-
-    def ask() -> None:
-        PR_SET_PDEATHSIG = 1  # noqa: N806  (the name in linux/prctl.h)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this could be asked for
-            os._exit(1)
-
-    return ask
 
 
 def _is_over(entry: Path) -> bool:

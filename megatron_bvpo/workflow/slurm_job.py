@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -107,7 +108,7 @@ def _submit(stage: Stage, name: str, cwd: str, folder: Path) -> str:
     env.setdefault("BVPO_ROOT", str(script.resolve().parent.parent))
     flags = ["--parsable", "--export=ALL", "--job-name", name, "--output", f"{folder}/job-%j.log", *stage.slurm.flags]
     # An sbatch that waits for Slurm when this process is killed would submit a second job beside the next start's.
-    how = {"cwd": cwd, "env": env, "patience": 0, "preexec_fn": ends_with(os.getpid())}
+    how = {"cwd": cwd, "env": env, "patience": 0, "preexec_fn": ends_with(os.getpid(), signal.SIGKILL)}
     told = _ask("sbatch", *flags, str(script), *stage.command, **how)
     job = told.strip().splitlines()[-1].partition(";")[0]
     (folder / "job").write_text(job)

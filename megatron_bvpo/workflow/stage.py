@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_bvpo.workflow import slurm_job
-from megatron_bvpo.workflow.leftovers import VARIABLE, end_processes_of
+from megatron_bvpo.workflow.leftovers import VARIABLE, end_processes_of, ends_with
 from megatron_bvpo.workflow.records import Record
 from megatron_bvpo.workflow.stages import FREE_PORT, Stage, environment, from_json, write_text
 
@@ -93,6 +93,8 @@ class StageRun:
             try:
                 # A session of its own: a signal to the controller's group must not end it unsaved.
                 options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
+                # Where this process is killed, the command saves and ends: nobody would wait for it.
+                options["preexec_fn"] = ends_with(os.getpid(), signal.SIGTERM)
                 self.child = subprocess.Popen(self.stage.words, cwd=self.cwd, env=env, **options)
             except OSError as e:
                 self._say(f"{self.stage.words[0]} does not start: {e.strerror}")

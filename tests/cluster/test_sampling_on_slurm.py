@@ -25,7 +25,7 @@ from megatron_bvpo.workflow.sections import Place
 from megatron_bvpo.workflow.stage_kinds import asking
 from tests.cluster.slurm_cluster import GOING_ON, OWN_ADDRESSES, free_port
 from tests.distributed.cells import ROOT
-from tests.unit.chains import Controller, kill
+from tests.unit.chains import Controller, kill_all
 from tests.unit.chains import wait_for as wait_until
 from tests.unit.openai_server import Served
 
@@ -140,7 +140,7 @@ def test_through_a_chain_it_goes_on_after_its_time_limit_and_its_controller_s_en
     wait_for(slurm, number, log, lambda: slurm.job(number)["Restarts"] == "1")
     holder = record.holder()
     assert holder, "the stage took the job's return to the queue for its end"
-    kill([first.process.pid, holder])
+    kill_all([first.process.pid, holder])
     first.process.communicate()
     assert Controller([stage], job / "chain", **more).end(0, 180).endswith("1 of 1 stages done.\n")
     said = record.log.read_text()

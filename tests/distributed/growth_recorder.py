@@ -16,7 +16,7 @@ def record_growth(base, folder, save: bool = True):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.heard = {"reference": {}, "policy": {}}
-            around(self.passes, "stream_sums", self._keep)
+            around(self.passes.losses, "of", self._keep)
 
         def save_checkpoint(self):
             if save:
@@ -24,13 +24,15 @@ def record_growth(base, folder, save: bool = True):
             else:
                 self.state.last_model_checkpoint = str(folder)
 
-        def _keep(self, stock, current, stream, layout, responses):
+        def _keep(self, stock, stream, responses, layout):
+            if not self.wrapped_models[0].training:  # held-out rows, which are numbered from 0, too
+                return stock(stream, responses, layout)
             chosen, rejected = layout.slices(stream)
             for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
                 pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
                 for row, pair in zip(layout.rows[stream], pairs, strict=True):
                     self.heard[what].setdefault((row, stream), []).append((self.state.iteration, pair))
-            return stock(current, stream, layout, responses)
+            return stock(stream, responses, layout)
 
         def finalize_training(self):
             super().finalize_training()

@@ -7,5 +7,5 @@ from collections.abc import Callable
 
 
 def around(owner, name: str, new: Callable) -> None:
-    """From now on `owner.name(…)` calls `new(stock, …)`, with what it was."""
-    setattr(owner, name, functools.partial(new, getattr(owner, name)))
+    """From now on `owner.name(…)` calls `new(stock, …)`, with what it was; `owner` may be frozen."""
+    object.__setattr__(owner, name, functools.partial(new, getattr(owner, name)))

@@ -22,7 +22,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
     class OracleRecorder(record_first_step(base, folder, save=save, lora_scale=lora_scale)):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            around(self.passes, "stream_sums", self._keep_logps)
+            around(self.passes.losses, "of", self._keep_logps)
 
         def _take_global_batch(self, data_iterator):
             chunks = super()._take_global_batch(data_iterator)
@@ -62,7 +62,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                     self.recorded["sequences"][stream, row] = (c, r)
                     self.recorded["pairs"].append({"stream": stream, "row": row, "micro_batch": number})
 
-        def _keep_logps(self, stock, current, stream, layout, responses):
+        def _keep_logps(self, stock, stream, responses, layout):
             logps_Q, ref_logps_Q, tokens_Q = responses.logps_Q, responses.ref_logps_Q, responses.tokens_Q
             if self.state.iteration == 0 and self.unwrapped_models[0].training:
                 chosen, rejected = layout.slices(stream)
@@ -72,7 +72,7 @@ def record_for_oracle(base, folder, save: bool = False, lora_scale: float = 0.02
                     found["tokens"] = (tokens_Q[chosen][i].item(), tokens_Q[rejected][i].item())
                     if ref_logps_Q is not None:
                         found["ref_logps"] = (ref_logps_Q[chosen][i].item(), ref_logps_Q[rejected][i].item())
-            return stock(current, stream, layout, responses)
+            return stock(stream, responses, layout)
 
     return OracleRecorder
 

@@ -32,7 +32,7 @@ def poisoned(
     class Poisoned(record_exactly(base, folder)):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            around(self.passes, "stream_sums", self._poison_logp)
+            around(self.passes.losses, "of", self._poison_logp)
             around(self.passes, "run", self._poison_gradient)
 
         def _here(self) -> bool:
@@ -53,14 +53,14 @@ def poisoned(
             )
             return super().train_step(train_data_iterator)
 
-        def _poison_logp(self, stock, current, stream, layout, responses):
+        def _poison_logp(self, stock, stream, responses, layout):
             chosen, *_ = layout.slices(stream)
             if where == stream and chosen.stop > chosen.start and self._here():
                 logps_Q = responses.logps_Q.clone()
                 logps_Q[chosen.start] = value
                 responses = replace(responses, logps_Q=logps_Q)
                 self._write(poisoned=layout.rows[stream][0])
-            return stock(current, stream, layout, responses)
+            return stock(stream, responses, layout)
 
         def _poison_gradient(self, stock, *args, forward_only, **more):
             done = stock(*args, forward_only=forward_only, **more)

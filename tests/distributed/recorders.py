@@ -125,7 +125,7 @@ def record_reference(base, folder, save: bool = True):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.recorded = {"reference": {}, "policy": {}}
-            around(self.passes, "stream_sums", self._keep)
+            around(self.passes.losses, "of", self._keep)
 
         def save_checkpoint(self):
             if save:
@@ -133,13 +133,13 @@ def record_reference(base, folder, save: bool = True):
             else:
                 self.state.last_model_checkpoint = str(folder)
 
-        def _keep(self, stock, current, stream, layout, responses):
+        def _keep(self, stock, stream, responses, layout):
             chosen, rejected = layout.slices(stream)
             for what, values in (("reference", responses.ref_logps_Q), ("policy", responses.logps_Q.detach())):
                 pairs = torch.stack([values[chosen], values[rejected]], dim=1).clone()
                 for row, pair in zip(layout.rows[stream], pairs, strict=True):
                     self.recorded[what].setdefault((row, stream), []).append(pair)
-            return stock(current, stream, layout, responses)
+            return stock(stream, responses, layout)
 
         def finalize_training(self):
             super().finalize_training()

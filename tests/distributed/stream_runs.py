@@ -1,14 +1,18 @@
-"""Rows with all four streams, unevenly, and the runs on them that test_streams.py compares."""
+"""Rows with all four streams, unevenly, runs on them, and how test_streams.py and test_unpaired.py compare them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.distributed.cells import CPU_FLAGS, Cell
-from tests.distributed.hf_oracle import read_rows
+from tests.distributed.hf_oracle import Oracle, read_rows, shared_name
 from tests.distributed.oracle_runs import dense, moe, other_dense
 
+TOLERANCE = 1e-5
 ALL = "--bvpo_streams trace empty short expert"
 WEIGHTS = "--bvpo_weights trace=.5 empty=.2 short=.3"
 MU = "--bvpo_expert_loss sft_phi --bvpo_mu_peak .4 --bvpo_mu_valley .1 --bvpo_mu_decay_steps 4"
@@ -70,3 +74,23 @@ def other_reference(workshop) -> str:
 def count(stream: str) -> int:
     """Rows that have the stream: the global batch that holds each of them once."""
     return 16 - len(WITHOUT[stream]) - (stream != "expert")
+
+
+def close(found: dict, base: dict, tolerance: float) -> None:
+    """Every tensor; what is small beside the whole is rounding."""
+    assert found.keys() == base.keys() and base
+    norm = torch.stack([g.norm() for g in base.values()]).norm()
+    for name, gradient in base.items():
+        assert (found[name] - gradient).norm() <= tolerance * max(gradient.norm(), 1e-2 * norm), name
+
+
+def against(run, oracle: Oracle, loss) -> None:
+    """A run's first step is what the oracle says of this loss."""
+    assert run.log[0]["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
+    expected = oracle.gradients(loss)
+    norm = torch.stack([g.norm() for g in expected.values()]).norm()
+    assert run.log[0]["grad_norm"] == pytest.approx(norm.item(), rel=TOLERANCE)
+    (found,) = run.recorded["gradients"]
+    for name, gradient in found.items():
+        wanted = expected[shared_name(name)]
+        assert (gradient - wanted).norm() <= TOLERANCE * max(wanted.norm(), 1e-4 * norm), name

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from megatron_bvpo.data.batches import TemplateSettings, make_bvpo_template
 from megatron_bvpo.data.rows import RowRules
 from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.sequence import sequence_logps
+from megatron_bvpo.objective.stream_losses import sequence_logps
 from tests.distributed.hf_oracle import EMPTY_BLOCK, load_model, read_rows
 from tests.distributed.oracle_runs import other_dense
 

@@ -9,12 +9,11 @@ import torch
 
 from tests.distributed import stream_runs as runs_of
 from tests.distributed.cells import run_cells
-from tests.distributed.hf_oracle import Oracle, Pair, dpo_loss, shared_name, tokens
-from tests.distributed.oracle_runs import other_dense
-from tests.distributed.stream_runs import ALL, FULL, LORA, MU, SHARES, WEIGHTS, cell
+from tests.distributed.hf_oracle import Oracle, Pair, dpo_loss, tokens
+from tests.distributed.stream_runs import ALL, FULL, LORA, MU, SHARES, TOLERANCE, WEIGHTS, against, cell, close
 from tests.distributed.test_parity import LAYOUTS
 
-TOLERANCE, GRAM_TOLERANCE = 1e-5, 1e-4
+GRAM_TOLERANCE = 1e-4
 STREAMS = ("trace", "empty", "short", "expert")
 # Not accuracies: where policy and reference begin as one model, every pair is a tie.
 COMPARED = tuple(f"{what}/{side}" for what in ("logps", "rewards") for side in ("chosen", "rejected"))
@@ -100,14 +99,6 @@ def cut(row: dict) -> dict:
     return {"messages": row["messages"][:1], "expert_response": row["expert_response"], "accept_rate": 0.0}
 
 
-def close(found: dict, base: dict, tolerance: float) -> None:
-    """Every tensor; what is small beside the whole is rounding."""
-    assert found.keys() == base.keys() and base
-    norm = torch.stack([g.norm() for g in base.values()]).norm()
-    for name, gradient in base.items():
-        assert (found[name] - gradient).norm() <= tolerance * max(gradient.norm(), 1e-2 * norm), name
-
-
 def test_four_streams_agree_with_one_rank(runs, cell_name):
     ours, base = runs[cell_name], runs[cell_name.rpartition("-")[2]]
     assert len(ours.log) == len(base.log)
@@ -156,22 +147,6 @@ def test_a_warm_cache_changes_nothing(runs):
 
 
 # ---- each stream by itself, against Hugging Face in float64
-
-
-@pytest.fixture(scope="module")
-def oracle(workshop) -> Oracle:
-    return Oracle(workshop.dense, reference=other_dense(workshop))
-
-
-def against(run, oracle: Oracle, loss) -> None:
-    assert run.log[0]["loss"] == pytest.approx(loss.item(), rel=TOLERANCE)
-    expected = oracle.gradients(loss)
-    norm = torch.stack([g.norm() for g in expected.values()]).norm()
-    assert run.log[0]["grad_norm"] == pytest.approx(norm.item(), rel=TOLERANCE)
-    (found,) = run.recorded["gradients"]
-    for name, gradient in found.items():
-        wanted = expected[shared_name(name)]
-        assert (gradient - wanted).norm() <= TOLERANCE * max(wanted.norm(), 1e-4 * norm), name
 
 
 def test_shortened_pairs_against_hugging_face(runs, oracle, workshop):

@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from megatron_bvpo.workflow.leftovers import processes_of
 from megatron_bvpo.workflow.records import Record, State
 from tests.cluster.small_run import losses, make_small_run
 from tests.distributed.cells import ROOT
-from tests.unit.chains import wait_for
+from tests.unit.chains import kill_all, wait_for
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -53,7 +52,7 @@ class Sweeps:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("BVPO_", "SLURM_"))}
         env |= {"PYTHONPATH": str(ROOT), "BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
         with (self.home / f"{name}.log").open("ab") as log:
-            return subprocess.Popen([*command, "--cores", "1"], cwd=self.home, env=env, stdout=log, stderr=log)
+            return subprocess.Popen([*command, "--cores", "2"], cwd=self.home, env=env, stdout=log, stderr=log)
 
     def said(self, name: str) -> str:
         return (self.home / f"{name}.log").read_text()
@@ -79,11 +78,7 @@ def kill(sweeps: Sweeps, name: str, process: subprocess.Popen, everything: bool)
         for stage in (out / "stages").glob("*/*"):
             holder = Record(out, f"{stage.parent.name}/{stage.name}").holder()  # maybe an earlier controller's
             mine += [*([holder] if holder else []), *processes_of(stage)]
-    for pid in mine if everything else mine[:1]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+    kill_all(mine if everything else mine[:1])
     process.wait()
 
 

@@ -8,12 +8,10 @@ import torch
 from tests.distributed import stream_runs as runs_of
 from tests.distributed.cells import run_cells
 from tests.distributed.hf_oracle import EMPTY_BLOCK, Oracle, Pair, pair_of, read_rows, response_logp, tokens
-from tests.distributed.oracle_runs import moe, other_dense
-from tests.distributed.stream_runs import LORA, cell
+from tests.distributed.oracle_runs import moe
+from tests.distributed.stream_runs import LORA, TOLERANCE, against, cell, close
 from tests.distributed.test_parity import LAYOUTS
-from tests.distributed.test_streams import against, close
 
-TOLERANCE = 1e-5
 BETA, EMPTY_BETA, RIGHT, WRONG = 0.2, 0.5, 1.3, 0.7
 STREAMS = ("trace", "empty")
 KTO = f"--loss_type kto --bvpo_streams trace empty --bvpo_alpha 0.4 --beta {BETA} --bvpo_empty_beta {EMPTY_BETA} "
@@ -80,11 +78,6 @@ def runs(workshop, tmp_path_factory, request):
     for ranks, cells in by_ranks.items():
         found.update(run_cells(ranks, cells, folder))
     return found
-
-
-@pytest.fixture(scope="module")
-def oracle(workshop) -> Oracle:
-    return Oracle(workshop.dense, reference=other_dense(workshop))
 
 
 # ---- against Hugging Face

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -92,15 +93,6 @@ class Controller:
         self.process.communicate()
 
 
-def kill(pids: list[int]) -> None:
-    """All of them; one may end with another."""
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-
 def is_over(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -114,3 +106,10 @@ def wait_for(condition, what: str, seconds: float = 60):
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.02)
     return found
+
+
+def kill_all(pids) -> None:
+    """SIGKILL; one may end by itself when its parent has."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

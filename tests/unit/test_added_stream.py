@@ -7,7 +7,9 @@ from megatron_bvpo.data.batches import BatchLayout
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.gradients.halves import WEIGHT_KEY, some_streams
 from megatron_bvpo.launching.stream_flags import read_streams
-from megatron_bvpo.objective.streams import DemonstrationSums, mixing_factors, stream_metrics, sums_of
+from megatron_bvpo.objective.demonstrations import DemonstrationSums
+from megatron_bvpo.objective.stream_losses import stacked, sums_of
+from megatron_bvpo.objective.streams import mixing_factors, stream_metrics
 from megatron_bvpo.streams import ALONE, TABLE, Stream
 from megatron_bvpo.training.config import refuse_idle_flags
 
@@ -35,7 +37,7 @@ def test_a_layout_has_its_sequences_behind_the_others(hint):
 
 def test_it_is_summed_and_logged_under_its_name(hint):
     found = DemonstrationSums.of(*(torch.tensor(v, dtype=torch.float64) for v in ([6.0], [-6.0], [3.0], [1.0])))
-    sums = {"hint": sums_of("hint", found.stack())}
+    sums = {"hint": sums_of("hint", stacked(found))}
     metrics = {
         name: float(total / count) for name, (total, count) in stream_metrics(sums, {"hint": 1.0}, rpo=False).items()
     }

@@ -17,7 +17,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from swift.megatron.utils import get_batch_on_this_cp_rank, get_packed_seq_params  # noqa: E402
 
-from megatron_bvpo.objective.sequence import sequence_sums  # noqa: E402
+from megatron_bvpo.objective.stream_losses import sequence_sums  # noqa: E402
 from megatron_bvpo.training.passes import own_lengths  # noqa: E402
 
 LENGTHS = (16, 4, 12, 8)  # each in 2·CP equal parts

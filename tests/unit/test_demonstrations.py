@@ -8,7 +8,7 @@ import torch
 
 from megatron_bvpo.objective.demonstrations import TOKEN_LOSSES, token_losses
 from megatron_bvpo.objective.schedule import MuSchedule
-from megatron_bvpo.objective.sequence import sequence_sums
+from megatron_bvpo.objective.stream_losses import sequence_sums
 
 VOCAB = 11
 FACTORS = {"sft": lambda p: 1.0, "dft": lambda p: p, "sft_phi": lambda p: p * (1 - p)}

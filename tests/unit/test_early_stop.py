@@ -84,7 +84,8 @@ def test_what_can_tell_passes(changed):
 def test_the_names_are_those_of_an_evaluation():
     import torch
 
-    from megatron_bvpo.objective.streams import WIDTH, stream_metrics, sums_of
+    from megatron_bvpo.objective.stream_losses import WIDTH, sums_of
+    from megatron_bvpo.objective.streams import stream_metrics
 
     for streams in (("trace", "empty"), ORDER):
         ones = {stream: sums_of(stream, torch.ones(WIDTH)) for stream in streams}

@@ -38,6 +38,7 @@ def mixture(streams=("trace", "empty"), probes=True, **changed) -> Mixture:
         ref_cache=None,
         refs_only=False,
         eval_on_start=False,
+        new_layers_only=False,
         preference=PreferenceConfig(),
     )
     return Mixture(BvpoConfig(**values | changed))

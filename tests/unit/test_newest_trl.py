@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.sequence import sequence_logps
+from megatron_bvpo.objective.stream_losses import sequence_logps
 
 TRL = os.environ.get("BVPO_NEWEST_TRL")
 pytestmark = pytest.mark.skipif(

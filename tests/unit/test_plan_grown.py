@@ -1,4 +1,4 @@
-"""`bvpo plan` of a grown model (bvpo expand): what is new, what is trained, and on which stage."""
+"""`bvpo plan` of a model that `bvpo expand` has grown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import pytest
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.planning.command import make_plan
 from megatron_bvpo.planning.layout import Cluster
 from megatron_bvpo.planning.memory import stage_chunks, static_memory
 from megatron_bvpo.planning.model_shapes import SHIPPED, model_shape, shape_from_config
@@ -47,8 +48,6 @@ def test_new_layers_are_counted_on_the_stage_that_has_them(vpp):
 
 
 def test_a_model_that_was_not_grown_has_no_new_layers_to_train(tmp_path):
-    from megatron_bvpo.planning.command import make_plan
-
     run = tmp_path / "run.yaml"
     run.write_text("model: Qwen3-30B-A3B-Thinking-2507\nmax_length: 1024\nbvpo_new_layers_only: true\n")
     with pytest.raises(

@@ -160,7 +160,8 @@ def test_the_settings_are_the_flags():
 def test_the_projects_own_variables_are_no_unknown_settings():
     """The launch kit sets its variables for every run, the plugin's among them."""
     root = Path(__file__).parents[2]
-    files = [*root.glob("launch/*"), *root.glob("containers/*.*"), *root.glob("megatron_bvpo/cluster/*.py")]
+    kit = "launch/*", "containers/*.*", "megatron_bvpo/cluster/*.py", "megatron_bvpo/workflow/*"
+    files = [file for pattern in kit for file in root.glob(pattern) if file.is_file()]
     names = {name for file in files for name in re.findall(r"\bBVPO_[A-Z_]+[A-Z]\b", file.read_text(errors="replace"))}
     assert {"BVPO_RUN_DIR", "BVPO_STOP_FILE", "BVPO_CACHE"} <= names
     assert names - {*SETTINGS, *OTHER_VARIABLES} == set()

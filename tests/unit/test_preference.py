@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, pair_losses
-from megatron_bvpo.objective.streams import StreamSums, mixing_factors, stream_metrics
+from megatron_bvpo.objective.preference import PairLogps, PreferenceConfig, StreamSums, pair_losses
+from megatron_bvpo.objective.stream_losses import WIDTH, stacked
+from megatron_bvpo.objective.streams import mixing_factors, stream_metrics
 
 PAIRS = 64
 
@@ -215,7 +216,7 @@ def test_weights_and_metrics_are_means_over_pairs():
         return StreamSums.of(some, pair_losses(some, config), ones)
 
     def added(*parts: StreamSums) -> StreamSums:
-        return StreamSums(*torch.stack([p.stack() for p in parts]).sum(0))
+        return StreamSums(*torch.stack([stacked(p) for p in parts]).sum(0))
 
     # The last pair of the empty stream only fills a batch: weight 0.
     trace, empty = added(part(0, 3), part(3, 4)), added(part(4, 6), part(6, 8, [1.0, 0.0]))
@@ -241,8 +242,8 @@ def test_weights_and_metrics_are_means_over_pairs():
 
 def test_a_stream_without_pairs_has_no_weight_and_no_metrics():
     assert mixing_factors({"trace": 0.3, "empty": 0.7}, {"trace": 0.0, "empty": 4.0}) == {"trace": 0.0, "empty": 0.175}
-    none = StreamSums(*torch.zeros(StreamSums.width(), dtype=torch.float64))
-    some = StreamSums(*torch.ones(StreamSums.width(), dtype=torch.float64))
+    none = StreamSums(*torch.zeros(WIDTH, dtype=torch.float64))
+    some = StreamSums(*torch.ones(WIDTH, dtype=torch.float64))
     metrics = stream_metrics({"trace": some, "empty": none}, {"trace": 1.0, "empty": 0.0}, rpo=False)
     assert not any(name.startswith("empty/") or name == "loss/empty" for name in metrics)
 
@@ -251,4 +252,4 @@ def test_a_filled_pair_that_is_not_finite_adds_nothing():
     nan = torch.full((1,), float("nan"), dtype=torch.float64)
     pair = PairLogps(nan, nan, nan, nan, nan, nan)
     sums = StreamSums.of(pair, pair_losses(pair, PreferenceConfig()), torch.zeros(1, dtype=torch.float64))
-    assert torch.equal(sums.stack(), torch.zeros(StreamSums.width(), dtype=torch.float64))
+    assert torch.equal(stacked(sums), torch.zeros(WIDTH, dtype=torch.float64))

@@ -147,9 +147,10 @@ def test_names_are_as_short_as_tells_them_apart():
     assert settings.unique_names([PurePath("/x/a"), PurePath("/a")]) == ["x/a", "/a"]
 
 
-def test_files_are_named_without_folders_unless_that_hides_a_difference():
+def test_files_are_named_with_no_more_folders_than_tell_them_apart():
     assert settings.short_paths(["/d/DS1.jsonl", "/d/DS2.jsonl"]) == ["DS1.jsonl", "DS2.jsonl"]
-    assert settings.short_paths(["/d/1/x.jsonl", "/d/2/x.jsonl"]) == ["/d/1/x.jsonl", "/d/2/x.jsonl"]
+    assert settings.short_paths(["/d/1/x.jsonl", "/d/2/x.jsonl"]) == ["1/x.jsonl", "2/x.jsonl"]
+    assert settings.short_paths(["/d/1/x.jsonl, a/y.jsonl", "–"]) == ["x.jsonl, y.jsonl", "–"]
 
 
 def test_lines_that_are_none_are_left_out(tmp_path):

@@ -22,7 +22,7 @@ from megatron_bvpo.workflow.chain import run_chain
 from megatron_bvpo.workflow.records import Record, State
 from megatron_bvpo.workflow.stage import StageRun
 from megatron_bvpo.workflow.stages import FREE_PORT, Slurm, Stage, difference, in_order
-from tests.unit.chains import Controller, counting, is_over, kill, numbers, wait_for
+from tests.unit.chains import Controller, counting, is_over, kill_all, numbers, wait_for
 
 
 def shell(name: str, text: str, **more) -> Stage:
@@ -87,7 +87,7 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path, victim):
         controller.kill()
         wait_for(lambda: is_over(snakemake), "the end of its Snakemake", 20)
     elif victim == "all":
-        kill(everything)
+        kill_all(everything)
         controller.process.communicate()
     else:
         os.kill(first if victim == "stage" else descendants(first)[0], signal.SIGKILL)
@@ -95,6 +95,8 @@ def test_killed_at_a_random_moment_it_goes_on(tmp_path, victim):
         why = "its process was killed" if victim == "stage" else "exit code 137"
         assert f"failed: count/2: {why}" in said and "not reached: count/4" in said
         assert Record(out, "count/5").done
+    if victim == "stage":  # nobody would wait for its command, which saves and ends
+        wait_for(lambda: "saved" in Record(out, "count/2").log.read_text(), "the end of the command")
     again = Controller(stages, out)
     if victim == "controller":  # the stage lives on
         wait_for(lambda: "still runs: waiting for it" in Record(out, "count/2").log.read_text(), "a word")
@@ -121,17 +123,17 @@ def test_what_still_runs_comes_first(tmp_path):
 
 
 def test_what_a_killed_stage_left_is_ended_before_it_is_begun_again(tmp_path):
-    """A process in a session of its own whose parents are all killed, as a rank's; it would write on for ever."""
+    """A process in a session of its own whose parents are all killed, as a rank's; it would write on."""
     out = tmp_path / "out"
     left = f"while sleep 0.1; do echo left >>{tmp_path}/file; done"
-    text = f"test -e {tmp_path}/file && exit 0; setsid sh -c '{left}' & sleep 100"
+    text = f"test -e {tmp_path}/file && exit 0; setsid timeout 120 sh -c '{left}' & sleep 100"
     stages = [shell("one", text)]
     controller = Controller(stages, out)
     wait_for(lambda: (tmp_path / "file").exists(), "the first word")
     mine = leftovers.processes_of(out / "stages/one")
-    (stray,) = [pid for pid in mine if os.getsid(pid) == pid and said_by(pid).startswith("sh -c while")]
-    lives_on = [stray, *descendants(stray)]
-    kill([pid for pid in [controller.process.pid, *descendants(controller.process.pid)] if pid not in lives_on])
+    (stray,) = [pid for pid in mine if os.getsid(pid) == pid and said_by(pid).startswith("timeout 120 ")]
+    kept = {stray, *descendants(stray)}
+    kill_all(pid for pid in [controller.process.pid, *descendants(controller.process.pid)] if pid not in kept)
     controller.process.communicate()
     assert leftovers.processes_of(out / "stages/one"), "nothing was left: this shows nothing"
     Controller(stages, out).end(0)
