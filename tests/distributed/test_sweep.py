@@ -100,7 +100,7 @@ def sweeps(request, tmp_path_factory) -> Sweeps:
     for i in range(5 if whole else 2):
         process = made.start("killed", broken)
         wait_for(functools.partial(made.is_at_work, process), "a run", 300)
-        time.sleep(moments.uniform(0, 20 if whole else 8))
+        time.sleep(moments.uniform(0, 20 if whole else 5))
         kill(made, "killed", process, everything=i % 2 == 1)
     made.code = made.start("killed", broken).wait(timeout=1500)
     made.filled = made.shards()
