@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.workflow.leftovers import ends_with
-from megatron_bvpo.workflow.records import Record, State, take_lock
+from megatron_bvpo.workflow.records import Record, State, origin, take_lock
 from megatron_bvpo.workflow.stages import (
     Slurm,
     Stage,
@@ -77,11 +77,12 @@ def run_chain(
         graph: draw the chain into this file instead: .dot, .mmd (Mermaid), or .svg, .png, .pdf where graphviz is.
 
     Raises:
-        UserError: another controller works in `out`; a stage that has begun was another command then; too few cores;
-            the extra [workflow] is missing.
+        UserError: another controller works in `out`; a stage that has begun was another command then, or what it is
+            made from has been done again; too few cores; the extra [workflow] is missing.
     """
     stages, out = in_order(stages), Path(os.path.realpath(out))
     cores = _cores(stages, cores)
+    _require_work(stages)
     _require_the_same(stages, out)
     if graph is not None:
         _draw(stages, out, Path(graph))
@@ -254,24 +255,45 @@ def _cores(stages: list[Stage], cores: int | None) -> int:
     return needed if cores is None else cores
 
 
+def _require_work(stages: list[Stage]) -> None:
+    """Raises UserError where jobs would end well and have done nothing."""
+    if os.environ.get("BVPO_PREFLIGHT") == "only" and any(stage.slurm for stage in stages):
+        message = "is only: a job would check its nodes, train nothing and end as a finished one"
+        raise UserError(message, field="BVPO_PREFLIGHT", remedy="unset it")
+
+
 def _require_the_same(stages: list[Stage], out: Path) -> None:
     """Raises UserError for a stage that began as another one: its files would be kept, or mixed, without a word."""
     for stage in stages:
-        record = Record(out, stage.name)
-        before, now = record.what(stage.kept), stage.what(out)
-        if before is not None and before != now:
+        record, now = Record(out, stage.name), origin(stage, out)
+        before = record.begun_as(stage.kept)
+        if not before and not record.done:
+            continue
+        if before.get("what", now["what"]) != now["what"]:
             raise UserError(
-                f"is not what {stage.name} was when it began: {difference(before, now)}",
+                f"is not what {stage.name} was when it began: {difference(before['what'], now['what'])}",
                 file=str(record.folder),
-                remedy="Give the new chain another --out; or, to do this stage again, remove that folder and what the "
-                "stage has made.",
+                remedy=f"Give the new chain another --out; or, to do this stage again, {_undoing(record)}.",
             )
-        if record.done and (missing := [name for name in stage.after if not Record(out, name).done]):
-            raise UserError(
-                f"{stage.name} is done, and {missing[0]}, which it was made from, is not any more",
-                file=str(record.folder),
-                remedy="Remove that folder and what the stage has made, too.",
-            )
+        for name, ended in now["made_from"].items():
+            if ended is None or before.get("made_from", {}).get(name, ended) != ended:
+                has = "is done" if record.done else "has begun"
+                is_now = "is not done any more" if ended is None else "was done again since"
+                raise UserError(
+                    f"{stage.name} {has}, and {name}, which it was made from, {is_now}",
+                    file=str(record.folder),
+                    remedy=f"{_undoing(record).capitalize()}, too.",
+                )
+
+
+def _undoing(record: Record) -> str:
+    """What is to be done before a stage can be done again. What still works for it comes first."""
+    first = ""
+    if record.state() == State.RUNNING:
+        first = f"end process {record.holder()}, " if record.holder() else "end what runs it, "
+    if record.job and not record.done:
+        first += f"scancel {record.job}, "
+    return f"{first}remove that folder and what the stage has made"
 
 
 def _refuse_second(out: Path, holder: dict) -> None:

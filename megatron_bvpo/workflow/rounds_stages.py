@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_bvpo.evaluation.evaluation_run import ANSWERS
 from megatron_bvpo.sampling.asking.job_file import ENGINE, as_flags
+from megatron_bvpo.sampling.samples import JUDGEMENTS, SETTINGS
 from megatron_bvpo.workflow.rounds_file import LAST, START, Asking, Rounds
 from megatron_bvpo.workflow.stage_kinds import CHECKPOINT, asking, served, training, yaml_text
 from megatron_bvpo.workflow.stages import Stage
@@ -78,7 +80,7 @@ def _round(rounds: Rounds, number: int, policy: Policy, after: Policy) -> list[S
     stages = [_sampling(rounds, number, policy, after, samples)]
     if rounds.judge:
         words = ("bvpo", "judge", str(samples), *rounds.judge)
-        stages.append(Stage(f"{name}/judge", words, (f"{name}/sample",)))
+        stages.append(Stage(f"{name}/judge", words, (f"{name}/sample",), kept=str(samples / JUDGEMENTS)))
     words = ("bvpo", "pairs", str(samples), "--out", str(pairs), *rounds.pairs, "--overwrite")
     judged = ("--judge", rounds.judge_name) if rounds.judge_name else ()
     stages.append(Stage(f"{name}/pairs", (*words, *judged), (stages[-1].name,)))
@@ -105,6 +107,7 @@ def _sampling(rounds: Rounds, number: int, policy: Policy, after: Policy, sample
         rounds.train.ranks,  # an engine takes what training takes
         files={str(file): yaml_text(job)},
         reads=tuple(os.path.abspath(file) for file in rounds.prompts(number) if Path(file).exists()),  # a dry run
+        kept=str(samples / SETTINGS),
     )
 
 
@@ -121,6 +124,7 @@ def _evaluation(rounds: Rounds, evaluate: Asking, policy: Policy) -> Stage:
         rounds.train.ranks,
         files={str(file): yaml_text({"model": rounds.model, ENGINE: dict(evaluate.engine)})},
         reads=(os.path.abspath(suite),) if Path(suite).is_file() else (),
+        kept=str(policy.evaluation / ANSWERS),
     )
 
 

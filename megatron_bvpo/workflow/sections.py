@@ -21,6 +21,13 @@ from megatron_bvpo.workflow.yaml_lines import key_lines
 # One served model, whose name and adapters the chain decides.
 OF_THE_ENGINE = (*OWN_OF_THE_JOB, "served_model_name", "lora_modules", "enable_lora")
 
+# Flags of sbatch by which the chain finds its job, or with which there is none, another or more than one. sbatch also
+# takes what they begin with.
+OF_THE_CHAIN = (
+    "job_name", "output", "export", "export_file", "parsable", "clusters", "array", "wait", "wrap", "test_only",
+    "help", "usage", "version",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Place:
@@ -82,6 +89,10 @@ class SectionReader:
         for key, found in ((f"{name}.slurm", own), ("slurm", common)):
             if found is not None and not isinstance(found, dict):
                 self.fail(key, "is no mapping", "write flags of sbatch: {nodes: 4, gpus_per_node: 8}")
+            for flag in found or {}:
+                plain = str(flag).replace("-", "_").strip("_")
+                if len(plain) > 1 and any(own.startswith(plain) for own in OF_THE_CHAIN):
+                    self.fail(f"{key}.{flag}", f"is given by the {self.what}", "leave it out")
         return Place(None if own is None else {**common, **own})
 
     def engine(self, name: str, section: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import getpass
 import hashlib
+import json
 import os
 import re
+import signal
 import subprocess
 import time
 from pathlib import Path
 
+from megatron_bvpo.workflow.leftovers import ends_with
+from megatron_bvpo.workflow.records import Record, origin
 from megatron_bvpo.workflow.stages import Stage, environment
 
 # Seconds between two questions to Slurm, whose controller many jobs share.
@@ -27,10 +31,24 @@ class SlurmSilent(Exception):
     """Slurm does not answer, or refuses; the text is its own."""
 
 
-def job_name(out: Path, stage: str) -> str:
-    """Of chain and stage, and of the chain's folder, as two chains may have the same name."""
-    digest = hashlib.sha256(str(out).encode()).hexdigest()[:8]
-    return f"{out.name}-{digest}/{stage}"
+class InTheQueue(Exception):
+    """A job that must not be waited for, nor one submitted beside it; the text says why and what to do."""
+
+
+def begins_with(out: Path, stage: str) -> str:
+    """How the names of a stage's jobs begin: with chain and stage, and the chain's folder, as two chains may have the
+    same name."""
+    chain = re.sub(r"[^A-Za-z0-9._-]", "_", out.name)
+    return f"{chain}-{_digest(str(out))}/{stage}:"
+
+
+def job_name(out: Path, stage: Stage) -> str:
+    """Also of what the stage is made from: a job of other settings is not waited for."""
+    return begins_with(out, stage.name) + _digest(json.dumps(origin(stage, out), sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def run(out: Path, stage: Stage, cwd: str, folder: Path, say) -> int:
@@ -41,26 +59,41 @@ def run(out: Path, stage: Stage, cwd: str, folder: Path, say) -> int:
         folder: of the stage's records; the job's own log goes there.
         say: told what happens, a line each.
     """
-    name = job_name(out, stage.name)
+    name = job_name(out, stage)
     try:
-        job = _find(name, folder)
+        job = _find(name, Record(out, stage.name).job_file)
         if job is None:
             job = _submit(stage, name, cwd, folder)
             say(f"submitted as job {job}, {name}; its output: {folder}/job-{job}.log")
         else:
             say(f"job {job}, {name}, is there already: waiting for it")
         return _wait(job, say)
-    except SlurmSilent as e:
+    except (SlurmSilent, InTheQueue) as e:
         say(str(e))
         return 1
 
 
-def _find(name: str, folder: Path) -> str | None:
-    """A job of this name that has not ended, or the one that this stage submitted and that ended well meanwhile."""
-    shown = _ask("squeue", "--noheader", "--name", name, "--user", getpass.getuser(), "--format", "%A")
-    if jobs := shown.split():
-        return jobs[0]
-    number = folder / "job"
+def _find(name: str, number: Path) -> str | None:
+    """A job of this name that has not ended, or the one that this stage submitted and that ended well meanwhile.
+
+    Args:
+        number: the file that tells which it submitted.
+
+    Raises:
+        InTheQueue: there are two, or one of the same stage as it was asked for before.
+    """
+    shown = _ask("squeue", "--noheader", "--user", getpass.getuser(), "--format", "%A %j")
+    beginning = name.rpartition(":")[0] + ":"
+    found = [line.split(maxsplit=1) for line in shown.splitlines()]
+    jobs = {job: its for job, its in found if its.startswith(beginning)}
+    if others := [job for job, its in jobs.items() if its != name]:
+        message = f"error: job {', '.join(others)} is of this stage as it was asked for before"
+        raise InTheQueue(f"{message}: scancel {' '.join(others)}, and start again")
+    if len(jobs) > 1:
+        message = f"error: jobs {', '.join(jobs)} are the same stage's and write into one folder"
+        raise InTheQueue(f"{message}: scancel {' '.join(jobs)}, and start again")
+    if jobs:
+        return next(iter(jobs))
     if not number.exists():
         return None
     job = number.read_text().strip()
@@ -73,8 +106,10 @@ def _submit(stage: Stage, name: str, cwd: str, folder: Path) -> str:
     env = {**environment(), **stage.env}
     script = Path(stage.slurm.script)
     env.setdefault("BVPO_ROOT", str(script.resolve().parent.parent))
-    flags = ["--parsable", "--job-name", name, "--output", f"{folder}/job-%j.log", *stage.slurm.flags]
-    told = _ask("sbatch", *flags, str(script), *stage.command, cwd=cwd, env=env, patience=0)
+    flags = ["--parsable", "--export=ALL", "--job-name", name, "--output", f"{folder}/job-%j.log", *stage.slurm.flags]
+    # An sbatch that waits for Slurm when this process is killed would submit a second job beside the next start's.
+    how = {"cwd": cwd, "env": env, "patience": 0, "preexec_fn": ends_with(os.getpid(), signal.SIGKILL)}
+    told = _ask("sbatch", *flags, str(script), *stage.command, **how)
     job = told.strip().splitlines()[-1].partition(";")[0]
     (folder / "job").write_text(job)
     return job

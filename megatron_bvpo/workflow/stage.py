@@ -53,7 +53,8 @@ class StageRun:
         except Stopped:
             self._say("stopped")
             return STOPPED
-        if not (code and self.asked):  # stopped: to be gone on with, and no failure
+        stopped = code and self.asked  # to be gone on with, and no failure
+        if not stopped and self.record.holds(lock):
             self.record.end(self.stage, code, began)
         lock.close()
         return code
@@ -61,6 +62,9 @@ class StageRun:
     def _work(self) -> int:
         stage = self.stage
         if stage.whole and Path(self.cwd, stage.whole).exists():
+            if older := self._older_than(Path(self.cwd, stage.whole)):
+                self._say(f"error: {stage.whole} is older than what {older} made, and not of it: remove it")
+                return 1
             self._say(f"{stage.whole} is there")
             return 0
         try:
@@ -76,6 +80,11 @@ class StageRun:
         code = self._run_command()
         end_processes_of(self.record.folder)  # what it left would write on
         return code
+
+    def _older_than(self, whole: Path) -> str | None:
+        """The first stage of those that it is made from that ended after it was written: it was made from another."""
+        written = whole.stat().st_mtime
+        return next((name for name in self.stage.after if (Record(self.out, name).ended or 0) > written), None)
 
     def _run_command(self) -> int:
         own = {name: _free_port() if value == FREE_PORT else value for name, value in self.stage.env.items()}

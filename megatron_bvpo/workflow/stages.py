@@ -54,7 +54,8 @@ class Stage:
         reads: files that are there before the chain starts and decide what the stage does.
         cores: ranks or processes that it uses here; nothing of a Slurm stage's counts.
         slurm: submit instead of running here.
-        whole: a path that appears whole when the work is done: where it is there, the command need not run again.
+        whole: a path that appears whole when the work is done: where it is there, and no older than what it is made
+            from, the command need not run again.
         kept: a path that is there as soon as the work has left what a later start goes on from.
     """
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.evaluation.evaluation_run import ANSWERS
 from megatron_bvpo.launching.adapter_folders import CONFIG, max_rank
 from megatron_bvpo.planning.reading import settings_from
 from megatron_bvpo.sampling.asking.job_file import ENGINE, as_flags
@@ -216,4 +217,5 @@ def _asked(sweep: Sweep, evaluation: Evaluation, name: str, settings: Mapping[st
         sweep.ranks,
         files={str(file): yaml_text({"model": str(base), ENGINE: dict(evaluation.engine)})},
         reads=(suite,) if Path(suite).is_file() else (),
+        kept=str(folder / "eval" / ANSWERS),
     )

@@ -20,8 +20,13 @@ import yaml
 from megatron_bvpo.cli import bvpo
 from megatron_bvpo.evaluation import scores_file
 from megatron_bvpo.sampling.samples import read_judgements, read_samples
+from megatron_bvpo.workflow.records import Record
+from megatron_bvpo.workflow.sections import Place
+from megatron_bvpo.workflow.stage_kinds import asking
 from tests.cluster.slurm_cluster import GOING_ON, OWN_ADDRESSES, free_port
 from tests.distributed.cells import ROOT
+from tests.unit.chains import Controller, kill_all
+from tests.unit.chains import wait_for as wait_until
 from tests.unit.openai_server import Served
 
 pytestmark = pytest.mark.slow
@@ -80,14 +85,18 @@ def wait_for(slurm, number: int, log: Path, true) -> None:
 def submit(slurm, job: Path, *words: str) -> tuple[int, Path, int]:
     """(number, log and the engines' port) of a job; `words` stand behind its file."""
     port, log = free_port(), job / "job.log"
-    env = {
+    script, env = str(ROOT / "launch" / "sample.sbatch"), environment(job, port)
+    return slurm.submit("--nodes=2", f"--output={log}", script, "job.yaml", *words, cwd=job, env=env), log, port
+
+
+def environment(job: Path, port: int) -> dict[str, str]:
+    """With an engine on that port of each node."""
+    return {
         "BVPO_ROOT": str(ROOT),
         "BVPO_PYTHON_BIN": sys.executable,
         "BVPO_ENGINE_COMMAND": engine(job / "asked.log"),
         "BVPO_ENGINE_PORT": str(port),
     }
-    script = str(ROOT / "launch" / "sample.sbatch")
-    return slurm.submit("--nodes=2", f"--output={log}", script, "job.yaml", *words, cwd=job, env=env), log, port
 
 
 def test_it_samples_on_two_nodes_and_goes_on_after_every_stop(slurm, job):
@@ -117,6 +126,26 @@ def test_it_samples_on_two_nodes_and_goes_on_after_every_stop(slurm, job):
     faults = sum(1 for count in requests.values() if count > 1)
     assert faults <= 2 * CONCURRENCY + 0.1 * len(requests)
     assert not listening(port)
+
+
+def test_through_a_chain_it_goes_on_after_its_time_limit_and_its_controller_s_end(slurm, job):
+    stage = asking("round-1/sample", ["job.yaml"], (), Place({"nodes": 2}), 1)
+    port, record = free_port(), Record(job / "chain", stage.name)
+    more = {"SLURM_CONF": slurm.env["SLURM_CONF"], "BVPO_SLURM_POLL_S": "1", **environment(job, port)}
+    first = Controller([stage], job / "chain", **more)
+    wait_until(lambda: record.job, "a job")
+    number, log = int(record.job), record.folder / f"job-{record.job}.log"
+    wait_for_answers(slurm, number, job / "samples", log, 100)
+    slurm.ask("scancel", "--signal=USR1", "--batch", str(number))
+    wait_for(slurm, number, log, lambda: slurm.job(number)["Restarts"] == "1")
+    holder = record.holder()
+    assert holder, "the stage took the job's return to the queue for its end"
+    kill_all([first.process.pid, holder])
+    first.process.communicate()
+    assert Controller([stage], job / "chain", **more).end(0, 180).endswith("1 of 1 stages done.\n")
+    said = record.log.read_text()
+    assert said.count("submitted as job") == 1 and f"job {number}, " in said and "is there already" in said
+    assert len(samples(job / "samples")) == 2 * PROMPTS * SAMPLES and not listening(port)
 
 
 def calm(job: Path) -> list[str]:

@@ -1,4 +1,5 @@
-"""`bvpo sweep` on a real Slurm: a controller that was killed finds its jobs again by their names."""
+"""`bvpo sweep` on a real Slurm: a controller that was killed finds its jobs again by their names, a job that goes back
+into the queue is waited for, and one that the user stops is not taken for a finished one."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ import pytest
 import yaml
 
 from megatron_bvpo.workflow.records import Record, State
-from megatron_bvpo.workflow.slurm_job import job_name
+from megatron_bvpo.workflow.slurm_job import begins_with
 from tests.cluster.small_run import losses, make_small_run
 from tests.distributed.cells import ROOT
 
 pytestmark = pytest.mark.slow
-STEPS = 8
+STEPS = 16
 RUNS = ("one", "two", "three")  # on two nodes: the third one waits
 
 
@@ -44,8 +45,8 @@ class Sweep:
     def jobs(self, stage: str) -> list[str]:
         """Numbers of all jobs of this name that Slurm knows."""
         text = self.slurm.ask("scontrol", "--oneliner", "show", "jobs")
-        name = re.escape(job_name(self.out, stage))
-        return re.findall(rf"^JobId=(\d+) JobName={name} ", text, re.MULTILINE)
+        name = re.escape(begins_with(self.out, stage))
+        return re.findall(rf"^JobId=(\d+) JobName={name}\w+ ", text, re.MULTILINE)
 
     def said(self) -> str:
         logs = "\n".join(p.read_text()[-2000:] for p in self.out.glob("stages/*/*/log.txt"))
@@ -60,7 +61,7 @@ def wait_for(condition, sweep: Sweep, seconds: float):
     return found
 
 
-def test_the_controller_is_killed_once_and_one_job_is_cancelled(slurm, tmp_path):
+def test_one_controller_is_killed_and_one_job_each_is_cancelled_stopped_and_put_back(slurm, tmp_path):
     sweep = Sweep(slurm, tmp_path)
     first = sweep.start()
     wait_for(lambda: all(sweep.jobs(f"train/{name}") for name in RUNS), sweep, 300)
@@ -76,19 +77,28 @@ def test_the_controller_is_killed_once_and_one_job_is_cancelled(slurm, tmp_path)
         wait_for(lambda name=name: "is there already" in Record(sweep.out, f"train/{name}").log.read_text(), sweep, 120)
     cancelled = next(n for n in RUNS if slurm.job(int(*sweep.jobs(f"train/{n}")))["JobState"] == "PENDING")
     slurm.ask("scancel", *sweep.jobs(f"train/{cancelled}"))
+    stopped, back = [name for name in RUNS if name != cancelled]
+    saved = {name: sweep.out / f"runs/{name}/last-checkpoint" for name in (stopped, back)}
+    wait_for(saved[stopped].exists, sweep, 300)
+    (sweep.out / f"runs/{stopped}/stop").touch()
+    wait_for(saved[back].exists, sweep, 300)
+    slurm.ask("scontrol", "requeue", *sweep.jobs(f"train/{back}"))
     assert second.wait(timeout=420) == 4, sweep.said()
     told = (tmp_path / "log").read_text()
-    assert f"failed: train/{cancelled}: exit code 1: " in told and told.count("failed: ") == 1
-    for name in set(RUNS) - {cancelled}:
-        assert Record(sweep.out, f"train/{name}").state() == State.DONE
-        (job,) = sweep.jobs(f"train/{name}")
-        said = Record(sweep.out, f"train/{name}").log.read_text()
-        assert f"submitted as job {job}, " in said and said.count("submitted") == 1
-        assert sorted(losses(sweep.out / "runs" / name)) == list(range(1, STEPS + 1))
-        said = (sweep.out / f"stages/train/{name}/job-{job}.log").read_text()
-        assert f"finished: {sweep.out}/runs/{name}, checkpoint-{STEPS}" in said
+    assert f"failed: train/{cancelled}: exit code 1: " in told and told.count("failed: ") == 2
+    assert f"failed: train/{stopped}: exit code 75: " in told and max(losses(sweep.out / f"runs/{stopped}")) < STEPS
+    assert Record(sweep.out, f"train/{back}").state() == State.DONE
+    (job,) = sweep.jobs(f"train/{back}")
+    assert slurm.job(int(job))["Restarts"] == "1"
+    said = Record(sweep.out, f"train/{back}").log.read_text()
+    assert f"submitted as job {job}, " in said and said.count("submitted") == 1
+    assert sorted(losses(sweep.out / "runs" / back)) == list(range(1, STEPS + 1))
+    said = (sweep.out / f"stages/train/{back}/job-{job}.log").read_text()
+    assert f"finished: {sweep.out}/runs/{back}, checkpoint-{STEPS}" in said
 
     # Asked again, it does only what is missing.
     assert sweep.start().wait(timeout=300) == 0, sweep.said()
-    assert sorted(losses(sweep.out / f"runs/{cancelled}")) == list(range(1, STEPS + 1))
-    assert sorted(len(sweep.jobs(f"train/{name}")) for name in RUNS) == [1, 1, 2]
+    for name in (cancelled, stopped):
+        assert sorted(losses(sweep.out / f"runs/{name}")) == list(range(1, STEPS + 1))
+        assert len(sweep.jobs(f"train/{name}")) == 2
+    assert len(sweep.jobs(f"train/{back}")) == 1

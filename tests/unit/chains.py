@@ -93,6 +93,13 @@ class Controller:
         self.process.communicate()
 
 
+def is_over(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
 def wait_for(condition, what: str, seconds: float = 60):
     deadline = time.monotonic() + seconds
     while not (found := condition()):

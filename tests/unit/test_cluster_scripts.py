@@ -244,12 +244,12 @@ def test_when_a_job_goes_back_into_the_queue(tmp_path):
 
 def test_a_user_s_stop_ends_the_job(tmp_path):
     told = sbatch_with(tmp_path, f"touch {tmp_path}/run/stop; exit 75")
-    assert "REQUEUED" not in told and "stopped at your request" in told and told.endswith("exit 0")
+    assert "REQUEUED" not in told and "stopped at your request" in told and told.endswith("exit 75")
     forget(tmp_path)
     # The time limit's signal comes when the user has asked already.
     signal = "kill -USR1 $(cut -d' ' -f4 /proc/$PPID/stat)"
     told = sbatch_with(tmp_path, f"touch {tmp_path}/run/stop; {signal}; sleep 1; exit 75")
-    assert "SIGUSR1 after" in told and "REQUEUED" not in told and told.endswith("exit 0")
+    assert "SIGUSR1 after" in told and "REQUEUED" not in told and told.endswith("exit 75")
 
 
 def test_a_node_that_is_lost_before_the_first_save_gets_one_more_try(tmp_path):

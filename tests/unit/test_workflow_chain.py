@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,8 +20,9 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.workflow import leftovers
 from megatron_bvpo.workflow.chain import run_chain
 from megatron_bvpo.workflow.records import Record, State
-from megatron_bvpo.workflow.stages import FREE_PORT, Stage, difference, in_order
-from tests.unit.chains import Controller, counting, kill_all, numbers, wait_for
+from megatron_bvpo.workflow.stage import StageRun
+from megatron_bvpo.workflow.stages import FREE_PORT, Slurm, Stage, difference, in_order
+from tests.unit.chains import Controller, counting, is_over, kill_all, numbers, wait_for
 
 
 def shell(name: str, text: str, **more) -> Stage:
@@ -180,13 +185,6 @@ def test_a_second_signal_ends_what_does_not_end(tmp_path):
     assert leftovers.processes_of(tmp_path / "out/stages/deaf") == []
 
 
-def is_over(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
 def said_by(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
@@ -224,13 +222,115 @@ def test_a_stage_that_was_another_one_is_neither_kept_nor_written_over(tmp_path,
     assert f"{rows}: " in refused([stage()], out)
     rows.write_text("1\n")
     other = shell("rows", "true")
-    assert "train/a is done, and rows, which it was made from, is not any more" in refused(
+    assert "train/a is done, and rows, which it was made from, is not done any more" in refused(
         [other, stage(after=("rows",))], out
     )
     moved = tmp_path / "moved"
     out.rename(moved)
     again = shell("train/a", "exit 0", files={str(moved / "run.yaml"): "lr: 1e-5\nbeta: 0.1\n"}, reads=(str(rows),))
     assert run_chain([again], moved).states == {"train/a": State.DONE}
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """alone(stages): each in this process, without Snakemake; the last one's exit code."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return lambda stages: [StageRun(tmp_path / "out", stage, str(tmp_path)).run() for stage in stages][-1]
+
+
+def test_what_is_half_done_does_not_outlive_what_it_was_made_from(tmp_path, alone):
+    """A sampling whose model is trained anew meanwhile: it would go on with another one's answers."""
+    out, samples = tmp_path / "out", tmp_path / "samples"
+    # `kept` is not there: that does not matter here, as it has not been refused.
+    sample = shell("sample", f"echo one >>{samples}; exit 1", after=("train",), kept=str(tmp_path / "none"))
+    stages = [shell("train", "true"), sample]
+    assert alone(stages) == 1
+    shutil.rmtree(out / "stages/train")
+    told = refused(stages, out)
+    assert f"{out}/stages/sample: sample has begun, and train, which it was made from, is not done any more" in told
+    assert "Remove that folder and what the stage has made, too." in told
+    assert alone(stages[:1]) == 0
+    assert "sample has begun, and train, which it was made from, was done again since" in refused(stages, out)
+    shutil.rmtree(out / "stages/sample")
+    samples.unlink()
+    assert alone(stages[1:]) == 1 and run_chain(stages, out, dry_run=True).states["sample"] == State.FAILED
+
+    # Where it still works, what is to be ended is named.
+    with Record(out, "sample").take(None):
+        Record(out, "sample").job_file.write_text("71")
+        told = refused([stages[0], dataclasses.replace(sample, env={"A": "b"})], out)
+    assert f"to do this stage again, end process {os.getpid()}, scancel 71, remove that folder" in told
+
+
+def test_an_export_of_another_training_is_not_taken_for_this_one_s(tmp_path, alone):
+    out, model = tmp_path / "out", tmp_path / "model"
+    stages = [shell("train", "true"), shell("export", f"mkdir {model}", after=("train",), whole=str(model))]
+    assert alone(stages) == 0
+    (out / "stages/export/done.json").unlink()  # it was killed when all was done
+    assert alone(stages) == 0
+    shutil.rmtree(out / "stages")
+    assert alone(stages) == 1 and not Record(out, "export").done
+    (told,) = Record(out, "export").failure()["last"]
+    assert told.endswith(f"error: {model} is older than what train made, and not of it: remove it")
+    model.rmdir()
+    assert alone(stages) == 0 and model.is_dir()
+
+
+def test_a_refusal_does_not_forget_what_an_earlier_start_left(tmp_path, alone):
+    """Half a sampling, then one start without an engine: another model would go on with its answers."""
+    out, code = tmp_path / "out", tmp_path / "code"
+    stage, other = (shell("sample", f"exit $(cat {code})", env={"MODEL": model}) for model in "ab")
+    code.write_text("2")
+    assert alone([stage]) == alone([other]) == alone([stage]) == 2
+    run_chain([other], out, dry_run=True)
+    code.write_text("137")
+    assert alone([stage]) == 137
+    code.write_text("2")
+    assert alone([stage]) == 2
+    assert "MODEL=a → MODEL=b" in refused([other], out)
+
+
+def test_a_stage_whose_folder_was_removed_while_it_ran_says_nothing_of_the_next_one(tmp_path):
+    out = tmp_path / "out"
+    controller = Controller([counting(tmp_path, "one", 9)], out)
+    wait_for(lambda: (tmp_path / "one").exists(), "the first number")
+    shutil.rmtree(out / "stages")
+    record = Record(out, "one")
+    with record.take(None):
+        (tmp_path / "go").touch()
+        controller.process.wait(60)
+    assert not record.done
+
+
+def test_locks_as_nfs_has_them(tmp_path, monkeypatch):
+    """There flock is a lock of fcntl's, which asks what the file is open for."""
+    flock = fcntl.flock
+
+    def of_nfs(file, how: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_WRONLY if how & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    record = Record(tmp_path, "one")
+    assert record.state() == State.WAITING
+    with record.take(None):
+        assert record.state() == State.RUNNING and record.holder() == os.getpid()
+    assert record.state() == State.WAITING
+
+    def without(file, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(UserError, match="cannot be locked: No locks available"):
+        record.state()
+
+
+def test_a_preflight_alone_is_no_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("BVPO_PREFLIGHT", "only")
+    submitted = Stage("train", ("run.yaml",), slurm=Slurm("slurm.sbatch"))
+    assert "BVPO_PREFLIGHT: is only: " in refused([submitted], tmp_path / "out")
 
 
 def test_what_cannot_be_run(tmp_path, monkeypatch, capfd):
