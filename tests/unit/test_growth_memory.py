@@ -31,7 +31,7 @@ MODELS = {
         num_experts=8,
     ),
     "dense": dict(
-        model_type="qwen3", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=4096
+        model_type="qwen3", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=5120
     ),
 }
 
@@ -93,5 +93,5 @@ def test_a_model_that_takes_more_than_allowed_is_refused_before_anything_is_writ
     write_model(tmp_path / "old", MODELS["dense"])
     assert expand(tmp_path / "old", tmp_path / "grown", "0", "--memory", 0.5) == 2
     said = capsys.readouterr().err
-    assert "--memory: growing this model takes 0.7 GiB, and 0.5 are allowed" in said
+    assert "--memory: growing this model takes 0.8 GiB, and 0.5 are allowed" in said
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
