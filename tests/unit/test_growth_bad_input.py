@@ -159,7 +159,7 @@ def test_a_model_of_one_layer(tmp_path, capsys):
 def test_a_grown_model_is_not_grown_again(models, tmp_path, capsys):
     assert expand(models["qwen3"], tmp_path / "grown", "1") == 0
     capsys.readouterr()
-    remedy = f"grow the model {models['qwen3']} at all its places at once"
+    remedy = "grow the model qwen3 at all its places at once"
     refused(capsys, tmp_path / "grown", tmp_path / "again", "1", remedy)
 
 
