@@ -178,7 +178,7 @@ def test_new_layers_that_are_left_on_in_the_reference_are_told(runs):
 def chunks(workshop, tmp_path_factory):
     """PP2 × VPP2 with tied embeddings: two of four chunks have nothing to train. A whole run, and its second half."""
     folder = tmp_path_factory.mktemp("chunks")
-    sizes = dict(num_hidden_layers=6, tie_word_embeddings=True)
+    sizes = dict(num_layers=6, tie_word_embeddings=True)
     old = make_tiny_model(folder / "tied", kind="dense", vocab="trimmed", seed=0, **sizes)
     assert expand(old, folder / "grown", "3,4") == 0
     more = f"{ONLY} --train_iters 4 --save_steps 2 --overlap_grad_reduce true --bvpo_ref_cache {folder / 'cache'}"
