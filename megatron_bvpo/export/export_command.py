@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.export.new_folder import copy_others, new_folder, require_free, require_room
+from megatron_bvpo.launching.new_layers import KEY, forget_new_layers
 
 OUT = "--out"
 NOTE = "bvpo_export.json"
@@ -95,6 +96,8 @@ def _write_model(source, model, out: Path) -> tuple[str, list[str], list[str]]:
     told = write_whole_model(saved, base, out)
     for folder in (source.folder, base.folder):
         copy_others(folder, out)
+    if KEY not in saved.config:
+        forget_new_layers(out)
     return "model", told, []
 
 
@@ -108,6 +111,7 @@ def _write_merged(source, model, out: Path) -> tuple[str, list[str], list[str]]:
     require_room(out.parent, base.bytes(), OUT)
     told = merge(base, adapter, out)
     copy_others(base.folder, out)
+    forget_new_layers(out)
     return "merged model", told, []
 
 

@@ -16,7 +16,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 
 def require_free(out: Path, field: str) -> None:
     """Raises UserError where something is there, or no folder to put it in. An empty folder is removed."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise UserError(f"{out} is there already", field=field, remedy="give a new folder")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent}", field=field, remedy="make it first")
@@ -56,9 +56,17 @@ def new_folder(out: Path, field: str) -> Iterator[Path]:
 
 
 def copy_others(source: Path, out: Path) -> None:
-    """What is no weight and not there yet: config, tokenizer, sampling settings, code."""
+    """What is no weight and not there yet: config, tokenizer, sampling settings, code.
+
+    Raises:
+        UserError: a link whose file is not there.
+        OSError: a file cannot be read or written.
+    """
     ours = ("args.json", "bvpo_state.json", "additional_config.json", "latest_checkpointed_iteration.txt")
     for file in sorted(source.iterdir()):
         skipped = file.name in ours or file.name.startswith(".") or ".safetensors" in file.name
-        if file.is_file() and not skipped and file.suffix not in _WEIGHTS and not (out / file.name).exists():
-            shutil.copy(file, out / file.name)
+        if skipped or file.is_dir() or file.suffix in _WEIGHTS or (out / file.name).exists():
+            continue
+        if not file.exists():  # a hub's cache with half a download: a link to what is not there
+            raise UserError("is a link to nothing", file=str(file), remedy="download the model again")
+        shutil.copy(file, out / file.name)

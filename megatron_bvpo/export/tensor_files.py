@@ -49,10 +49,13 @@ def read_entries(file: Path) -> dict[str, Entry]:
             for name, e in header.items()
             if name != "__metadata__"
         }
+        for name, entry in found.items():
+            if entry.dtype in TYPES and entry.end - entry.start != entry.parameters * TYPES[entry.dtype].itemsize:
+                raise ValueError(f"{name} has {entry.end - entry.start} bytes, and its shape has others")
         end = max((entry.end for entry in found.values()), default=8 + length)
         if end != file.stat().st_size:
             raise ValueError(f"{file.stat().st_size} bytes where its header tells of {end}")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"is no whole safetensors file: {e}", file=str(file), remedy="copy it again") from None
     return dict(sorted(found.items(), key=lambda item: item[1].start))
 

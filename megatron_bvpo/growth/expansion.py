@@ -117,7 +117,7 @@ def _note(expansion: Expansion) -> dict:
         units.append("whole experts with their rows of the router")
     zero = {re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in zeroed(expansion.layers[0].entries)}
     return {
-        "model": str(expansion.model.folder),
+        "model": expansion.model.folder.resolve().name,
         "layers_before": len(expansion.layers),
         "layers": len(expansion.layers) + len(expansion.places),
         NEW_LAYERS: sorted(expansion.new.values()),
@@ -128,7 +128,7 @@ def _note(expansion: Expansion) -> dict:
         "transport": {
             "solver": f"Sinkhorn of POT {version('POT')}",
             "regularisation": transport.REGULARISATION,
-            "cost": "Euclidean distance, moved and scaled to [0, 1]",
+            "cost": "cosines, each unit's moved and scaled: 0 the most alike, 1 the mean and what is farther",
             "units": units,
         },
         "zeroed": sorted(zero),

@@ -49,6 +49,8 @@ def require_known(model: ModelFiles) -> int:
     if config.get("decoder_sparse_step", 1) != 1:
         raise refuse("decoder_sparse_step", unlike["mlp_only_layers"], "grow a model whose layers are alike")
     types = config.get("layer_types")
+    if types is not None and not (isinstance(types, list) and all(isinstance(kind, str) for kind in types)):
+        raise refuse("layer_types", f"is {types!r}; expected a list of names", "copy the model again")
     if types and (len(types) != layers or len(set(types)) > 1):
         raise refuse(
             "layer_types",

@@ -142,10 +142,11 @@ def layers_of(model: ModelFiles, sizes: Sizes, count: int) -> list[Layer]:
         if match := LAYER.fullmatch(name):
             found[int(match[1])][match[2]] = entry
     config = str(model.folder / "config.json")
-    if sorted(found) != list(range(count)):
-        odd = sorted(set(found) ^ set(range(count)))
+    odd = next((n for n in range(count) if n not in found), None)
+    if odd is not None or len(found) != count:
+        odd = min(n for n in found if n >= count) if odd is None else odd
         raise UserError(
-            f"says {count} layers, and the files {'hold' if odd[0] in found else 'lack'} layer {odd[0]}",
+            f"says {count} layers, and the files {'hold' if odd in found else 'lack'} layer {odd}",
             file=config,
             field="num_hidden_layers",
             remedy="copy the model again",

@@ -145,7 +145,8 @@ def shards_of(model: ModelFiles, places: list[int], layers: int) -> Shards:
     added = {name: entry for held in tensors.values() for name, entry in held.items()}
     count = sum(torch.Size(shape).numel() for _, shape in added.values())
     data = sum(TYPES[dtype].itemsize * torch.Size(shape).numel() for dtype, shape in added.values())
-    metadata = dict(read_json(model.folder / INDEX).get("metadata") or {}) if model.files[0].name != SINGLE else {}
+    metadata = read_json(model.folder / INDEX).get("metadata") if model.files[0].name != SINGLE else None
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}  # nobody needs it
     metadata["total_size"] = sum(e.end - e.start for e in model.entries.values()) + data
     if isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += count

@@ -53,7 +53,7 @@ def _mean(moved: Tensor, upper: Tensor) -> Tensor:
 
 
 def _attention(lower: Layer, upper: Layer, sizes: Sizes) -> Iterator[tuple[str, Tensor]]:
-    of_queries, of_kv = transport.head_plan(_query_distances(lower, upper, sizes), _kv_distances(lower, upper, sizes))
+    of_queries, of_kv = transport.head_plan(_queries_alike(lower, upper, sizes), _kv_alike(lower, upper, sizes))
     for name, found in (("q", of_queries), ("k", of_kv), ("v", of_kv)):
         for kind in ("weight", "bias"):
             full = f"self_attn.{name}_proj.{kind}"
@@ -61,15 +61,15 @@ def _attention(lower: Layer, upper: Layer, sizes: Sizes) -> Iterator[tuple[str, 
                 yield full, _mean(transport.transported(found, lower.read(full)), upper.read(full))
 
 
-def _query_distances(lower: Layer, upper: Layer, sizes: Sizes) -> Tensor:
-    """[heads, heads], squared: of what a head asks for and of what it writes."""
-    squared = torch.zeros(sizes.heads, sizes.heads)
+def _queries_alike(lower: Layer, upper: Layer, sizes: Sizes) -> Tensor:
+    """[heads, heads]: by what a head asks for and by what it writes."""
+    alike = torch.zeros(sizes.heads, sizes.heads)
     for name in ("self_attn.q_proj.weight", "self_attn.q_proj.bias"):
         if name in upper.entries:
             rows = (layer.read(name).reshape(sizes.heads, -1) for layer in (lower, upper))
-            transport.squared_distances(*rows, into=squared)
+            transport.cosines(*rows, into=alike)
     columns = (_output_columns(layer, sizes) for layer in (lower, upper))
-    return transport.squared_distances(*columns, into=squared)
+    return transport.cosines(*columns, into=alike)
 
 
 def _output_columns(layer: Layer, sizes: Sizes) -> Tensor:
@@ -78,15 +78,15 @@ def _output_columns(layer: Layer, sizes: Sizes) -> Tensor:
     return found.view(sizes.hidden, sizes.heads, sizes.head_dim).transpose(0, 1).reshape(sizes.heads, -1)
 
 
-def _kv_distances(lower: Layer, upper: Layer, sizes: Sizes) -> Tensor:
-    """[kv_heads, kv_heads], squared."""
-    squared = torch.zeros(sizes.kv_heads, sizes.kv_heads)
+def _kv_alike(lower: Layer, upper: Layer, sizes: Sizes) -> Tensor:
+    """[kv_heads, kv_heads]: by keys and by values."""
+    alike = torch.zeros(sizes.kv_heads, sizes.kv_heads)
     for part in ("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"):
         name = f"self_attn.{part}"
         if name in upper.entries:
             rows = (layer.read(name).reshape(sizes.kv_heads, -1) for layer in (lower, upper))
-            transport.squared_distances(*rows, into=squared)
-    return squared
+            transport.cosines(*rows, into=alike)
+    return alike
 
 
 def _experts(lower: Layer, upper: Layer, sizes: Sizes) -> Iterator[tuple[str, Tensor]]:

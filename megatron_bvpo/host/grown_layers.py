@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from megatron_bvpo.errors import UserError
+from megatron_bvpo.launching.new_layers import KEY
 
-KEY = "bvpo_new_layers"  # of config.json; growth/grown_config.py writes it
 FLAG = "--bvpo_new_layers_only"
 
 

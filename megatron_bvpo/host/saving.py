@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_bvpo.host import checkpoint as ckpt
 from megatron_bvpo.host.patches import groups_at_any_rate
 from megatron_bvpo.host.peft_export import is_due, set_aside, write_peft_form
 from megatron_bvpo.host.phases import tell, timed
+from megatron_bvpo.launching.new_layers import carry_along
 
 logger = get_logger()
 
@@ -107,7 +107,8 @@ class Checkpoints:
         if is_master():
             with timed("save: publishing, and removing old checkpoints"):
                 set_aside(staging / name)
-                self._add_generation_config(staging)
+                for exported in staging.glob("*/config.json"):
+                    carry_along(Path(args.model_info.model_dir), exported.parent, args.bvpo_new_layers_only)
                 ckpt.write_state(staging / name, self._saved_state())
                 ckpt.publish(staging, name)
                 self.rotate(oldest_first(output_dir))
@@ -124,14 +125,6 @@ class Checkpoints:
         """As ms-swift's, but a checkpoint whose removal was cut short does not look whole."""
         if self.args.save_total_limit:
             ckpt.rotate(oldest_first, self.args.save_total_limit)
-
-    def _add_generation_config(self, staging: Path) -> None:
-        """The model's own sampling settings and end-of-text tokens, and which of its layers are new (bvpo expand):
-        ms-swift leaves them out of what it exports."""
-        for name in ("generation_config.json", "expansion.json"):
-            source = Path(self.args.model_info.model_dir) / name
-            for config in staging.glob("*/config.json") if source.is_file() else ():
-                shutil.copy(source, config.parent)
 
     def _saved_state(self) -> dict[str, Any]:
         """What bvpo_state.json holds besides its format."""

@@ -215,6 +215,15 @@ def full_refusals(args: Any) -> list[tuple]:
         (bool(args.bvpo_new_layers_only and getattr(args, flag)), flag, without, "leave the flag out")
         for flag in ("ref_model", "mcore_ref_model")
     ]
+    found.append(
+        (
+            bool(args.bvpo_new_layers_only and args.mcore_model and args.finetune),
+            "mcore_model",
+            "the reference is the given model without its new layers, and its cache and resumed runs know it by the "
+            "files in Hugging Face's form",
+            "give these weights as --model in that form, or add --finetune false to resume",
+        )
+    )
     for flag, default in LORA_ONLY.items():
         value = getattr(args, flag)
         value = tuple(value) if isinstance(value, list) else value

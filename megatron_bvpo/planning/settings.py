@@ -149,6 +149,8 @@ class RunSettings:
     mcore_ref_adapter: str | None = None
     ref_model: str | None = None
     mcore_ref_model: str | None = None
+    mcore_model: str | None = None
+    finetune: bool = True
 
     @property
     def dtype_bytes(self) -> int:

@@ -181,6 +181,37 @@ def test_a_whole_model_gets_back_what_training_dropped(tmp_path, capsys):
     assert "model-00003-of-00003.safetensors" in names
 
 
+def grow(folder) -> None:
+    """As bvpo expand marks a model."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bvpo_new_layers": [1]}))
+    (folder / "expansion.json").write_text("{}")
+
+
+@pytest.mark.parametrize("new", [[1], None])
+def test_a_whole_model_has_the_new_layers_that_its_checkpoint_has(tmp_path, new):
+    tensors = exports.base_tensors()
+    base = exports.write_model(tmp_path / "base", tensors)
+    grow(base)
+    checkpoint = write_trained(tmp_path / "checkpoint-7", base, tensors)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.pop("bvpo_new_layers", None)
+    (checkpoint / "config.json").write_text(json.dumps(config | ({"bvpo_new_layers": new} if new else {})))
+    assert export(checkpoint, "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out/config.json").read_text()).get("bvpo_new_layers") == new
+    assert (tmp_path / "out/expansion.json").exists() is bool(new)
+
+
+def test_a_merged_model_has_no_new_layers(tmp_path):
+    """Adapters were on its old layers, too: without its new ones it is not the model that was grown."""
+    base = exports.write_model(tmp_path / "base", exports.base_tensors())
+    grow(base)
+    checkpoint = exports.write_checkpoint(tmp_path / "checkpoint-7", base)
+    assert export(checkpoint, "--merge", "--out", tmp_path / "out") == 0
+    assert "bvpo_new_layers" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert not (tmp_path / "out/expansion.json").exists()
+
+
 def test_a_tied_model_s_old_head_is_not_carried(tmp_path):
     """It would stand for the embedding before training."""
     tensors = exports.base_tensors()

@@ -101,7 +101,7 @@ def test_the_folder_is_whole(models, kind):
     assert (grown / "generation_config.json").read_bytes() == (old / "generation_config.json").read_bytes()
     assert (grown / "tokenizer.json").is_file()
     note = json.loads((grown / "expansion.json").read_text())
-    assert note["model"] == str(old) and note["bvpo_new_layers"] == [2, 4] and note["layers_before"] == 4
+    assert note["model"] == old.name and note["bvpo_new_layers"] == [2, 4] and note["layers_before"] == 4
     assert [layer["between_old_layers"] for layer in note["new_layers"]] == [[1, 2], [2, 3]]
     assert any("o_proj" in name for name in note["zeroed"]) and "down_proj" in note["zeroed"][0]
 

@@ -54,6 +54,14 @@ def lose(model: Path) -> None:
     max(model.glob("*.safetensors")).unlink()
 
 
+def spoil_table(model: Path, change) -> None:
+    file = max(model.glob("*.safetensors"))
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(change(json.loads(data[8:end]))).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+
+
 Q2 = "model.layers.2.self_attn.q_proj.weight"
 # name: (what is done to a copy of the model, --layers, what is said)
 FOLDERS = {
@@ -90,6 +98,17 @@ FOLDERS = {
         "1,2",
         f"MODEL: {Q2} holds what is no number",
     ),
+    "a table that is a list": (lambda m: spoil_table(m, lambda header: []), "0", "is no whole safetensors file"),
+    "bytes that are not the shape's": (
+        lambda m: spoil_table(m, lambda header: {k: v | {"shape": [7]} for k, v in header.items() if "shape" in v}),
+        "0",
+        "bytes, and its shape has others",
+    ),
+    "a link to nothing": (
+        lambda m: (m / "vocab.json").symlink_to("../blobs/none"),
+        "0",
+        "vocab.json: is a link to nothing; download the model again",
+    ),
     "a file instead of a folder": (lambda m: (m.rename(m.with_name("x")), m.write_text("")), "0", "MODEL: there is no"),
 }
 CONFIGS = {
@@ -101,6 +120,9 @@ CONFIGS = {
     "more layers": ({"num_hidden_layers": 6, "layer_types": None}, "says 6 layers, and the files lack layer 4"),
     "windows": ({"use_sliding_window": True}, "use_sliding_window: some layers see a window of the text"),
     "layer types": ({"layer_types": ["full_attention"] * 3}, "layer_types: names 3 layers of 1 kinds"),
+    "a number of layer types": ({"layer_types": 5}, "layer_types: is 5; expected a list of names"),
+    "objects of layer types": ({"layer_types": [{}] * 4}, "layer_types: is [{}, {}, {}, {}]; expected a list of names"),
+    "a thousand million layers": ({"num_hidden_layers": 10**9, "layer_types": None}, "and the files lack layer 4"),
     "no width": ({"hidden_size": None}, "hidden_size: is None; expected a whole number above 0"),
     "odd heads": ({"num_key_value_heads": 4}, "num_key_value_heads: 6 heads cannot share 4"),
     "grown already": ({"bvpo_new_layers": [2]}, "bvpo_new_layers: the model is grown already"),
@@ -159,7 +181,7 @@ def test_a_model_of_one_layer(tmp_path, capsys):
 def test_a_grown_model_is_not_grown_again(models, tmp_path, capsys):
     assert expand(models["qwen3"], tmp_path / "grown", "1") == 0
     capsys.readouterr()
-    remedy = f"grow the model {models['qwen3']} at all its places at once"
+    remedy = "grow the model qwen3 at all its places at once"
     refused(capsys, tmp_path / "grown", tmp_path / "again", "1", remedy)
 
 
@@ -168,8 +190,23 @@ def test_the_new_folder(models, tmp_path, capsys):
     (tmp_path / "there/file").touch()
     refused(capsys, models["qwen3"], tmp_path / "there", "1", "OUT: ")
     refused(capsys, models["qwen3"], models["qwen3"], "1", "is there already; give a new folder")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "nowhere").symlink_to("none")
+    for link in ("link", "nowhere"):
+        refused(capsys, models["qwen3"], tmp_path / link, "1", f"OUT: {tmp_path / link} is there already")
     assert expand(models["qwen3"], tmp_path / "no/such/folder", "1") == 2
     assert f"OUT: there is no folder {tmp_path / 'no/such'}; make it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("metadata", ["none", ["none"], None])
+def test_an_index_whose_metadata_is_none(models, tmp_path, metadata):
+    """Nobody reads it, and the grown model's is whole."""
+    model = copy_of(models["qwen3"], tmp_path / "model")
+    file = model / "model.safetensors.index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metadata": metadata}))
+    assert expand(model, tmp_path / "grown", "1") == 0
+    assert json.loads((tmp_path / "grown" / file.name).read_text())["metadata"].keys() == {"total_size"}
 
 
 def test_too_little_room(models, tmp_path, capsys, monkeypatch):

@@ -24,6 +24,22 @@ def random_layer(sizes: Sizes, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in sizes.shapes().items()}
 
 
+def uneven(layer: dict[str, torch.Tensor], sizes: Sizes) -> dict[str, torch.Tensor]:
+    """As trained layers are: rows of all sizes, and one neuron, one head and one expert that are ten times as large."""
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for name, tensor in layer.items():
+        size = torch.exp(0.5 * torch.randn(len(tensor), generator=generator))
+        found[name] = tensor * (size[:, None] if tensor.dim() == 2 else size)
+    for name in ("q", "k", "v"):
+        found[f"self_attn.{name}_proj.weight"][-sizes.head_dim :] *= 10
+    for mlp, n in sizes.mlps():
+        for name in ("gate", "up"):
+            found[f"{mlp}.{name}_proj.weight"][n // 3] *= 10
+            found[f"{mlp}.{name}_proj.weight"] *= 10 if ".experts.3" in mlp else 1
+    return found
+
+
 def as_layer(tensors, path, number: int) -> Layer:
     save_file(tensors, path)
     return Layer(number, read_entries(path))
@@ -52,15 +68,16 @@ PARTS = {
 }
 
 
+@pytest.mark.parametrize("made", [lambda layer, sizes: layer, uneven], ids=["even", "uneven"])
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 @pytest.mark.parametrize(
     ("sizes", "part"),
     [(DENSE, "heads"), (DENSE, "neurons"), (MIXTURE, "heads"), (MIXTURE, "neurons"), (MIXTURE, "experts")],
 )
-def test_transport_undoes_disorder_and_an_average_does_not(tmp_path, sizes, part, noise, seed):
+def test_transport_undoes_disorder_and_an_average_does_not(tmp_path, sizes, part, noise, seed, made):
     """The lower layer is the upper one in disorder, so the new layer should be the upper one."""
-    upper = random_layer(sizes)
+    upper = made(random_layer(sizes), sizes)
     lower = in_disorder(upper, sizes, seed, noise)
     found = grown(lower, upper, sizes, tmp_path)
     wanted = {name: upper[name] for name in found}
@@ -109,8 +126,7 @@ def test_of_two_layers_that_are_one_the_new_one_is_that(tmp_path):
 
 def test_a_plans_columns_sum_to_one():
     """Used as POT gives it, a plan of n units makes them n times smaller: a fault of the public code."""
-    cost = torch.rand(40, 40, generator=torch.Generator().manual_seed(0))
-    found = transport.plan(cost.clone())
+    found = transport.plan(torch.rand(40, 40, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close(found.sum(0), torch.ones(40))
     torch.testing.assert_close(transport.transported(found, torch.ones(40, 3)), torch.ones(40, 3))
     assert (transport.plan(torch.zeros(4, 4)) == 0.25).all()  # nothing tells them apart
@@ -131,16 +147,54 @@ def test_heads_move_whole_and_with_their_group():
 
 def test_experts_are_permuted_whole():
     generator = torch.Generator().manual_seed(0)
-    cost = torch.rand(9, 9, generator=generator)
-    assert sorted(transport.permutation(cost.clone()).tolist()) == list(range(9))
+    alike = torch.rand(9, 9, generator=generator)
+    assert sorted(transport.permutation(alike).tolist()) == list(range(9))
     order = torch.randperm(9, generator=generator)
-    cost = torch.ones(9, 9)
-    cost[order, torch.arange(9)] = 0
-    assert transport.permutation(cost).equal(order)
+    alike = torch.zeros(9, 9)
+    alike[order, torch.arange(9)] = 1
+    assert transport.permutation(alike).equal(order)
 
 
 def test_a_plan_tells_units_apart_where_all_are_far_from_each_other():
-    """Rows of thousands of numbers: distances differ by a few per cent, and the nearest must not drown in the rest."""
-    cost = 100 + torch.rand(50, 50, generator=torch.Generator().manual_seed(0))
-    found = transport.plan(cost)
-    assert found.max(0).values.median() > 5 / 50
+    """Rows of thousands of numbers: cosines differ by a few per cent, and the nearest must not drown in the rest."""
+    alike = 0.01 * torch.rand(50, 50, generator=torch.Generator().manual_seed(0))
+    assert transport.plan(alike).max(0).values.median() > 5 / 50
+
+
+# name: (σ of the logarithm of the units' sizes, the loudest unit, noise, share of units that it spares)
+UNITS = {
+    "of one size": (0, 1, 0, 0),
+    "of sizes like .3": (0.3, 1, 0, 0),
+    "of sizes like .5": (0.5, 1, 0, 0),
+    "one loud": (0, 10, 0, 0),
+    "of sizes like .5, one loud": (0.5, 10, 0.3, 0),
+    "all far, but for one pair": (0, 1, 3, 1 / 768),
+    "half of them far": (0, 1, 3, 1 / 2),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_no_unit_drowns_another(name):
+    """Of so many neurons a plan in which one is loud, or like another, made all others their mean."""
+    spread, loud, noise, spared = UNITS[name]
+    n, d = 768, 512
+    generator = torch.Generator().manual_seed(0)
+    size = torch.exp(spread * torch.randn(n, 1, generator=generator))
+    size[n // 3] *= loud
+    upper = size * torch.randn(n, d, generator=generator)
+    order = torch.randperm(n, generator=generator)
+    off = noise * size * torch.randn(n, d, generator=generator)
+    off[: round(spared * n)] = 0
+    lower = torch.empty_like(upper)
+    lower[order] = upper + off
+    found = transport.neuron_plan(iter([(lower, upper)]))
+    right = found[order, torch.arange(n)]
+    assert right.median() > 0.99 and right.min() > 0.9
+
+
+def test_units_of_zeros_are_like_any_other():
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    rows[2:4] = 0
+    found = transport.neuron_plan(iter([(rows.clone(), rows)]))
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.sum(0), torch.ones(6))

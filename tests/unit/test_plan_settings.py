@@ -141,6 +141,7 @@ REFUSED = {
     "bridge_backend": "megatron-bridge",
     "ref_model": {"ref_model": "there", "loss_type": "simpo"},
     "mcore_ref_model": {"mcore_ref_model": "there", "reference_free": True},
+    "mcore_model": {"mcore_model": "there", "bvpo_new_layers_only": True},
     "ref_adapters": {"ref_adapters": "there", "loss_type": "simpo"},
     "mcore_ref_adapter": {"mcore_ref_adapter": "there", "loss_type": "simpo"},
     "new_special_tokens": ["<a>"],
@@ -204,6 +205,11 @@ def test_what_the_run_refuses_is_refused(flag, values):
     plans_own = any(words in str(found.value) for words in ("not planned", "the plan knows"))
     assert found.value.field == flag and found.value.file == (None if plans_own else "run.yaml")
     assert "--" not in str(found.value)
+
+
+def test_new_layers_are_resumed_from_megatrons_files():
+    given = {"max_length": 1, "bvpo_new_layers_only": True, "mcore_model": "there", "finetune": False}
+    assert "mcore_model" not in {flag for said, flag, _, _ in refusals(settings_from(given)) if said}
 
 
 @pytest.mark.parametrize("flag", ["ref_model", "mcore_ref_model"])
