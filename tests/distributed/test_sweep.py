@@ -1,6 +1,7 @@
 """A sweep of real runs, killed at random moments, ends as one that was left alone; a run that fails spoils no other.
 
-In CI two runs and two kills, one of the controller alone; with --whole-matrix six runs and five.
+In CI two runs and two kills: of the controller alone, and of everything while a run trains on from a checkpoint. With
+--whole-matrix six runs and five.
 """
 
 from __future__ import annotations
@@ -60,10 +61,14 @@ class Sweeps:
     def run(self, name: str, run: str) -> Path:
         return self.home / name / "runs" / run
 
-    def is_at_work(self, process: subprocess.Popen) -> bool:
-        """Whether a run of the sweep that is killed is running."""
+    def at_work(self, process: subprocess.Popen) -> list[str]:
+        """Runs of the sweep that is killed which are running."""
         assert process.poll() is None, self.said("killed")
-        return State.RUNNING in [Record(self.home / "killed", f"train/{run}").state() for run in self.names]
+        return [run for run in self.names if Record(self.home / "killed", f"train/{run}").state() == State.RUNNING]
+
+    def has_saved(self, process: subprocess.Popen) -> bool:
+        """Whether one of these has a checkpoint, so that what is killed is a training and no start."""
+        return any((self.run("killed", run) / "last-checkpoint").exists() for run in self.at_work(process))
 
     def shards(self) -> set[Path]:
         return set((self.home / "references").rglob("*.parquet"))
@@ -98,10 +103,13 @@ def sweeps(request, tmp_path_factory) -> Sweeps:
     print(f"moments of seed {seed}")
     moments = random.Random(seed)
     for i in range(5 if whole else 2):
-        process = made.start("killed", broken)
-        wait_for(functools.partial(made.is_at_work, process), "a run", 300)
-        time.sleep(moments.uniform(0, 20 if whole else 5))
-        kill(made, "killed", process, everything=i % 2 == 1)
+        process, everything = made.start("killed", broken), i % 2 == 1
+        if everything:
+            wait_for(functools.partial(made.has_saved, process), "a checkpoint", 600)
+        else:
+            wait_for(functools.partial(made.at_work, process), "a run", 300)
+        time.sleep(moments.uniform(0, 1 if everything else 20 if whole else 5))
+        kill(made, "killed", process, everything)
     made.code = made.start("killed", broken).wait(timeout=1500)
     made.filled = made.shards()
     code = made.start("alone").wait(timeout=1500)
