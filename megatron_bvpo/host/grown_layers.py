@@ -61,13 +61,14 @@ def train_only(models: Sequence[nn.Module], numbers: Sequence[int]) -> None:
 
 
 @contextmanager
-def switched_off(models: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[None]:
-    """Without these layers: each gives on what it gets. The others' weights are shared, so they must be frozen."""
+def without_layers(models: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[Sequence[nn.Module]]:
+    """The models with these layers switched off: each gives on what it gets. The others' weights are shared, so they
+    must be frozen."""
     layers = layers_with(models, numbers)
     for layer in layers:
         layer.forward = _give_on
     try:
-        yield
+        yield models
     finally:
         for layer in layers:
             del layer.forward  # the class's own again

@@ -5,7 +5,6 @@ A step is step.py's, which is where to read on: pass → loss, or probe → pass
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
-from megatron_bvpo.host.grown_layers import new_layer_numbers, switched_off, train_only
+from megatron_bvpo.host.grown_layers import new_layer_numbers, train_only, without_layers
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.merging import BaseWeights, check_merge_memory
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
@@ -89,7 +88,10 @@ class BvpoTrainer(MegatronRLHFTrainer):
         args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
         routers, zero_gradients = router_configs(self.unwrapped_models), partial(shards.clear, models, self.optimizer)
         self.references = References(args, bvpo.ref_cache, groups)
-        self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
+        reference_models = self.null_ref_context
+        if self.new_layers:  # the reference is the policy without them
+            reference_models = partial(without_layers, self.unwrapped_models, self.new_layers)
+        self.passes = Passes(args, models, groups, bvpo.losses, self.references, reference_models, self.get_batch)
         self.probes = Probes(
             self.mixture,
             self.passes,
@@ -157,16 +159,6 @@ class BvpoTrainer(MegatronRLHFTrainer):
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
-
-    @contextmanager
-    def null_ref_context(self):
-        """The reference's chunks, as they are inside: where new layers are trained, the policy's without those."""
-        if not self.new_layers:
-            with super().null_ref_context() as models:
-                yield models
-        else:
-            with switched_off(self.unwrapped_models, self.new_layers):
-                yield self.unwrapped_models
 
     # ---- data
 

@@ -132,7 +132,7 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
             command = [sys.executable, "-m", "tests.distributed.cell_worker", str(spec)]
             workers.append(
                 subprocess.Popen(
-                    command, env={**os.environ, **env}, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT
+                    command, env={**os.environ, **env}, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT
                 )
             )
     _wait(workers, folder, world_size, timeout)
