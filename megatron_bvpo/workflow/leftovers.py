@@ -2,7 +2,8 @@
 environment: all that it starts inherits it.
 
 A stage's own process may be killed (`kill -9`, memory) and leave ranks that still write into its folder. Process groups
-do not find them, as torchrun gives each rank a session of its own.
+do not find them, as torchrun gives each rank a session of its own. vLLM's workers write their titles over their
+environment: they are found by the engine's log, which they write to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 VARIABLE = "BVPO_STAGE"
+ENGINE_LOG = "engine-log"  # in a stage's folder: the path of what its engine writes to
 
 
 def ends_with(parent: int, number: int):
@@ -33,15 +35,29 @@ def ends_with(parent: int, number: int):
 def processes_of(folder: Path) -> list[int]:
     """Those of this user on this machine that the stage of `folder` has started, and that still run."""
     marker, found = f"{VARIABLE}={folder}".encode(), []
+    note = folder / ENGINE_LOG
+    log = note.read_text(encoding="utf-8") if note.exists() else None
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if marker in (entry / "environ").read_bytes().split(b"\0") and not _is_over(entry):
+            ours = marker in (entry / "environ").read_bytes().split(b"\0") or log in _written_by(entry)
+            if ours and not _is_over(entry):
                 found.append(int(entry.name))
         except OSError:
             continue
     return found
+
+
+def note_engine_log(log: Path) -> None:
+    """Called by what starts an engine for a stage, before it does."""
+    if folder := os.environ.get(VARIABLE):
+        (Path(folder) / ENGINE_LOG).write_text(str(log.resolve()), encoding="utf-8")
+
+
+def _written_by(entry: Path) -> list[str]:
+    """Where a process's standard output and errors go."""
+    return [os.readlink(entry / "fd" / number) for number in ("1", "2")]
 
 
 def end_processes_of(folder: Path, grace: float = 15.0) -> int:

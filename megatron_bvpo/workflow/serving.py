@@ -30,6 +30,7 @@ from pathlib import Path
 from megatron_bvpo.errors import EXIT_CODE, UserError
 from megatron_bvpo.sampling.asking.job_file import JobLine, engine_command, read_line
 from megatron_bvpo.workflow import engine_watch
+from megatron_bvpo.workflow.leftovers import note_engine_log
 
 HOST = "127.0.0.1"
 _BVPO = "import sys; from megatron_bvpo.cli import bvpo; sys.exit(bvpo())"
@@ -74,6 +75,7 @@ class Engine:
         with log.open("a", encoding="utf-8") as out:
             out.write(f"\n==== {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}\n")
             self._begin = out.tell()
+        note_engine_log(log)
         # By its path and isolated: the environment is the engine's.
         watch = [sys.executable, "-I", engine_watch.__file__, str(restarts), str(log), *command]
         # A lock that this process was started with is theirs, too: whoever waits for it finds nothing running.

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from megatron_bvpo.sampling.samples import read_samples
-from megatron_bvpo.workflow import engine_watch
+from megatron_bvpo.workflow import engine_watch, leftovers
+from tests.unit.chains import kill_all
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, SAMPLES = 20, 2
@@ -181,6 +182,26 @@ def test_killed_nothing_is_left_and_the_same_command_goes_on(folder):
     asked = (folder / "asked.log").read_text().splitlines()
     assert code == 0 and answers(folder) == ALL and 5 < had < ALL, told
     assert len(asked) - len(set(asked)) <= 4, "no more than what was in flight is asked again"
+
+
+def test_a_worker_that_hides_its_environment_is_found_by_the_engine_s_log(folder):
+    """As vLLM's, which write titles over it; left where the engine's watcher is killed, too."""
+    stage = folder / "stages/ask"
+    stage.mkdir(parents=True)
+    started = Started(
+        folder,
+        "job.yaml",
+        engine="env -i setsid sleep 100 & exec ENGINE",
+        options={"delay": 0.2},
+        BVPO_STAGE=str(stage),
+    )
+    started.wait_for(lambda: answers(folder) > 5)
+    hidden = [pid for pid in leftovers.processes_of(stage) if psutil.Process(pid).cmdline() == ["sleep", "100"]]
+    assert len(hidden) == 1
+    kill_all(pid for pid in leftovers.processes_of(stage) if pid not in hidden)
+    started.end()
+    assert leftovers.processes_of(stage) == hidden and started.left() == []
+    assert leftovers.end_processes_of(stage) == 1 and not running(*hidden)
 
 
 def test_an_engine_that_does_not_end_is_killed_with_its_workers(tmp_path):
