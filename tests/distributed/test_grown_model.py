@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_bvpo.export.tensor_files import ModelFiles, read_rows
+from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 from tests.distributed.hf_oracle import load_model, mean_logps
 from tests.distributed.hf_oracle import read_rows as rows_of
@@ -171,3 +172,38 @@ def test_new_layers_that_are_left_on_in_the_reference_are_told(runs):
     told = runs["planted"].recorded["told"]
     assert told[""] == []
     assert len(told["adapters_on"]) == 1 and "the reference moves with the policy's weights" in told["adapters_on"][0]
+
+
+@pytest.fixture(scope="module")
+def chunks(workshop, tmp_path_factory):
+    """PP2 × VPP2 with tied embeddings: two of four chunks have nothing to train. A whole run, and its second half."""
+    folder = tmp_path_factory.mktemp("chunks")
+    sizes = dict(num_layers=6, tie_word_embeddings=True)
+    old = make_tiny_model(folder / "tied", kind="dense", vocab="trimmed", seed=0, **sizes)
+    assert expand(old, folder / "grown", "3,4") == 0
+    more = f"{ONLY} --train_iters 4 --save_steps 2 --overlap_grad_reduce true --bvpo_ref_cache {folder / 'cache'}"
+    back = f"{more} --finetune false --mcore_model {folder / 'whole' / 'checkpoint-2'}"
+    found = [
+        cell(workshop, "old", old, "dense", "pp2", "--tuner_type full", False),
+        cell(workshop, "whole", folder / "grown", "dense", "pp2-vpp2", more, True),
+        cell(workshop, "resumed", folder / "grown", "dense", "pp2-vpp2", back, True),
+    ]
+    return run_cells(2, found, folder)
+
+
+def test_virtual_stages_without_a_new_layer(chunks):
+    """The reference is the old model, and the new layers alone are trained, each on a rank's second chunk."""
+    old, whole = chunks["old"].recorded["reference"], chunks["whole"].recorded
+    for key, ((_, expected), *_) in old.items():
+        assert all(torch.equal(found, expected) for _, found in whole["reference"][key]), key
+    assert whole["trained"] == [{4}, {6}] and whole["ref_models"] == 0
+
+
+def test_a_resumed_run_goes_on_as_the_whole_one(chunks):
+    """To the last bit, and with the same reference: the cache serves it."""
+    unbroken, resumed = chunks["whole"], chunks["resumed"]
+    assert unbroken.steps("ref_cache/hits") == [0, 0, 1, 1] and resumed.steps("ref_cache/hits") == [1, 1]
+    for key in ("loss", "rewards/margins", "grad_norm"):
+        assert resumed.steps(key) == unbroken.steps(key)[2:], key
+    last, again = (ModelFiles(run.folder / "checkpoint-4", "MODEL").entries for run in (unbroken, resumed))
+    assert last.keys() == again.keys() and all(torch.equal(whole(again[key]), whole(last[key])) for key in last)

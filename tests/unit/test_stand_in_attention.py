@@ -208,3 +208,14 @@ def test_rope_of_a_part_of_the_features_on_a_context_parallel_rank():
     torch.testing.assert_close(apply_rotary_pos_emb(t[held], freqs, cp_size=2, cp_rank=1), whole[held])
     packed = apply_rotary_pos_emb(t[held, 0], freqs, "thd", cu_seqlens=torch.tensor([0, 8]), cp_size=2, cp_rank=1)
     torch.testing.assert_close(packed, whole[held, 0])
+
+
+def test_a_checkpoint_without_attention_s_extra_state_is_loaded_strictly():
+    """As Megatron's are, which ms-swift loads so under virtual pipeline stages; of other layers it is missed."""
+    model = torch.nn.ModuleDict({"core_attention": te.DotProductAttention(2, 8), "other": te.Linear(4, 4)})
+    state = {key: value for key, value in model.state_dict().items() if key != "core_attention._extra_state"}
+    assert len(state) < len(model.state_dict())
+    model.load_state_dict(state)
+    del state["other._extra_state"]
+    with pytest.raises(RuntimeError, match="other._extra_state"):
+        model.load_state_dict(state)
