@@ -23,10 +23,12 @@ path, most = sys.argv[1], int(sys.argv[2])
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 try:
-    os.kill(int(open(path + ".pid").read()), 0)
-    sys.exit("another one writes " + path)
-except (OSError, ValueError):
-    open(path + ".pid", "w").write(str(os.getpid()))
+    other = open(path + ".pid").read()
+    if open(f"/proc/{other}/stat").read().rpartition(")")[2].split()[0] != "Z":
+        sys.exit("another one writes " + path)
+except OSError:
+    pass
+open(path + ".pid", "w").write(str(os.getpid()))
 done = open(path).read().split() if os.path.exists(path) else []
 assert done == [str(i) for i in range(len(done))], done
 for i in range(len(done), most):
