@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bvpo.errors import UserError
-from megatron_bvpo.sampling.judging import choices, final_answers
+from megatron_bvpo.sampling.judging import choices, final_answers, judge_pool
 from megatron_bvpo.sampling.judging.judge_items import FAILED_REQUEST, NO_FINAL_ANSWER, NO_GOLD
 from megatron_bvpo.sampling.judging.judge_pool import JudgePool
 from megatron_bvpo.sampling.judging.judges import Item, item, judge_name, make_judge
@@ -373,3 +375,16 @@ def test_any_text_can_be_read(text, form):
     for found in (final_answers.boxed(text), final_answers.stated(text), final_answers.final(text)):
         assert found is None or isinstance(found, str)
     assert choices.letter(text, ["a", "B"]) in (None, *choices.LETTERS)
+
+
+def test_two_threads_may_end_a_worker():
+    """As a signal and the thread that reads do: a handle that is closed twice may be another's by then."""
+    ours, theirs = Pipe()
+    close = ours._close
+    ours._close = lambda: (time.sleep(0.2), close())
+    worker = judge_pool._Worker(subprocess.Popen(["sleep", "100"]), ours)
+    with ThreadPoolExecutor(2) as pool:
+        for ended in [pool.submit(worker.end) for _ in range(2)]:
+            ended.result()
+    assert ours.closed and worker.process.poll() is not None
+    theirs.close()

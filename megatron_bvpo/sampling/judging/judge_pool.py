@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -44,11 +45,14 @@ class _Worker:
     until: float = field(default_factory=lambda: time.monotonic() + START_LIMIT_S)
     processor_s: float = 0.0  # that it had used before its item
     job: tuple[Any, Any] | None = None  # key, payload
+    ending: threading.Lock = field(default_factory=threading.Lock)
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.pipe.close()
+        """Again, or in two threads at once, it does nothing more."""
+        with self.ending:
+            self.process.kill()
+            self.process.wait()
+            self.pipe.close()
 
 
 class JudgePool:
