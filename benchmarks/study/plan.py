@@ -1,0 +1,122 @@
+"""What is run: sizes, arms, and the names of everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARMS = {
+    "trace": "--bvpo_alpha 1",
+    "empty": "--bvpo_alpha 0",
+    "half": "--bvpo_alpha .5",  # with as many empty pairs: DPO on both sets as one
+    "auto": "",
+}
+# Beside them, at the small batch, for what the main arms leave open.
+MORE_ARMS = {
+    "auto-mse": "--bvpo_criterion mse",
+    "auto-kappa.3": "--bvpo_kappa .3",
+    "auto-kappa.003": "--bvpo_kappa .003",
+    "trace-twice": "--bvpo_alpha 1",  # as many pairs as α = .5 has, all of them with traces
+    "right-answers": "--bvpo_streams expert",  # imitation of the chosen answers alone
+}
+COMMON = "--beta 1"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything.
+
+    Attributes:
+        seeds: of questions, answers and order.
+        prompts: questions that a seed's pairs are made from, `samples` answers each and mode.
+        heldout_prompts: the same for the pairs that drift is measured on.
+        batches: rows of a step.
+        steps: of every run.
+        rates: learning rates that trace only is tried with.
+        questions, repeats: of an evaluation; `choosing` questions choose the rate.
+        folds: that the pairs are dealt into where b_t is measured.
+    """
+
+    seeds: int = 6
+    prompts: int = 2400
+    samples: int = 8
+    heldout_prompts: int = 1200
+    batches: tuple[int, ...] = (8, 64)
+    steps: int = 30
+    rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3)
+    questions: int = 1000
+    repeats: int = 2
+    choosing: int = 500
+    folds: int = 16
+
+    @property
+    def of_seeds(self) -> range:
+        """Megatron takes no seed 0."""
+        return range(1, self.seeds + 1)
+
+
+QUICK = Size(
+    seeds=2,
+    prompts=60,
+    samples=6,
+    heldout_prompts=40,
+    batches=(4, 8),
+    steps=4,
+    rates=(1e-3, 3e-3),
+    questions=40,
+    repeats=1,
+    choosing=40,
+    folds=2,
+)
+# Seeds of what no run is judged by.
+CHOOSING_SEED, HELDOUT_SEED = 100, 200
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        arm, flags: its name in the report, and what makes it that arm.
+        batch: rows of a step.
+        seed: of the pairs (their questions and answers) and of their order.
+    """
+
+    arm: str
+    flags: str
+    batch: int
+    seed: int
+    rate: float
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-batch{self.batch}-rate{self.rate:g}-seed{self.seed}"
+
+
+def main_runs(size: Size, rates: dict[int, float]) -> list[Run]:
+    """Every arm, batch and seed; `rates` has the chosen one of each batch. Costly ones first."""
+    return [
+        Run(arm, flags, batch, seed, rates[batch], size.steps)
+        for batch in sorted(size.batches, reverse=True)
+        for seed in size.of_seeds
+        for arm, flags in ARMS.items()
+    ]
+
+
+def more_runs(size: Size, rates: dict[int, float]) -> list[Run]:
+    """The arms beside, at the smallest batch."""
+    batch = min(size.batches)
+    return [
+        Run(arm, flags, batch * (2 if arm == "trace-twice" else 1), seed, rates[batch], size.steps)
+        for seed in size.of_seeds
+        for arm, flags in MORE_ARMS.items()
+    ]
+
+
+def rate_runs(size: Size) -> list[Run]:
+    """Trace only, on pairs and questions of its own."""
+    return [
+        Run("trace", ARMS["trace"], batch, CHOOSING_SEED, rate, size.steps)
+        for batch in sorted(size.batches, reverse=True)
+        for rate in size.rates
+    ]

@@ -1,0 +1,105 @@
+"""The tables of a study: CSV files, written anew whenever a run is done."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.evaluation import pairs_of
+from benchmarks.study.pairs import MODES
+from benchmarks.study.plan import CHOOSING_SEED
+from benchmarks.study.work import Bench
+from megatron_bvpo.rehearsal.reasoner import reasoner_folder
+from megatron_bvpo.rehearsal.reasoner.tokens import prompt_text, read_tokenizer
+
+OF_RUN = ("name", "arm", "batch", "rate", "seed", "steps")
+
+
+class Study:
+    """What is known so far.
+
+    Attributes:
+        out: `runs.csv` (a line a run), `steps.csv` (a line a step), `answers.csv` (a line a run and mode: right answers,
+            a digit a question), `pairs.csv` (a line a seed).
+    """
+
+    def __init__(self, bench: Bench, out: Path):
+        self.bench, self.out = bench, out
+
+    def records(self) -> list[dict[str, Any]]:
+        found = [
+            (path.stem, json.loads(path.read_text("utf-8"))) for path in (self.bench.folder / "runs").glob("*.json")
+        ]
+        return [{"name": name, **record} for name, record in sorted(found)]
+
+    def chosen_rates(self) -> dict[int, float]:
+        """Batch → the rate whose trace-only run is right most often with thinking; the lower one where two are alike."""
+        best: dict[int, tuple[float, float]] = {}
+        for record in self.records():
+            run = record["run"]
+            if run["seed"] == CHOOSING_SEED:
+                score = (_share(record["answers"]["thinking"]), -run["rate"])
+                best[run["batch"]] = max(best.get(run["batch"], score), score)
+        return {batch: -rate for batch, (_, rate) in best.items()}
+
+    def write(self) -> None:
+        records = self.records()
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_csv(self.out / "runs.csv", [_run_line(record) for record in records])
+        write_csv(self.out / "steps.csv", [{"name": r["name"], **step} for r in records for step in r["steps"]])
+        answers = [
+            {"name": record["name"], "mode": mode, "repeats": of["repeats"], "right": of["right"]}
+            for record in records
+            for mode, of in record["answers"].items()
+        ]
+        write_csv(self.out / "answers.csv", answers)
+        pairs = sorted(self.bench.folder.glob("seed-*/rows.jsonl"))
+        write_csv(self.out / "pairs.csv", [_pairs_line(path) for path in pairs])
+        biases = sorted(self.bench.folder.glob("bias/*/found.json"))
+        write_csv(self.out / "bias.csv", [json.loads(path.read_text("utf-8")) for path in biases])
+
+
+def _share(answers: dict[str, Any]) -> float:
+    return sum(map(int, answers["right"])) / len(answers["right"]) / answers["repeats"]
+
+
+def _run_line(record: dict[str, Any]) -> dict[str, Any]:
+    line = {"name": record["name"], **{name: record["run"][name] for name in OF_RUN[1:]}}
+    for mode in MODES:
+        answers = record["answers"][mode]
+        line |= {f"{mode}_right": _share(answers)}
+        line |= {f"{mode}_{name}": answers[name] for name in ("tokens", "unended", "chosen", "rejected")}
+    return {**line, "seconds": round(record["seconds"], 1), "flags": record["argv"]}
+
+
+@cache
+def _pairs_line(path: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    line = {
+        "seed": path.parent.name.removeprefix("seed-"),
+        "rows": len(rows),
+        "questions": len({row["prompt_id"] for row in rows}),
+    }
+    tokenizer = read_tokenizer(reasoner_folder())
+    for stream, mode in (("trace", "thinking"), ("empty", "empty")):
+        texts = [prompt_text(q, mode) + answer for q, *sides in pairs_of(path, mode) for answer in sides]
+        line[f"{stream}_tokens"] = sum(len(tokenizer.encode(text).ids) for text in texts) / len(rows)
+    return line
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """All columns that any row has; a table without rows is no file."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
+    os.replace(unfinished, path)

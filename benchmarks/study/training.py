@@ -1,0 +1,105 @@
+"""The runs of the study: the product's own pipeline, several runs in a process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.study.plan import COMMON, Run
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+
+FLAGS = (
+    "--model_type qwen3 --template qwen3 --tuner_type lora --lora_rank 32 --lora_alpha 32 --lora_dropout 0 "
+    "--lr_decay_style constant --lr_warmup_fraction 0 --max_length 512 --logging_steps 1 --bvpo_empty own "
+    "--merge_lora false --no_save_optim true --no_save_rng true --split_dataset_ratio 0 " + COMMON
+)
+GRADIENTS = "gradients.json"
+
+
+def argv_of(run: Run, model: Path, rows: Path) -> list[str]:
+    """What comes after `swift rlhf --rlhf_type bvpo`, but for what a CPU needs and the layout."""
+    words = (
+        f"--model {model} --dataset {rows} {FLAGS} {run.flags} --lr {run.rate} --seed {run.seed} "
+        f"--data_seed {run.seed} --micro_batch_size {min(run.batch, 16)} --global_batch_size {run.batch} "
+        f"--train_iters {run.steps} --save_steps {run.steps}"
+    )
+    # Demonstrations have no reference.
+    references = "" if "expert" in run.flags else f"--bvpo_ref_cache {rows.parent / 'references'}"
+    return [*words.split(), *references.split()]
+
+
+def train(runs: list[tuple[Run, Path]], model: Path, folder: Path, *, ranks: int = 1, layout: str = "") -> list[Path]:
+    """Run them one after the other and return their folders, each with a checkpoint.
+
+    Args:
+        runs: with their files of rows.
+        layout: flags of parallelism, for more than one rank. Gradients are recorded of one rank alone.
+    """
+    hook = f"benchmarks.study.training:{'record_gradients' if ranks == 1 else 'nothing'}"
+    # Canaries warn of what a run does with its pairs, which is what is studied here.
+    cells = [
+        Cell(run.name, [*argv_of(run, model, rows), *layout.split(), *CPU_FLAGS], hook=hook, canaries=True)
+        for run, rows in runs
+    ]
+    found: dict[str, CellResult] = run_cells(ranks, cells, folder, timeout=7200)
+    return [found[run.name].folder for run, _ in runs]
+
+
+def nothing(base, folder):
+    return base
+
+
+def record_gradients(base, folder: Path):
+    """Keep ‖g‖² of every step, and ‖g − g'‖² with the step before (before clipping; the adapters' of one rank)."""
+
+    class Recorder(base):
+        def setup_model_training(self):
+            super().setup_model_training()
+            import torch
+
+            step, last, found = self.optimizer.step, None, []
+
+            def recording_step(*args, **kwargs):
+                nonlocal last
+                buffers = [buffer.grad_data for model in self.wrapped_models for buffer in model.buffers]
+                now = torch.cat([data.flatten() for data in buffers]).double()
+                apart = None if last is None else float((now - last).square().sum())
+                found.append({"square": float(now.square().sum()), "apart": apart})
+                last = now
+                (folder / GRADIENTS).write_text(json.dumps(found))
+                return step(*args, **kwargs)
+
+            self.optimizer.step = recording_step
+
+    return Recorder
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The run's steps: what it logged, and what was recorded of its gradients.
+
+    A step's log line speaks of α as the step was mixed with; moments are there where it was a probe.
+    """
+    lines = [json.loads(line) for line in (folder / "logging.jsonl").read_text("utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line and "iteration" in line]
+    recorded = folder / GRADIENTS
+    gradients = json.loads(recorded.read_text("utf-8")) if recorded.exists() else [{}] * len(lines)
+    return [
+        {"step": number, **{name: line[key] for name, key in LOGGED.items() if key in line}, **of_gradient}
+        for number, (line, of_gradient) in enumerate(zip(lines, gradients, strict=True), 1)
+    ]
+
+
+LOGGED = {
+    "loss": "loss",
+    "trace_margin": "rewards/margins",
+    "empty_margin": "empty/rewards/margins",
+    "alpha": "alpha",
+    "low": "alpha/low",
+    "high": "alpha/high",
+    "D": "moments/D",
+    "X": "moments/X",
+    "W": "moments/W",
+    "V_t": "moments/V_t",
+    "grad_norm": "grad_norm",
+    "hits": "ref_cache/hits",
+}
