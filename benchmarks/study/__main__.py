@@ -1,4 +1,4 @@
-"""`python -m benchmarks.study`: everything from nothing, on past every stop (benchmarks/study/run.sh sets up for it)."""
+"""`python -m benchmarks.study`: all from nothing, on past every stop (benchmarks/study/run.sh sets up for it)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-# Before torch is imported, and in all workers: runs share the cores, and results do not depend on their number.
-os.environ.update(OMP_NUM_THREADS="1", BVPO_REHEARSAL="1", HF_HUB_OFFLINE="1")
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs
+from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs, untrained
 from benchmarks.study.tables import Study
-from benchmarks.study.work import Bench, one_thread
+from benchmarks.study.work import Bench, as_worker
+from megatron_bvpo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
@@ -33,7 +31,11 @@ def main() -> int:
     size = QUICK if args.quick else Size()
     if not args.report:
         work = args.work or ROOT / ("output/study-quick-work" if args.quick else "output/study-work")
-        run_all(Bench(work.resolve(), size), out, args.jobs)
+        try:
+            run_all(Bench(work.resolve(), size), out, args.jobs)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return 2
     from benchmarks.study.report import write_report
 
     print(f"Report: {write_report(out, size)}")
@@ -44,8 +46,8 @@ def run_all(bench: Bench, out: Path, jobs: int) -> None:
     """Pairs, the choice of the rate, all runs; the tables are written anew after each of them."""
     size, seeds = bench.size, bench.size.of_seeds
     study = Study(bench, out)
-    bench.prepare()
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=one_thread) as pool:
+    pool_of = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"), initializer=as_worker)
+    with bench.prepare(), pool_of(jobs) as pool:
         do = partial(in_parallel, pool, study)
         do("pairs", ((bench.make_pairs, seed) for seed in (CHOOSING_SEED, HELDOUT_SEED, *seeds)))
         do("rates", ((bench.train_and_evaluate, [run]) for run in rate_runs(size)))
@@ -54,13 +56,12 @@ def run_all(bench: Bench, out: Path, jobs: int) -> None:
         first = main_runs(size, rates)
         do("runs", ((bench.train_and_evaluate, [run]) for run in first))
         do("untrained", ((bench.evaluate_base, seed) for seed in seeds))
-        largest = [run for run in first if run.arm in ("trace", "auto") and run.batch == max(size.batches)]
-        do("b_t", ((bench.measure_bias, run) for run in largest))
+        again = next(run for run in reversed(first) if run.arm == "auto" and run.seed == 1)
+        do("on TP2 · PP2", [(bench.train_under_layout, again)])
+        moved = [run for run in first if run.arm == "auto" and run.batch == max(size.batches)]
+        do("b_t", ((bench.measure_bias, run) for run in moved))
+        do("second look", ((bench.look_again, run) for run in (*map(untrained, seeds[:1]), *first)))
         do("more", ((bench.train_and_evaluate, [run]) for run in more_runs(size, rates)))
-    again = next(run for run in reversed(first) if run.arm == "auto" and run.seed == 1)
-    print(f"{again.name} on TP2 · PP2", flush=True)
-    bench.train_under_layout(again)
-    study.write()
 
 
 def in_parallel(pool: ProcessPoolExecutor, study: Study, name: str, jobs: Iterable[tuple[Callable, object]]) -> None:

@@ -15,13 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from benchmarks.study.pairs import MAX_TOKENS, MODES, load_policy
+from benchmarks.study.plan import Size
 from megatron_bvpo.rehearsal.reasoner.evaluate import is_right
 from megatron_bvpo.rehearsal.reasoner.problems import Problem, different_problems
 from megatron_bvpo.rehearsal.reasoner.sampling import Reasoner, sample
 from megatron_bvpo.rehearsal.reasoner.tokens import END, prompt_text
-
-from benchmarks.study.pairs import MAX_TOKENS, MODES, load_policy
-from benchmarks.study.plan import Size
 
 BATCH = 64
 FIELDS = {
@@ -39,15 +38,12 @@ class Answers:
         repeats: answers a question (9 at most).
         tokens: mean length of an answer.
         unended: share of the answers that reached the limit.
-        chosen, rejected: mean log-probability of the held-out pairs' sides (nats a response).
     """
 
     right: str
     repeats: int
     tokens: float
     unended: float
-    chosen: float
-    rejected: float
 
     @property
     def share(self) -> float:
@@ -64,21 +60,20 @@ def questions(size: Size, *, choosing: bool = False) -> list[Problem]:
 
 
 def evaluate(
-    model: Path, adapter: Path | None, asked: list[Problem], pairs: Path, *, repeats: int, seed: int
+    model: Path, adapter: Path | None, asked: list[Problem], *, repeats: int, seed: int, temperature: float = 1.0
 ) -> dict[str, Answers]:
-    """Both modes, `repeats` answers a question at temperature 1.
+    """Both modes, `repeats` answers a question.
 
     Args:
         adapter: a checkpoint's folder; None: the model alone.
-        pairs: rows of questions that no run has trained on.
+        temperature: 0 takes the likeliest token.
     """
     reasoner = load_policy(model, adapter)
     found = {}
     for mode in MODES:
         texts = [problem.question for problem in asked]
-        answers = sample(reasoner, texts, mode, n=repeats, seed=seed, max_tokens=MAX_TOKENS)
+        answers = sample(reasoner, texts, mode, n=repeats, temperature=temperature, seed=seed, max_tokens=MAX_TOKENS)
         all_answers = [answer for of_one in answers for answer in of_one]
-        chosen, rejected = _pair_log_probs(reasoner, pairs, mode)
         found[mode] = Answers(
             right="".join(
                 str(sum(is_right(problem, answer.final) for answer in of_one))
@@ -87,19 +82,21 @@ def evaluate(
             repeats=repeats,
             tokens=sum(len(answer.ids) for answer in all_answers) / len(all_answers),
             unended=sum(not answer.ended for answer in all_answers) / len(all_answers),
-            chosen=chosen,
-            rejected=rejected,
         )
     return found
 
 
-def _pair_log_probs(reasoner: Reasoner, pairs: Path, mode: str) -> tuple[float, float]:
-    means = []
-    for side in (0, 1):
-        texts = [(prompt_text(question, mode), response[side] + END) for question, *response in pairs_of(pairs, mode)]
-        with torch.no_grad():
-            means.append(float(responses_log_probs(reasoner, texts).mean()))
-    return means[0], means[1]
+def side_log_probs(model: Path, adapter: Path | None, pairs: Path) -> dict[str, dict[str, float]]:
+    """Mode → `chosen`, `rejected`: mean log-probability of the pairs' sides, nats a response; `pairs`: how many."""
+    reasoner, found = load_policy(model, adapter), {}
+    for mode in MODES:
+        rows = pairs_of(pairs, mode)
+        found[mode] = {"pairs": len(rows)}
+        for side, name in enumerate(("chosen", "rejected")):
+            texts = [(prompt_text(question, mode), response[side] + END) for question, *response in rows]
+            with torch.no_grad():
+                found[mode][name] = float(responses_log_probs(reasoner, texts).mean())
+    return found
 
 
 @cache

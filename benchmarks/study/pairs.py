@@ -23,12 +23,21 @@ MODES = ("thinking", "empty")
 MAX_TOKENS = 128
 
 
-def make_pairs(folder: Path, model: Path, seed: int, prompts: int, samples: int, adapter: Path | None = None) -> Path:
+def make_pairs(
+    folder: Path,
+    model: Path,
+    seed: int,
+    prompts: int,
+    samples: int,
+    *,
+    split: str = "train",
+    adapter: Path | None = None,
+) -> Path:
     """`folder/rows.jsonl`, made once.
 
     Args:
         model, adapter: whose answers they are.
-        prompts: how many questions are asked.
+        prompts: how many questions of `split` are asked.
         samples: answers to each, in each mode. `bvpo pairs` makes four pairs a question at most.
     """
     rows = folder / "rows.jsonl"
@@ -36,7 +45,8 @@ def make_pairs(folder: Path, model: Path, seed: int, prompts: int, samples: int,
         return rows
     asked = folder / "samples"
     shutil.rmtree(asked, ignore_errors=True)
-    _sample(asked, load_policy(model, adapter), seed, prompts, samples)
+    problems = different_problems(prompts, 1000 + seed, split)
+    _sample(asked, load_policy(model, adapter), seed, problems, samples)
     _bvpo("judge", asked, "--with", JUDGE, "--name", "gym")
     _bvpo("pairs", asked, "--out", folder / "pairs.jsonl", "--max_pairs_per_prompt", 4, "--seed", seed, "--overwrite")
     whole = [line for line in (folder / "pairs.jsonl").read_text("utf-8").splitlines() if _has_both(json.loads(line))]
@@ -46,14 +56,13 @@ def make_pairs(folder: Path, model: Path, seed: int, prompts: int, samples: int,
     return rows
 
 
-def _sample(folder: Path, reasoner: Reasoner, seed: int, prompts: int, samples: int) -> None:
+def _sample(folder: Path, reasoner: Reasoner, seed: int, drawn: list[Problem], samples: int) -> None:
     """A folder as `bvpo sample` leaves it behind, of the questions that have a pair of answers without thinking."""
 
     def ask(problems: list[Problem], mode: str) -> list[list[Answer]]:
         questions = [problem.question for problem in problems]
         return sample(reasoner, questions, mode, n=samples, seed=seed, max_tokens=MAX_TOKENS)
 
-    drawn = different_problems(prompts, 1000 + seed, "train")
     quick = [(problem, of_one) for problem, of_one in zip(drawn, ask(drawn, "empty"), strict=True)]
     # The rows of the others would be left out for want of an empty pair, and traces are what costs.
     quick = [(problem, of_one) for problem, of_one in quick if len({is_right(problem, a.final) for a in of_one}) == 2]

@@ -12,9 +12,9 @@ ARMS = {
 }
 # Beside them, at the small batch, for what the main arms leave open.
 MORE_ARMS = {
-    "auto-mse": "--bvpo_criterion mse",
-    "auto-kappa.3": "--bvpo_kappa .3",
-    "auto-kappa.003": "--bvpo_kappa .003",
+    "fixed-.75": "--bvpo_alpha .75",
+    "auto-every-step": "--bvpo_probe_interval 1",
+    "mse-every-step": "--bvpo_probe_interval 1 --bvpo_criterion mse",
     "trace-twice": "--bvpo_alpha 1",  # as many pairs as α = .5 has, all of them with traces
     "right-answers": "--bvpo_streams expert",  # imitation of the chosen answers alone
 }
@@ -68,7 +68,7 @@ QUICK = Size(
     folds=2,
 )
 # Seeds of what no run is judged by.
-CHOOSING_SEED, HELDOUT_SEED = 100, 200
+CHOOSING_SEED, HELDOUT_SEED = 100, 201
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.arm}-batch{self.batch}-rate{self.rate:g}-seed{self.seed}"
+
+
+def untrained(seed: int) -> Run:
+    """The model itself, as a run without steps."""
+    return Run("untrained", "", 0, seed, 0.0, 0)
 
 
 def main_runs(size: Size, rates: dict[int, float]) -> list[Run]:

@@ -9,4 +9,6 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../../launch/env.sh"
 bvpo_environment
 cd "$BVPO_ROOT"
+# Runs share the cores, one each. Nothing is asked of a hub.
+export OMP_NUM_THREADS=1 BVPO_REHEARSAL=1 HF_HUB_OFFLINE=1
 exec python -m benchmarks.study "$@"

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.evaluation import pairs_of
+from benchmarks.study.evaluation import pairs_of, questions
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import CHOOSING_SEED
 from benchmarks.study.work import Bench
@@ -23,21 +23,21 @@ class Study:
     """What is known so far.
 
     Attributes:
-        out: `runs.csv` (a line a run), `steps.csv` (a line a step), `answers.csv` (a line a run and mode: right answers,
-            a digit a question), `pairs.csv` (a line a seed).
+        out: `runs.csv` (a line a run), `steps.csv` (a line a step), `answers.csv` (a line a run and mode: right
+            answers, a digit a question), `questions.csv` (in the same order), `greedy.csv` (as answers.csv, likeliest
+            tokens), `sides.csv` (log-probabilities of held-out pairs), `bias.csv` (bias.py), `pairs.csv` (a line a
+            seed: rows, and mean tokens of a row's pairs, prompts included).
     """
 
     def __init__(self, bench: Bench, out: Path):
         self.bench, self.out = bench, out
 
     def records(self) -> list[dict[str, Any]]:
-        found = [
-            (path.stem, json.loads(path.read_text("utf-8"))) for path in (self.bench.folder / "runs").glob("*.json")
-        ]
+        found = [(path.stem, json.loads(path.read_text("utf-8"))) for path in self._files("runs/*.json")]
         return [{"name": name, **record} for name, record in sorted(found)]
 
     def chosen_rates(self) -> dict[int, float]:
-        """Batch → the rate whose trace-only run is right most often with thinking; the lower one where two are alike."""
+        """Batch → the rate whose trace-only run is right most often with thinking; the lower where two are alike."""
         best: dict[int, tuple[float, float]] = {}
         for record in self.records():
             run = record["run"]
@@ -51,16 +51,27 @@ class Study:
         self.out.mkdir(parents=True, exist_ok=True)
         write_csv(self.out / "runs.csv", [_run_line(record) for record in records])
         write_csv(self.out / "steps.csv", [{"name": r["name"], **step} for r in records for step in r["steps"]])
-        answers = [
-            {"name": record["name"], "mode": mode, "repeats": of["repeats"], "right": of["right"]}
-            for record in records
-            for mode, of in record["answers"].items()
-        ]
-        write_csv(self.out / "answers.csv", answers)
-        pairs = sorted(self.bench.folder.glob("seed-*/rows.jsonl"))
-        write_csv(self.out / "pairs.csv", [_pairs_line(path) for path in pairs])
-        biases = sorted(self.bench.folder.glob("bias/*/found.json"))
-        write_csv(self.out / "bias.csv", [json.loads(path.read_text("utf-8")) for path in biases])
+        write_csv(self.out / "answers.csv", [line for r in records for line in _answer_lines(r["name"], r["answers"])])
+        again = {path.stem: json.loads(path.read_text("utf-8")) for path in self._files("second-look/*.json")}
+        greedy = [line for name, of in again.items() for line in _answer_lines(name, of["greedy"])]
+        write_csv(self.out / "greedy.csv", greedy)
+        sides = [{"name": n, "mode": m, **of} for n, found in again.items() for m, of in found["sides"].items()]
+        write_csv(self.out / "sides.csv", sides)
+        asked = enumerate(questions(self.bench.size))
+        lines = [{"number": i, "family": p.family, "question": p.question, "answer": p.answer} for i, p in asked]
+        write_csv(self.out / "questions.csv", lines)
+        write_csv(self.out / "pairs.csv", [_pairs_line(path) for path in self._files("seed-*/rows.jsonl")])
+        biases = [json.loads(path.read_text("utf-8")) for path in self._files("bias/*/found.json")]
+        write_csv(self.out / "bias.csv", biases)
+
+    def _files(self, pattern: str) -> list[Path]:
+        return sorted(self.bench.folder.glob(pattern))
+
+
+def _answer_lines(name: str, answers: dict[str, dict]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "mode": mode, "repeats": of["repeats"], "right": of["right"]} for mode, of in answers.items()
+    ]
 
 
 def _share(answers: dict[str, Any]) -> float:
@@ -72,7 +83,7 @@ def _run_line(record: dict[str, Any]) -> dict[str, Any]:
     for mode in MODES:
         answers = record["answers"][mode]
         line |= {f"{mode}_right": _share(answers)}
-        line |= {f"{mode}_{name}": answers[name] for name in ("tokens", "unended", "chosen", "rejected")}
+        line |= {f"{mode}_{name}": answers[name] for name in ("tokens", "unended")}
     return {**line, "seconds": round(record["seconds"], 1), "flags": record["argv"]}
 
 

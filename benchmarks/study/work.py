@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
+from typing import TextIO
 
 from benchmarks.study import bias, evaluation, pairs, training
-from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, Run, Size
+from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, Run, Size, untrained
+from megatron_bvpo.errors import UserError
 from megatron_bvpo.rehearsal.reasoner import copy_reasoner
 
 TP2_PP2 = "--tensor_model_parallel_size 2 --pipeline_model_parallel_size 2"
@@ -36,21 +40,40 @@ class Bench:
     def record(self, name: str) -> Path:
         return self.folder / "runs" / f"{name}.json"
 
-    def prepare(self) -> None:
-        """The model in its folder."""
-        if not (self.model / "config.json").is_file():
-            copy_reasoner(self.model)
+    def prepare(self) -> TextIO:
+        """The model in its folder; what a killed start left behind goes. Returns the folder's lock, closed to let go.
+
+        Raises:
+            UserError: another start is at work in the folder, or it holds a study of another size.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError("another start is at work here", file=str(self.folder), remedy="wait for it") from None
+        mark, size = self.folder / "size.json", json.dumps(vars(self.size))
+        if mark.exists() and mark.read_text("utf-8") != size:
+            remedy = "give another --work, or remove the folder"
+            raise UserError("holds a study of another size", file=str(self.folder), remedy=remedy)
+        shutil.rmtree(self.folder / "trained", ignore_errors=True)
+        shutil.rmtree(self.model, ignore_errors=True)
+        copy_reasoner(self.model)
+        _put(mark, size)
+        return lock
 
     # ---- jobs
 
     def make_pairs(self, seed: int) -> None:
-        prompts = self.size.heldout_prompts if seed == HELDOUT_SEED else self.size.prompts
-        pairs.make_pairs(self.rows(seed).parent, self.model, seed, prompts, self.size.samples)
+        size, held_out = self.size, seed == HELDOUT_SEED
+        prompts, split = (size.heldout_prompts, "heldout") if held_out else (size.prompts, "train")
+        pairs.make_pairs(self.rows(seed).parent, self.model, seed, prompts, size.samples, split=split)
 
     def evaluate_base(self, seed: int) -> None:
         """The untrained model, as a run without steps."""
-        run = Run("untrained", "", 0, seed, 0.0, 0)
-        self._write(run, self._evaluated(run, None), {"steps": [], "argv": "", "seconds": 0.0})
+        run = untrained(seed)
+        if not self.record(run.name).exists():
+            self._write(run, self._evaluated(run, None), {"steps": [], "argv": "", "seconds": 0.0})
 
     def train_and_evaluate(self, runs: list[Run]) -> None:
         """Those that have no record yet."""
@@ -67,8 +90,8 @@ class Bench:
                 "seconds": seconds,
             }
             checkpoint = folder / f"checkpoint-{run.steps}"
-            self._write(run, self._evaluated(run, checkpoint), of_run)
             self._keep(run, checkpoint)
+            self._write(run, self._evaluated(run, checkpoint), of_run)
             shutil.rmtree(trained, ignore_errors=True)
 
     def train_under_layout(self, run: Run) -> None:
@@ -89,9 +112,22 @@ class Bench:
         if (folder / "found.json").exists():
             return
         adapter, size = self.adapter(run), self.size
-        fresh = pairs.make_pairs(folder, self.model, 300 + run.seed, size.heldout_prompts, size.samples, adapter)
+        how = {"split": "heldout", "adapter": adapter}
+        fresh = pairs.make_pairs(folder, self.model, HELDOUT_SEED, size.heldout_prompts, size.samples, **how)
         found = bias.measure(self.model, adapter, self.rows(HELDOUT_SEED), fresh, folds=size.folds)
         _put(folder / "found.json", json.dumps({"run": run.name.rpartition("-")[0], "seed": run.seed, **found}))
+
+    def look_again(self, run: Run) -> None:
+        """At the held-out pairs' log-probabilities, and at answers of the likeliest tokens."""
+        path = self.folder / "second-look" / f"{run.name}.json"
+        if path.exists():
+            return
+        adapter = self.adapter(run) if run.steps else None
+        greedy = evaluation.evaluate(
+            self.model, adapter, evaluation.questions(self.size), repeats=1, seed=run.seed, temperature=0.0
+        )
+        sides = evaluation.side_log_probs(self.model, adapter, self.rows(HELDOUT_SEED))
+        _put(path, json.dumps({"greedy": evaluation.as_json(greedy), "sides": sides}))
 
     def adapter(self, run: Run) -> Path:
         """Where a run's adapter is kept."""
@@ -122,7 +158,6 @@ class Bench:
             self.model,
             adapter,
             evaluation.questions(self.size, choosing=run.seed == CHOOSING_SEED),
-            self.rows(HELDOUT_SEED),
             repeats=self.size.repeats,
             seed=run.seed,
         )
@@ -133,11 +168,19 @@ class Bench:
         _put(self.record(name or run.name), json.dumps(record))
 
 
-def one_thread() -> None:
-    """A worker's share of the cores."""
+def as_worker() -> None:
+    """One core, and an end when the study is killed: a worker that trains on would meet the next start's."""
     import torch
 
     torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _put(path: Path, text: str) -> None:

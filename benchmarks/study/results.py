@@ -1,0 +1,85 @@
+"""The tables of a study, read."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.study.plan import ARMS, CHOOSING_SEED
+
+Rows = list[dict[str, str]]
+OTHER_LAYOUT = "-tp2pp2"
+
+
+class Tables:
+    """The tables of a folder.
+
+    Attributes:
+        runs: name → line of runs.csv. right, greedy: (name, mode) → [questions] share of the answers that are right.
+        sides: (name, mode) → line of sides.csv. families: of the questions.
+        steps: name → lines of steps.csv.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.runs = {line["name"]: line for line in read(folder / "runs.csv")}
+        self.right = _shares(read(folder / "answers.csv"))
+        self.steps: dict[str, Rows] = defaultdict(list)
+        for line in read(folder / "steps.csv"):
+            self.steps[line["name"]].append(line)
+        self.bias, self.pairs = read(folder / "bias.csv"), read(folder / "pairs.csv")
+        self.greedy = _shares(read(folder / "greedy.csv"))
+        self.sides = {(line["name"], line["mode"]): line for line in read(folder / "sides.csv")}
+        self.families = [line["family"] for line in read(folder / "questions.csv")]
+
+    def of(self, arm: str, batch: int) -> Rows:
+        """An arm's runs in the order of their seeds; those that chose the rate and the other layout's are left out.
+
+        Raises:
+            ValueError: a seed has two runs (of two rates): which was meant cannot be told.
+        """
+        found = [
+            line
+            for line in self.runs.values()
+            if (line["arm"], int(line["batch"])) == (arm, batch)
+            and int(line["seed"]) != CHOOSING_SEED
+            and not line["name"].endswith(OTHER_LAYOUT)
+        ]
+        if len({line["seed"] for line in found}) < len(found):
+            raise ValueError(f"{self.folder / 'runs.csv'}: {arm} at batches of {batch} has runs of several rates")
+        return sorted(found, key=lambda line: int(line["seed"]))
+
+    def answers(self, arm: str, batch: int, mode: str, *, greedy: bool = False) -> np.ndarray:
+        """[seeds, questions]"""
+        right = self.greedy if greedy else self.right
+        return np.array([right[line["name"], mode] for line in self.of(arm, batch)])
+
+    def differences(self, a: tuple[str, int], b: tuple[str, int], mode: str, *, greedy: bool = False) -> np.ndarray:
+        """[seeds, questions] a − b, of the seeds that both have."""
+        right = self.greedy if greedy else self.right
+        ours, theirs = ({line["seed"]: right[line["name"], mode] for line in self.of(*arm)} for arm in (a, b))
+        return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted(
+            {int(line["batch"]) for line in self.runs.values() if line["arm"] in ARMS and "tp2" not in line["name"]}
+        )
+
+
+def _shares(lines: Rows) -> dict[tuple[str, str], np.ndarray]:
+    return {
+        (line["name"], line["mode"]): np.array([int(digit) for digit in line["right"]]) / int(line["repeats"])
+        for line in lines
+    }
+
+
+def read(path: Path) -> Rows:
+    """No lines where there is no such table yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
