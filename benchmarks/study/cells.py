@@ -10,6 +10,7 @@ from benchmarks.study.intervals import Estimate, crossed, detectable, over_seeds
 from benchmarks.study.results import Tables
 from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
 
+IN_MODE = {"thinking": "with thinking", "empty": "without"}
 # A difference that no team would choose by, and that prediction.md calls no help.
 ALIKE = 0.02
 

@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study import plots
-from benchmarks.study.cells import compared, difference, number, over_questions, percent, ratio, signed, table
+from benchmarks.study.answers import all_comparisons, answers
+from benchmarks.study.cells import IN_MODE, compared, difference, number, over_questions, percent, ratio, signed, table
+from benchmarks.study.gradient_parts import SETTLED, changes, jackknife, moment_ratios, shift
 from benchmarks.study.intervals import crossed, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, Size
-from benchmarks.study.results import OTHER_LAYOUT, Rows, Tables
+from benchmarks.study.results import OTHER_LAYOUT, Tables
 
 COMMAND = "benchmarks/study/run.sh"
-IN_MODE = {"thinking": "with thinking", "empty": "without"}
-SETTLED = 8  # the steps that are probes one after the other, and in which the gradient shrinks
-COMPARED = (("auto", "half"), ("auto", "trace"), ("half", "trace"), ("empty", "trace"))
 
 
 def write_report(folder: Path, size: Size) -> Path:
@@ -27,6 +26,7 @@ def write_report(folder: Path, size: Size) -> Path:
         "# Does it help? Results",
         f"Written by `{COMMAND}`; do not edit by hand. The prediction, made before the arms ran, is "
         "benchmarks/study/prediction.md; what follows for a user is in docs/alpha.md.",
+        *answers(tables, batches),
         *set_up(tables, size),
         *accuracy(tables, batches),
         *comparisons(tables, batches),
@@ -133,8 +133,7 @@ def families(tables: Tables, batch: int) -> str:
 
 
 def comparisons(tables: Tables, batches: list[int]) -> list[str]:
-    cells = [(batch, mode, a, b) for batch in batches for mode in MODES for a, b in COMPARED]
-    found = [difference(tables, (a, batch), (b, batch), mode) for batch, mode, a, b in cells]
+    cells, found = all_comparisons(tables, batches)
     return [
         "## Arm against arm",
         "Differences in points, paired by seed and question. `for all`: half the interval that holds for all "
@@ -175,35 +174,6 @@ def noise(tables: Tables, batches: list[int]) -> list[str]:
         "the sum of ½‖g − g′‖² in parts of the sum of ‖g‖²: 1 is noise alone.",
         table(["batch", "arm", "runs", "gradient", "margin of the trace pairs", "noise in ‖g‖²"], steps),
     ]
-
-
-def moment_ratios(steps: Rows) -> dict[str, float]:
-    probes = [{k: float(line[k]) for k in ("D", "X", "W", "V_t", "alpha")} for line in steps if line.get("D")]
-    v_t = np.array([p["V_t"] for p in probes])
-    x, w, d = (np.array([p[name] for p in probes]) for name in ("X", "W", "D"))
-    v_e, c = w + v_t - 2 * x, v_t - x
-    a = np.array([p["alpha"] for p in probes])
-
-    def mixed(a):
-        return (a**2 * v_t + (1 - a) ** 2 * v_e + 2 * a * (1 - a) * c).sum() / v_t.sum()
-
-    return {
-        "empty": mixed(0 * a),
-        "half": mixed(0 * a + 0.5),
-        "chosen": mixed(a),
-        "bias": (d - w).sum() / v_t.sum(),
-    }
-
-
-def changes(steps: Rows) -> dict[str, float]:
-    """From step to step, once the first steps' shrinking is over."""
-    steps = [line for line in steps if int(line["step"]) > min(SETTLED, len(steps) - 2)]
-    apart = sum(float(line["apart"]) for line in steps) / 2
-    found = {"gradient": apart / len(steps), "share": apart / sum(float(line["square"]) for line in steps)}
-    margins = np.array([float(line["trace_margin"]) for line in steps if line.get("trace_margin")])
-    if len(margins) > 1:
-        found["margin"] = float((np.diff(margins) ** 2).mean() / 2)
-    return found
 
 
 def alpha(tables: Tables, batches: list[int]) -> list[str]:
@@ -322,26 +292,6 @@ def bias(tables: Tables) -> list[str]:
 
 def cell(means: list[dict[str, float]], of) -> list[object]:
     return [len(means), jackknife(means, of)]
-
-
-def shift(s: dict[str, float], kappa: float, batch: int = 8) -> float:
-    """α with b_t known, less α with b_t = 0 in its place: both cut to [0, 1]."""
-    v_t, v_e, c = (s[name] * s["pairs"] / batch for name in ("v_t", "v_e", "c"))
-    w, apart = v_t + v_e - 2 * c, max(s["bt_bt"] - 2 * s["bt_be"] + s["be_be"], 0.0)
-    true = (s["be_be"] - s["bt_be"] + kappa * (v_e - c)) / (apart + kappa * w)
-    assumed = (apart + kappa * (v_e - c)) / (apart + kappa * w)
-    return float(np.clip(true, 0, 1) - np.clip(assumed, 0, 1))
-
-
-def jackknife(lines: list[dict[str, float]], of) -> str:
-    def at(some: list[dict[str, float]]) -> float:
-        return of({k: sum(line[k] for line in some) / len(some) for k in some[0]})
-
-    n, whole = len(lines), at(lines)
-    left_out = np.array([at(lines[:i] + lines[i + 1 :]) for i in range(n)])
-    pseudo = n * whole - (n - 1) * left_out
-    half = over_seeds(pseudo).half
-    return f"{whole:.2f} ± {half:.2f}"
 
 
 def layout(tables: Tables) -> list[str]:

@@ -12,9 +12,9 @@ from scipy import stats
 
 from benchmarks.study import bias, evaluation, pairs
 from benchmarks.study.cells import compared
+from benchmarks.study.gradient_parts import moment_ratios, shift
 from benchmarks.study.intervals import crossed, detectable, over_seeds
 from benchmarks.study.plan import HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs
-from benchmarks.study.report import moment_ratios, shift
 from benchmarks.study.work import Bench
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.rehearsal.reasoner import reasoner_folder

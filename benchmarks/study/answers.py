@@ -1,0 +1,89 @@
+"""The report's first part: the questions of the study, each with its numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
+from benchmarks.study.gradient_parts import changes, moment_ratios
+from benchmarks.study.intervals import Estimate, over_seeds
+from benchmarks.study.pairs import MODES
+from benchmarks.study.plan import MORE_ARMS
+from benchmarks.study.results import Tables
+from megatron_bvpo.evaluation.paired_differences import holm
+
+COMPARED = (("auto", "half"), ("auto", "trace"), ("half", "trace"), ("empty", "trace"))
+
+
+def all_comparisons(tables: Tables, batches: list[int]) -> tuple[list[tuple], list[Estimate]]:
+    """((batch, mode, a, b), …) and a − b, of the main arms."""
+    cells = [(batch, mode, a, b) for batch in batches for mode in MODES for a, b in COMPARED]
+    return cells, [difference(tables, (a, batch), (b, batch), mode) for batch, mode, a, b in cells]
+
+
+def answers(tables: Tables, batches: list[int]) -> list[str]:
+    cells, found = all_comparisons(tables, batches)
+    corrected = holm([estimate.p for estimate in found])
+    told = dict(zip(cells, zip(found, corrected, strict=True), strict=True))
+
+    def said(a: str, b: str) -> str:
+        parts = []
+        for batch in batches:
+            for mode in MODES:
+                estimate, p = told[batch, mode, a, b]
+                words = verdict(estimate, p, a, b, len(found))
+                parts.append(f"{signed(estimate)} {IN_MODE[mode]} at {batch} ({words})")
+        return "; ".join(parts)
+
+    lines = [
+        f"- **Does anything help?** Less the untrained model, in points: {less_untrained(tables, batches)}.",
+        f"- **Is auto better than α = .5** (both sets as one)**?** {said('auto', 'half')}.",
+        f"- **Than trace only?** {said('auto', 'trace')}.",
+        f"- **And α = .5 than trace only?** {said('half', 'trace')}.",
+        *variance(tables, batches),
+        *kappa(tables, min(batches)),
+    ]
+    return ["## The questions", "\n".join(lines)]
+
+
+def less_untrained(tables: Tables, batches: list[int]) -> str:
+    parts = []
+    for batch in batches:
+        for arm in ("trace", "half", "auto"):
+            both = [signed(difference(tables, (arm, batch), ("untrained", 0), mode)) for mode in MODES]
+            parts.append(f"{arm} at {batch} {both[0]} with thinking and {both[1]} without")
+    return "; ".join(parts)
+
+
+def variance(tables: Tables, batches: list[int]) -> list[str]:
+    parts, noise = [], []
+    for batch in batches:
+        ratios = [moment_ratios(tables.steps[line["name"]]) for line in tables.of("auto", batch)]
+        half, chosen = (number(over_seeds(np.array([r[name] for r in ratios]))) for name in ("half", "chosen"))
+        parts.append(f"α = .5 has {half} of the trace gradient's variance at {batch}, auto {chosen}")
+        shares = [f"{arm} {number(noise_share(tables, arm, batch))}" for arm in ("trace", "half", "auto")]
+        noise.append(f"at {batch} {', '.join(shares)}")
+    return [
+        f"- **Does variance fall as the paper says?** At the same parameters, yes: {'; '.join(parts)}. But the "
+        "gradient falls with it, and an optimizer that divides by its size feels the ratio: noise in parts of ‖g‖² "
+        f"is {'; '.join(noise)}."
+    ]
+
+
+def noise_share(tables: Tables, arm: str, batch: int) -> Estimate:
+    return over_seeds(np.array([changes(tables.steps[run["name"]])["share"] for run in tables.of(arm, batch)]))
+
+
+def kappa(tables: Tables, batch: int) -> list[str]:
+    there = [arm for arm in MORE_ARMS if len(tables.of(arm, batch)) > 1]
+    wanted = [("mse-every-step", "auto-every-step"), ("fixed-.75", "auto-every-step"), ("auto-every-step", "auto")]
+    parts = []
+    for a, b in wanted:
+        if a in there and (b in there or b == "auto"):
+            both = [signed(difference(tables, (a, batch), (b, batch), mode)) for mode in MODES]
+            parts.append(f"{a} − {b} {both[0]} with thinking, {both[1]} without")
+    what = "; ".join(parts) or "no arm here can say"
+    return [
+        f"- **Is κ = .03 right?** {what}. Thirty steps are ten probes, or thirty with one in every step: no κ is "
+        "told from another by this, and docs/alpha.md's bench stays the ground of the default."
+    ]
