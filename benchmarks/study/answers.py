@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
-from benchmarks.study.gradient_parts import changes, moment_ratios
+from benchmarks.study.gradient_parts import bias_means, changes, jackknife, moment_ratios, shift
 from benchmarks.study.intervals import Estimate, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import MORE_ARMS
 from benchmarks.study.results import Tables
-from megatron_bvpo.evaluation.paired_differences import holm
+from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
 
 COMPARED = (("auto", "half"), ("auto", "trace"), ("half", "trace"), ("empty", "trace"))
 
@@ -42,8 +42,37 @@ def answers(tables: Tables, batches: list[int]) -> list[str]:
         f"- **And α = .5 than trace only?** {said('half', 'trace')}.",
         *variance(tables, batches),
         *kappa(tables, min(batches)),
+        *b_t(tables),
+        f"- **What follows for the defaults?** {defaults(told)}",
     ]
     return ["## The questions", "\n".join(lines)]
+
+
+def defaults(told: dict[tuple, tuple[Estimate, float]]) -> str:
+    """What a user should set, as far as this goes."""
+    auto = {cell: p for cell, (_, p) in told.items() if cell[2] == "auto" and p < LEVEL}
+    if auto:
+        where = ", ".join(f"{a} − {b} {IN_MODE[mode]} at {batch}" for batch, mode, a, b in auto)
+        return f"Auto differs where this can tell: {where} (above). Weigh it with docs/alpha.md's bench."
+    return (
+        "None changes, and none is shown right. Auto is told from no other arm; its band spans nearly all of [0, "
+        "1] to the end, so that α stayed near its prior, .5: in runs this short `--bvpo_alpha .5` does what auto "
+        "does without probes, and trace only does as well with thinking at less than the cost. Auto stays the "
+        "default for long runs and for what the bench of docs/alpha.md shows, an insurance where noise rules; this "
+        "study is no evidence for it."
+    )
+
+
+def b_t(tables: Tables) -> list[str]:
+    if len(tables.bias) < 2:
+        return []
+    means = bias_means(tables)
+    one, small = (jackknife(means, lambda s, k=k: shift(s, k)) for k in (1.0, 0.03))
+    parts = jackknife(means, lambda s: s["bt_bt"] / s["g_f"])
+    return [
+        f"- **Is b_t = 0 harmless after a round?** ‖b_t‖² is {parts} of the trace gradient's own ‖E g‖²; α would "
+        f"move by {one} at κ = 1 and by {small} at κ = .03 if b_t were known (batches of 8)."
+    ]
 
 
 def less_untrained(tables: Tables, batches: list[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.study.intervals import over_seeds
-from benchmarks.study.results import Rows
+from benchmarks.study.results import Rows, Tables
 
 SETTLED = 8  # the steps that are probes one after the other, and in which the gradient shrinks
 
@@ -37,6 +37,11 @@ def changes(steps: Rows) -> dict[str, float]:
     if len(margins) > 1:
         found["margin"] = float((np.diff(margins) ** 2).mean() / 2)
     return found
+
+
+def bias_means(tables: Tables) -> list[dict[str, float]]:
+    """The numbers of bias.csv, a run each."""
+    return [{k: float(v) for k, v in line.items() if k not in ("run", "seed")} for line in tables.bias]
 
 
 def shift(s: dict[str, float], kappa: float, batch: int = 8) -> float:

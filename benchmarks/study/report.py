@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.study import plots
 from benchmarks.study.answers import all_comparisons, answers
 from benchmarks.study.cells import IN_MODE, compared, difference, number, over_questions, percent, ratio, signed, table
-from benchmarks.study.gradient_parts import SETTLED, changes, jackknife, moment_ratios, shift
+from benchmarks.study.gradient_parts import SETTLED, bias_means, changes, jackknife, moment_ratios, shift
 from benchmarks.study.intervals import crossed, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, Size
@@ -266,7 +266,7 @@ def batch_of(arm: str, batch: int) -> int:
 def bias(tables: Tables) -> list[str]:
     if not tables.bias:
         return []
-    means = [{k: float(v) for k, v in line.items() if k not in ("run", "seed")} for line in tables.bias]
+    means = bias_means(tables)
     told = over_seeds(np.array([line["be_be"] / line["g_f"] for line in means]))
     rows = [
         ["‖E g_f‖² (of the loss, per parameter set)", *cell(means, lambda s: s["g_f"])],
