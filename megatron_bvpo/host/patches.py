@@ -221,10 +221,8 @@ def whole_layers_beside_adapters(names, bridge):
     """
     from swift.megatron.utils import megatron_lm_utils as files
 
-    stock_filter, stock_metadata = (
-        _target(files, "_filter_adapter_state_dict"),
-        _target(files, "get_sharded_sd_metadata"),
-    )
+    stock_filter = _target(files, "_filter_adapter_state_dict")
+    stock_metadata = _target(files, "get_sharded_sd_metadata")
     stock_save = _target(bridge, "save_weights")
     keys = ["model"] if len(names) == 1 else [f"model{i}" for i in range(len(names))]
 

@@ -7,6 +7,7 @@ The new layers add exact zeros, so that equal means equal to the last bit.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -169,6 +170,11 @@ def test_no_adapter_is_saved_without_the_layers_it_goes_with(runs):
     """The merged model alone is for others; none of its layers is new any more, because the old ones have moved."""
     saved = runs["beside"].folder / "checkpoint-2"
     assert not [*saved.rglob("adapter_*")] and not [*saved.glob("*.safetensors")]
+    # Megatron's files have both: a start from them (--no_load_optim) has no optimizer that would give the layers back.
+    listed = (saved / "iter_0000002/.metadata").read_bytes()
+    names = re.findall(rb"[^.]decoder\.layers\.(\d+)\.([\w.]+\.weight)", listed)
+    assert {int(n) for n, name in names if b".lora_" not in name} == set(NEW)
+    assert {int(n) for n, name in names if b".lora_" in name} == set(range(6)) - set(NEW)
     merged = saved.with_name("checkpoint-2-merged")
     assert "bvpo_new_layers" not in json.loads((merged / "config.json").read_text())
     assert not (merged / "expansion.json").exists()
