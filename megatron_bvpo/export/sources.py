@@ -21,7 +21,7 @@ class Source:
     Attributes:
         kind: an adapter, or a whole model (full tuning, or one that the run has merged).
         folder: that holds its safetensors.
-        checkpoint: the folder that was named, links followed.
+        checkpoint: the folder that was named, links followed; or the merged model beside it.
         args: the run's args.json; {} for an adapter without one.
         state: its bvpo_state.json; {} likewise.
     """
@@ -55,7 +55,10 @@ def find_source(given: str) -> Source:
             f"{given} is a run's folder", field=FIELD, remedy=f"give one of its checkpoints, such as {last}"
         )
     adapter = next((f for f in (folder / PER_EXPERT, folder) if (f / WEIGHTS).is_file()), None)
-    whole = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    merged = folder.with_name(f"{folder.name}-merged")
+    if adapter is None and not _holds_model(folder) and (folder / STATE_FILE).is_file() and _holds_model(merged):
+        folder = merged  # whole layers were trained beside the adapter, which alone is no model
+    whole = _holds_model(folder)
     home = folder.parent if folder.name == PER_EXPERT else folder.with_name(folder.name.removesuffix("-merged"))
     states = (folder / STATE_FILE, home / STATE_FILE)
     state = next((read_json(file) for file in states if file.is_file()), {})
@@ -71,6 +74,10 @@ def find_source(given: str) -> Source:
         raise UserError(f"is damaged: the model is {state['model']!r}", file=str(home / STATE_FILE))
     args = read_json(folder / "args.json") or read_json(home / "args.json")
     return Source("model" if adapter is None else "adapter", adapter or folder, folder, args, state)
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
 def find_model(source: Source, given: str | None) -> ModelFiles | None:

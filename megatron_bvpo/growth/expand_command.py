@@ -66,8 +66,8 @@ def _what_next(found, out: Path) -> list[str]:
         f"written: {out}",
         "train the new layers alone, with the old model as the reference:",
         f"  --model {out} --tuner_type full --bvpo_new_layers_only true",
-        "or adapters on all layers, whose reference is the old model, too:",
-        f"  --model {out} --tuner_type lora --target_modules all-linear",
+        "or these, and adapters on the old ones:",
+        f"  --model {out} --tuner_type lora --bvpo_new_layers_only true --target_modules all-linear",
         f"what it costs: bvpo plan RUN.yaml --model {out} --set bvpo_new_layers_only=true",
     ]
 

@@ -1,4 +1,5 @@
-"""A model grown by `bvpo expand`: only its new layers are trained, and without them it is the reference.
+"""A model grown by `bvpo expand`: its new layers are trained, alone or beside adapters on the old ones, and without
+both it is the reference.
 
 The numbers of the new layers are in config.json. Megatron numbers a stage's parameters from 0, so that a pattern of
 ms-swift's `--trainable_parameters_regex` means other layers on every pipeline stage: layers are found by their own
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from peft.tuners.lora.layer import LoraLayer
+from swift.utils import freeze_parameters
 from torch import Tensor, nn
 
 from megatron_bvpo.errors import UserError
@@ -58,6 +61,30 @@ def train_only(models: Sequence[nn.Module], numbers: Sequence[int]) -> None:
         for parameter in model.parameters():
             if id(parameter) not in trained:
                 parameter.requires_grad = False
+
+
+def train_beside_adapters(models: Sequence[nn.Module], numbers: Sequence[int], frozen: str | None = None) -> None:
+    """Train these layers whole, without the adapters that peft has put on them; the other layers keep theirs.
+
+    peft's own way (modules_to_save) copies what it trains, and a Megatron layer holds process groups. Adapters are put
+    on all layers first because peft knows layers by a stage's numbers, and stops at a stage that has none of them.
+
+    Args:
+        frozen: --freeze_parameters_regex, which ms-swift reads in full tuning only.
+    """
+    for layer in layers_with(models, numbers):
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, LoraLayer):
+                layer.set_submodule(name, module.get_base_layer())
+        layer.requires_grad_(True)
+    for model in models if frozen else ():
+        freeze_parameters(model, 0.0, [], frozen)
+
+
+def names_of(models: Sequence[nn.Module], numbers: Sequence[int]) -> list[tuple[str, ...]]:
+    """For each of this rank's chunks, what the names of these layers' parameters begin with."""
+    layers = {id(layer) for layer in layers_with(models, numbers)}
+    return [tuple(f"{name}." for name, m in model.named_modules() if id(m) in layers) for model in models]
 
 
 @contextmanager

@@ -27,10 +27,12 @@ def check_merge_memory(args, models: Iterable[nn.Module]) -> None:
     dist.all_gather_object(found, problem and f"{socket.gethostname()}: {problem}")
     for told in dict.fromkeys(found):
         if told:
+            alone = "give --merge_lora false and merge once after the run (swift export --merge_lora true)"
+            beside = "train on more nodes, or keep Megatron's files alone (--save_safetensors false)"
             raise UserError(
                 f"a merge keeps the base weights in host memory, which is too small on {told}",
                 field="--merge_lora",
-                remedy="give --merge_lora false and merge once after the run (swift export --merge_lora true)",
+                remedy=beside if args.bvpo_new_layers_only else alone,
             )
 
 

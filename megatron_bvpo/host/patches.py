@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 
 # What a layer's own arguments are called in peft's LoraConfig, beside the rank and alpha.
 LORA_SETTINGS = ("lora_dropout", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "lora_bias")
@@ -190,6 +190,61 @@ def groups_at_any_rate(optimizer):
     finally:
         for module in modules:
             module.param_group_identifier_keys = keys
+
+
+@contextmanager
+def loaded_in_part(models):
+    """In this block these models take a checkpoint that lacks some of their weights, as one of adapters does.
+
+    ms-swift lets a single chunk do so; of several, on virtual stages, it asks for all, and no LoRA run could go on.
+    """
+    for model in models:
+        model.load_state_dict = partial(_target(model, "load_state_dict"), strict=False)
+    try:
+        yield
+    finally:
+        for model in models:
+            del model.load_state_dict
+
+
+@contextmanager
+def whole_layers_beside_adapters(names, bridge):
+    """While ms-swift saves or reads a checkpoint of adapters in this block, layers that are trained whole are in it.
+
+    It keeps what belongs to an adapter and leaves out the rest. Megatron's files have the same parameter of all layers
+    as one array, of which none may be missing, unless they are told that layers are of several kinds; a reader finds
+    that in the files. The adapters alone are no model, so that no adapter is exported: the merged model is.
+
+    Args:
+        names: for each of this rank's chunks, what the names of these layers' parameters begin with.
+        bridge: mcore-bridge's.
+    """
+    from swift.megatron.utils import megatron_lm_utils as files
+
+    stock_filter = _target(files, "_filter_adapter_state_dict")
+    stock_metadata = _target(files, "get_sharded_sd_metadata")
+    stock_save = _target(bridge, "save_weights")
+    keys = ["model"] if len(names) == 1 else [f"model{i}" for i in range(len(names))]
+
+    def with_whole_layers(state_dict, peft_format, *args, **kwargs):
+        starts = {key: start for key, start in zip(keys, names, strict=True) if key in state_dict}
+        kept = {key: {k: v for k, v in state_dict[key].items() if k.startswith(s)} for key, s in starts.items()}
+        stock_filter(state_dict, peft_format, *args, **kwargs)
+        for key, layers in kept.items():
+            state_dict[key].update(layers)
+
+    def save_weights(*args, peft_format=False, **kwargs):
+        if not peft_format:
+            stock_save(*args, peft_format=peft_format, **kwargs)
+
+    files._filter_adapter_state_dict = with_whole_layers
+    files.get_sharded_sd_metadata = lambda args: stock_metadata(args) | {"non_homogeneous_layers": True}
+    bridge.save_weights = save_weights
+    try:
+        yield
+    finally:
+        files._filter_adapter_state_dict, files.get_sharded_sd_metadata = stock_filter, stock_metadata
+        bridge.save_weights = stock_save
 
 
 @contextmanager

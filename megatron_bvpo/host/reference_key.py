@@ -51,7 +51,7 @@ WHICH = (".metadata", "latest_checkpointed_iteration.txt")
 def reference_folders(args: Any) -> dict[str, str]:
     """The folders that the reference is loaded from, by role; a model of a hub has been fetched by now."""
     model_dir = args.model_info.model_dir
-    if args.tuner_type == "full":
+    if args.tuner_type == "full" or args.bvpo_new_layers_only:  # which has one reference, adapters or not
         if args.mcore_ref_model:
             return {"reference": args.mcore_ref_model, "shape": model_dir}
         ref_model = args.ref_model or args.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,7 @@ class Checkpoints:
         mixture: weights of the streams, and what they are estimated from.
         patience: for how long the held-out metric has not become better.
         loss: the preference loss, for people.
+        files: around ms-swift's writing and reading: what is trained whole beside adapters.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Checkpoints:
         mixture: Stateful,
         patience: Stateful,
         loss: Mapping[str, Any],
+        files: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.args, self.config, self.state, self.bridge = args, config, state, bridge
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.mixture, self.patience, self.loss = mixture, patience, loss
+        self.mixture, self.patience, self.loss, self.files = mixture, patience, loss, files
 
     # ---- saving
 
@@ -91,7 +94,8 @@ class Checkpoints:
             dist.barrier()
         args.output_dir = str(staging)
         try:
-            with timed("save: Megatron's files, and the lines of save_weights", self.bridge, "save_weights"):
+            told = "save: Megatron's files, and the lines of save_weights"
+            with timed(told, self.bridge, "save_weights"), self.files():
                 write()
         finally:
             args.output_dir = output_dir
@@ -108,7 +112,8 @@ class Checkpoints:
             with timed("save: publishing, and removing old checkpoints"):
                 set_aside(staging / name)
                 for exported in staging.glob("*/config.json"):
-                    carry_along(Path(args.model_info.model_dir), exported.parent, args.bvpo_new_layers_only)
+                    old_as_they_were = args.bvpo_new_layers_only and args.tuner_type == "full"
+                    carry_along(Path(args.model_info.model_dir), exported.parent, old_as_they_were)
                 ckpt.write_state(staging / name, self._saved_state())
                 ckpt.publish(staging, name)
                 self.rotate(oldest_first(output_dir))
@@ -195,7 +200,7 @@ class Checkpoints:
                 if is_due(checkpoint):
                     logger.info(f"{checkpoint.name} lacks its adapter in peft's form; the next save writes it.")
         asked = ckpt.schedule_of(self.scheduler)
-        with timed("reading the checkpoint"), groups_at_any_rate(self.optimizer):
+        with timed("reading the checkpoint"), groups_at_any_rate(self.optimizer), self.files():
             read()
         if folder is not None:
             self._restore(folder, saved)

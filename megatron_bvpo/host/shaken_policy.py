@@ -34,15 +34,15 @@ def shaken_policy(
 
     Args:
         models: unwrapped chunks.
-        adapted: B of the adapter that is trained is moved, else the model's norms and biases: what a reference of
-            full tuning has copies of, and little enough to be kept.
-        new_layers: of a grown model, where they alone are trained: they are moved, and not what the reference shares.
+        adapted: B of the adapter that is trained is moved.
+        new_layers: of a grown model, where they are trained: they are moved, and not what the reference shares. With
+            neither it is the model's norms and biases: what a reference of full tuning has copies of, and little enough
+            to be kept.
     """
-    if new_layers:
-        moved = list(steps_of_new_layers(models, new_layers))
-    else:
+    moved = list(steps_of_new_layers(models, new_layers))
+    if adapted or not new_layers:
         steps = _steps_of_b if adapted else _steps_of_vectors
-        moved = [found for model in models for found in steps(model)]
+        moved += [found for model in models for found in steps(model)]
     kept = [(tensor, step, tensor.detach().clone()) for tensor, step in moved]
 
     @torch.no_grad()

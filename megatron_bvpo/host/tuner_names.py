@@ -28,8 +28,8 @@ def check_tuner_names(args: Any, models: list[nn.Module]) -> None:
 
     A `target_regex` becomes the list of names that it matches, which can be saved.
     """
+    _check_parameter_names(args, models)
     if args.tuner_type == "full":
-        _check_parameter_names(args, models)
         return
     modules = {name: module for model in models for name, module in model.named_modules()}
     targets = get_target_modules(args, models[0])

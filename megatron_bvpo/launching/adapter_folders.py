@@ -73,7 +73,8 @@ def check_adapters(args: Any) -> None:
         folder = getattr(args, flag)
         if folder and (flag == "mcore_ref_adapter" or args.finetune):  # else host/saving.py compares what was saved
             file = Path(folder) / "args.json"
-            _require_same(args, _read(file, flag), file, flag, {name: name for name in PEFT_NAMES})
+            names = (*PEFT_NAMES, *(("bvpo_new_layers_only",) if flag == "mcore_adapter" else ()))
+            _require_same(args, _read(file, flag), file, flag, {name: name for name in names})
 
 
 def _require_same(args: Any, saved: dict[str, Any], file: Path, flag: str, names: dict[str, str]) -> None:

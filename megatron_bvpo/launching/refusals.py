@@ -59,7 +59,8 @@ def refusals(args: Any) -> list[tuple]:
             "pack without --streaming, or stream without --packing (batches stay padding-free)",
         ),
         (
-            args.tuner_type == "full" and (args.fp8_param_gather or args.fp4_param_gather),
+            (args.tuner_type == "full" or args.bvpo_new_layers_only)
+            and (args.fp8_param_gather or args.fp4_param_gather),
             "fp8_param_gather",
             "which rank counts a parameter is not known for 8-bit parameters",
             leave,
@@ -163,11 +164,10 @@ def lora_refusals(args: Any) -> list[tuple]:
     reference = "the reference of a run with adapters is the model without them, so nothing would read it"
     full_only = {
         "freeze_parameters": frozen,
-        "freeze_parameters_regex": frozen,
+        "freeze_parameters_regex": None if args.bvpo_new_layers_only else frozen,  # of the new layers, it is read
         "freeze_parameters_ratio": frozen,
         "trainable_parameters": frozen,
         "trainable_parameters_regex": frozen,
-        "bvpo_new_layers_only": "adapters are on all layers, and the model without them is the reference",
         "ref_model": reference,
         "mcore_ref_model": reference,
     }
@@ -190,8 +190,37 @@ def lora_refusals(args: Any) -> list[tuple]:
             "Megatron casts the factors to the model's type all the same; their float32 copies are the optimizer's",
             "leave the flag out",
         ),
-        *((bool(getattr(args, flag)), flag, why, "leave the flag out") for flag, why in full_only.items()),
+        *((bool(why and getattr(args, flag)), flag, why, "leave the flag out") for flag, why in full_only.items()),
+        *(refusals_beside_new_layers(args) if args.bvpo_new_layers_only else ()),
     ]
+
+
+def refusals_beside_new_layers(args: Any) -> list[tuple]:
+    """What does not go with adapters on the old layers of a grown model whose new layers are trained whole."""
+    fresh = "the reference is the old model, and the adapters on it begin anew"
+    refused = {
+        "adapters": (fresh, "merge it into the old model (bvpo export --merge), and grow that"),
+        "ref_adapters": (fresh, "leave the flag out"),
+        "mcore_ref_adapter": (fresh, "leave the flag out"),
+        "mcore_model": (
+            "the reference is the given model without its new layers, known by its files in Hugging Face's form",
+            "give these weights as --model in that form; a checkpoint to go on from is --mcore_adapter",
+        ),
+        "modules_to_save": (
+            "whole modules beside whole layers and adapters were never shown right",
+            "leave the flag out",
+        ),
+    }
+    found = [(bool(getattr(args, flag)), flag, *why) for flag, why in refused.items()]
+    found.append(
+        (
+            args.merge_lora is False and args.save_safetensors,
+            "merge_lora",
+            "adapters of the old layers without the new ones, which were trained, too, are no model that can be loaded",
+            "leave the flag out; --save_safetensors false keeps Megatron's files alone, to go on from",
+        )
+    )
+    return found
 
 
 # What only adapters have, with the value that asks for nothing.

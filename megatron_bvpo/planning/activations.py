@@ -13,7 +13,7 @@ parallelism), h hidden, f MLP width, k experts a token, r LoRA rank, D bytes of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 from megatron_bvpo.planning.model_shapes import ModelShape
 from megatron_bvpo.planning.settings import RunSettings
@@ -246,7 +246,14 @@ class LayerSizes:
 def micro_batch_activations(
     shape: ModelShape, run: RunSettings, batch: Batch, *, layers: int, imbalance: float = 1.0
 ) -> Activations:
-    """Saved bytes of one micro-batch in a chunk of `layers` layers; `kept` is the mean over them."""
+    """Saved bytes of one micro-batch in a chunk of `layers` layers; `kept` is the mean over them.
+
+    Where some layers are trained whole and others have adapters, all are counted as the kind that saves more.
+    """
+    if run.lora and run.bvpo_new_layers_only:
+        kinds = [replace(run, tuner_type=kind, bvpo_new_layers_only=False) for kind in ("lora", "full")]
+        both = [micro_batch_activations(shape, kind, batch, layers=layers, imbalance=imbalance) for kind in kinds]
+        return Activations(*map(max, *map(astuple, both)))
     sizes = LayerSizes(shape, run, batch, Engine(run.rehearsal), imbalance)
     whole = sizes.whole()
     inputs = sizes.s * shape.hidden * sizes.D

@@ -83,17 +83,16 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
     """FLOPs of one micro-batch on all the ranks of a replica together."""
     forward = 2 * batch.tokens * shape.active_matrices + attention_flops(shape, batch)
     head = 2 * batch.tokens * shape.vocab * shape.hidden
-    adapters = 0.0
-    if run.lora:
-        passes, products = 2, 2  # the policy forward; gradients of the inputs alone
-        adapters = 6 * batch.tokens * lora_elements_a_token(shape, run)
-    elif run.bvpo_new_layers_only:
-        passes, products = 2 + new_share(shape, run), 2
+    adapters, new = 0.0, new_share(shape, run)
+    if run.lora or run.bvpo_new_layers_only:
+        passes, products = 2 + new, 2  # the policy forward; gradients of the inputs, and of the new layers' weights
+        if run.lora:
+            adapters = 6 * batch.tokens * lora_elements_a_token(shape, run) * (1 - new)
     else:
         passes, products = 3, 4
     total = forward * passes + head * products + adapters
     if run.runs_reference:
-        total += forward * (1 - new_share(shape, run)) + head
+        total += forward * (1 - new) + head
     if run.measures_baselines:
         total += 2 * (forward + head)
     if run.recompute == "full":
@@ -104,7 +103,7 @@ def micro_batch_flops(shape: ModelShape, run: RunSettings, batch: Batch) -> floa
 
 
 def new_share(shape: ModelShape, run: RunSettings) -> float:
-    """The share of the layers that alone are trained, and that the reference leaves out; 0 in other runs."""
+    """The share of the layers that are trained whole, and that the reference leaves out; 0 in other runs."""
     return len(shape.new_layers) / shape.layers if run.bvpo_new_layers_only else 0.0
 
 

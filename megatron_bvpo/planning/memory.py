@@ -126,7 +126,7 @@ def stage_chunks(shape: ModelShape, run: RunSettings, stage: int) -> list[tuple[
     found = []
     for chunk in range(vpp):
         trained = None
-        if run.bvpo_new_layers_only and not run.lora:  # the stages take turns with their chunks
+        if run.bvpo_new_layers_only:  # the stages take turns with their chunks
             before = chunk * sum(of_stages) + sum(of_stages[:stage])
             trained = tuple(n - before for n in shape.new_layers if before <= n < before + of_stages[stage])
         outer = stage == 0 and chunk == 0, stage == pp - 1 and chunk == vpp - 1

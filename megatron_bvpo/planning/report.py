@@ -157,7 +157,8 @@ def _head(plan: Plan) -> list[str]:
     active = shape.active_matrices + 2 * shape.vocab * shape.hidden
     tuner = f"LoRA rank {run.lora_rank} on {' '.join(run.target_modules)}" if run.lora else "full tuning"
     if run.bvpo_new_layers_only:
-        tuner += f" of {len(shape.new_layers)} new layers of {shape.layers}"
+        new = f"{len(shape.new_layers)} new layers of {shape.layers}"
+        tuner = f"{new} whole, {tuner} of the others" if run.lora else f"{tuner} of {new}"
     data = f"DP {groups.dp}" + (f", experts' DP {groups.edp}" if shape.experts else "")
     recompute = run.recompute
     if recompute == "full":

@@ -184,8 +184,8 @@ class RunSettings:
 
     @property
     def router_frozen(self) -> bool:
-        """Full tuning with the router's weights left as they are."""
-        return not self.lora and bool(self.freeze_parameters_regex)
+        """What is trained whole leaves its routers' weights as they are."""
+        return bool(self.freeze_parameters_regex) and (not self.lora or self.bvpo_new_layers_only)
 
     @property
     def rehearsal(self) -> bool:

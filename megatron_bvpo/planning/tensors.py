@@ -8,7 +8,7 @@ and its B whole; an expert's factors are whole, one pair an expert.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_bvpo.errors import UserError
@@ -46,7 +46,7 @@ class Split:
         lora_rank: 0 for full tuning.
         lora_modules: names of the adapted linear layers, with `router`.
         reference_adapter: a second, frozen adapter is the reference.
-        router_frozen: full tuning leaves the routers as they are.
+        router_frozen: what is trained whole leaves its routers as they are.
     """
 
     tp: int
@@ -85,7 +85,8 @@ def chunk_tensors(
     """Parameters of a model chunk with `layers` layers; `first` has the embedding, `last` the head.
 
     Args:
-        trained: the layers of the chunk, from 0, that alone are trained in full tuning; None: everything is.
+        trained: the layers of the chunk, from 0, that are trained whole: alone, or without adapters beside others that
+            have some. None: what is trained is alike in all layers.
     """
     full = split.lora_rank == 0 and trained is None
     vocab_rows = -(-shape.vocab // split.tp)  # padded to a multiple of TP
@@ -93,7 +94,7 @@ def chunk_tensors(
     tensors: list[Tensor] = []
     if first:
         tensors.append(Tensor(vocab_rows * shape.hidden, full, shared_embedding=shared))
-    kept, moved = _layer(shape, split, full), _layer(shape, split, True) if trained else []
+    kept, moved = _layer(shape, split, full), _layer(shape, replace(split, lora_rank=0), True) if trained else []
     for i in range(layers):
         tensors += moved if trained and i in trained else kept
     if last:

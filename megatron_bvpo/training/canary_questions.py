@@ -24,7 +24,7 @@ class CanaryQuestions:
         passes: run the micro-batches that are listened to.
         references: known log-probs, compared with new ones.
         groups: process groups.
-        new_layers: of a grown model, where they alone are trained; else ().
+        new_layers: of a grown model, where they are trained and the reference is without them; else ().
 
     Attributes:
         due: the questions have still to be asked; never where the loss has no reference.
@@ -59,7 +59,7 @@ class CanaryQuestions:
         first = [batches[:n] for batches in chunks]
         adapted = args.tuner_type != "full"
         new = self.new_layers
-        at_zero = add_nothing(self.models, new) if new else adapters_begin_at_zero(self.models)
+        at_zero = add_nothing(self.models, new) and adapters_begin_at_zero(self.models)
         rounding = canaries.rounding_of(args, self.config.num_layers, device)
         plain = self.passes.listen(first)
         heard = any(micro_batch.policy_Q.numel() for micro_batch in plain)

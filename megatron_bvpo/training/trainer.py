@@ -5,6 +5,7 @@ A step is step.py's, which is where to read on: pass → loss, or probe → pass
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,10 +19,17 @@ from megatron_bvpo.gradients import shards
 from megatron_bvpo.gradients.groups import ParallelGroups
 from megatron_bvpo.host.adapter_loading import require_all_loaded
 from megatron_bvpo.host.fused_head import install_fused_head
-from megatron_bvpo.host.grown_layers import new_layer_numbers, train_only, without_layers
+from megatron_bvpo.host.grown_layers import (
+    names_of,
+    new_layer_numbers,
+    train_beside_adapters,
+    train_only,
+    without_layers,
+)
 from megatron_bvpo.host.lora_start import draw_lora_a
 from megatron_bvpo.host.merging import BaseWeights, check_merge_memory
 from megatron_bvpo.host.parallel_attributes import mend_parallel_attributes
+from megatron_bvpo.host.patches import loaded_in_part, whole_layers_beside_adapters
 from megatron_bvpo.host.phases import StepTimes, timed
 from megatron_bvpo.host.replicas import Replicas, require_equal, tell_unequal
 from megatron_bvpo.host.router import router_configs
@@ -62,7 +70,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
     def __init__(self, args, template):
         self.bvpo = args.bvpo
         self.groups = ParallelGroups.current()
-        # Of a grown model whose new layers alone are trained; else ().
+        # Of a grown model whose new layers are trained, and are no part of the reference; else ().
         self.new_layers = new_layer_numbers(template.config, args.model_dir) if self.bvpo.new_layers_only else ()
         if self.groups.tp_rank or self.groups.cp_rank:  # they read the rows of a rank that tells what those lose
             template.bvpo = replace(template.bvpo, tell_losses=False)
@@ -88,10 +96,7 @@ class BvpoTrainer(MegatronRLHFTrainer):
         args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
         routers, zero_gradients = router_configs(self.unwrapped_models), partial(shards.clear, models, self.optimizer)
         self.references = References(args, bvpo.ref_cache, groups)
-        reference_models = self.null_ref_context
-        if self.new_layers:  # the reference is the policy without them
-            reference_models = partial(without_layers, self.unwrapped_models, self.new_layers)
-        self.passes = Passes(args, models, groups, bvpo.losses, self.references, reference_models, self.get_batch)
+        self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
         self.probes = Probes(
             self.mixture,
             self.passes,
@@ -136,7 +141,10 @@ class BvpoTrainer(MegatronRLHFTrainer):
         check_tuner_names(args, models)
         peft_models = super()._prepare_peft_model(models)
         if self.new_layers:
-            train_only(models, self.new_layers)
+            if args.tuner_type == "full":
+                train_only(models, self.new_layers)
+            else:
+                train_beside_adapters(models, self.new_layers, args.freeze_parameters_regex)
         require_something_to_train(models)
         for folder in args.adapters:
             require_all_loaded(self.bridge, models, folder, flag="adapters", adapter_name="default")
@@ -159,6 +167,16 @@ class BvpoTrainer(MegatronRLHFTrainer):
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
+
+    @contextmanager
+    def null_ref_context(self):
+        """The reference's models. Of a grown model: the policy's, without adapters and without its new layers."""
+        with super().null_ref_context() as models:
+            if not self.new_layers:
+                yield models
+                return
+            with without_layers(self.unwrapped_models, self.new_layers):
+                yield self.unwrapped_models
 
     # ---- data
 
@@ -293,8 +311,17 @@ class BvpoTrainer(MegatronRLHFTrainer):
             mixture=self.mixture,
             patience=self.patience,
             loss=vars(self.bvpo.preference),
+            files=self._files,
         )
-        self.checkpoints.load(super()._load_checkpoint)
+        with loaded_in_part(self.wrapped_models if self.args.tuner_type != "full" else ()):
+            self.checkpoints.load(super()._load_checkpoint)
+
+    def _files(self):
+        """What of a checkpoint is other than ms-swift's: new layers that are trained whole beside adapters."""
+        if not self.new_layers or self.args.tuner_type == "full":
+            return nullcontext()
+        names = names_of(self.unwrapped_models, self.new_layers)
+        return whole_layers_beside_adapters(names, self.bridge)
 
     def _load_iteration(self):
         return self.checkpoints.iteration(super()._load_iteration)

@@ -270,6 +270,9 @@ class _Reader(CheckedReader):
         settings = _given({**kept, **section})
         if str(settings.get("tuner_type", "full")) != "lora":
             self.fail("train", f"{run} is no LoRA run, and a round goes on from an adapter", "add tuner_type: lora")
+        if str(settings.get("bvpo_new_layers_only")).lower() == "true":
+            told = f"{run} trains whole layers beside its adapter, and a round goes on from an adapter alone"
+            self.fail("train", told, "leave bvpo_new_layers_only out")
         self.check_run(settings, self.size("train", place, ranks), run, "train")
         return Training(settings, ranks, place)
 

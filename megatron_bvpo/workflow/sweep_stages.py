@@ -162,8 +162,10 @@ def _data_files(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _form(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
-    """What an export is: `model` of full tuning, the default; `merged` where asked for, and of a router, which no
-    engine serves as an adapter; else `adapter`."""
+    """What an export is: `model` of full tuning, the default, and of layers that were trained whole beside an adapter;
+    `merged` where asked for, and of a router, which no engine serves as an adapter; else `adapter`."""
+    if str(settings.get("bvpo_new_layers_only")).lower() == "true":
+        return "model"
     if settings.get("tuner_type", "full") == "full" and not any(settings.get(key) for key in ADAPTERS):
         return "model"
     return "merged" if evaluation.merge or "all-router" in listed(settings.get("target_modules")) else "adapter"

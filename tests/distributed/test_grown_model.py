@@ -1,4 +1,5 @@
-"""A model grown by `bvpo expand`, in the layouts of real runs: it is the old one, and only its new layers are trained.
+"""A model grown by `bvpo expand`, in the layouts of real runs: it is the old one, and only its new layers are trained,
+or they whole and adapters on the others.
 
 The new layers add exact zeros, so that equal means equal to the last bit.
 """
@@ -6,10 +7,12 @@ The new layers add exact zeros, so that equal means equal to the last bit.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 
+from megatron_bvpo.export.sources import find_source
 from megatron_bvpo.export.tensor_files import ModelFiles, read_rows
 from megatron_bvpo.rehearsal.tiny_models import make_tiny_model
 from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
@@ -22,6 +25,8 @@ pytest.importorskip("ot", reason="bvpo expand needs the package POT (extra rehea
 
 HOOK = "tests.distributed.growth_recorder:record_growth"
 ONLY = "--tuner_type full --bvpo_new_layers_only true"
+# The new layers whole, and adapters on the others.
+BESIDE = "--tuner_type lora --lora_rank 4 --lora_dropout 0 --bvpo_new_layers_only true --merge_lora true"
 # All new layers on the second stage: the first has nothing to train.
 UNEVEN = "--decoder_first_pipeline_num_layers 2 --decoder_last_pipeline_num_layers 4"
 GROWN = {
@@ -31,8 +36,9 @@ GROWN = {
     "ep2": ("moe", "ep2", f"{ONLY} --recompute_granularity full --recompute_method uniform --recompute_num_layers 1"),
     "dense": ("dense", "tp2", ONLY),
     "adapters": ("moe", "ep2", "--tuner_type lora --lora_rank 4 --lora_dropout 0"),
+    "beside": ("moe", "ep2", f"{BESIDE} --target_modules all-linear all-router --bvpo_alpha auto"),
 }
-FULL = [name for name in GROWN if name != "adapters"]
+FULL = [name for name in GROWN if name not in ("adapters", "beside")]
 NEW = (2, 4)
 
 
@@ -65,9 +71,9 @@ def runs(workshop, models, tmp_path_factory):
         for kind, layout in (("moe", "tp2"), ("moe", "pp2"), ("moe", "ep2"), ("dense", "tp2"))
     ]
     for name, (kind, layout, more) in GROWN.items():
-        more += f" --val_dataset {workshop.held_out}" if name in ("idle-stage", "dense") else ""
+        more += f" --val_dataset {workshop.held_out}" if name in ("idle-stage", "dense", "beside") else ""
         more += f" {cache}" if name == "ep2" else ""
-        cells.append(cell(workshop, name, models[kind][1], kind, layout, more, name in FULL))
+        cells.append(cell(workshop, name, models[kind][1], kind, layout, more, name != "adapters"))
     cells.append(cell(workshop, "warm", models["moe"][1], "moe", "ep2", f"{GROWN['ep2'][2]} {cache}", False))
     planted = cell(workshop, "planted", models["moe"][1], "moe", "pp2", GROWN["idle-stage"][2], False)
     planted.hook, planted.hook_args = (
@@ -88,7 +94,8 @@ def old_of(runs, name: str):
 
 def same(found: torch.Tensor, expected: torch.Tensor, name: str) -> bool:
     """To the last bit; a probe packs other rows together than the old model's run, and those round otherwise."""
-    return torch.equal(found, expected) if name != "idle-stage" else torch.allclose(found, expected, rtol=1e-6)
+    probes = "--bvpo_alpha auto" in GROWN[name][2]
+    return torch.allclose(found, expected, rtol=1e-6) if probes else torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", GROWN)
@@ -137,15 +144,57 @@ def whole(entry) -> torch.Tensor:
     return read_rows(entry, 0, entry.rows)
 
 
-@pytest.mark.parametrize("name", ["idle-stage", "dense"])
+def whole_layer_and_adapters(moved, number: int) -> tuple[set[str], set[str]]:
+    """Names of a layer's own parameters that have changed, and of its adapters'."""
+    names = {name for layer, name in moved if layer == number}
+    adapters = {name for name in names if ".lora_" in name}
+    return names - adapters, adapters
+
+
+def test_new_layers_whole_and_adapters_on_the_others(runs):
+    """Two steps change all of a new layer, which has no adapter, and every factor of the others, and nothing else."""
+    moved, trained = runs["beside"].recorded["moved"], runs["beside"].recorded["trained"]
+    assert set().union(*trained) == set(range(6)) and runs["beside"].recorded["ref_models"] == 0
+    assert {layer for layer, _ in moved} == set(range(6))  # nothing outside of layers
+    modules = [f"self_attention.linear_{m}" for m in ("qkv", "proj")] + ["mlp.router"]
+    modules += [f"mlp.experts.linear_{m}" for m in ("fc1", "fc2")]
+    for number in range(6):
+        own, adapters = whole_layer_and_adapters(moved, number)
+        assert bool(own) is (number in NEW) and bool(adapters) is (number not in NEW)
+        parts = [".weight"] if number in NEW else [".lora_A.default.weight", ".lora_B.default.weight"]
+        for start in (f"{module}{part}" for module in modules for part in parts):
+            assert any(name.startswith(start) for name in own | adapters), (number, start)
+
+
+def test_no_adapter_is_saved_without_the_layers_it_goes_with(runs):
+    """The merged model alone is for others; none of its layers is new any more, because the old ones have moved."""
+    saved = runs["beside"].folder / "checkpoint-2"
+    assert not [*saved.rglob("adapter_*")] and not [*saved.glob("*.safetensors")]
+    # Megatron's files have both: a start from them (--no_load_optim) has no optimizer that would give the layers back.
+    listed = (saved / "iter_0000002/.metadata").read_bytes()
+    names = re.findall(rb"[^.]decoder\.layers\.(\d+)\.([\w.]+\.weight)", listed)
+    assert {int(n) for n, name in names if b".lora_" not in name} == set(NEW)
+    assert {int(n) for n, name in names if b".lora_" in name} == set(range(6)) - set(NEW)
+    merged = saved.with_name("checkpoint-2-merged")
+    assert "bvpo_new_layers" not in json.loads((merged / "config.json").read_text())
+    assert not (merged / "expansion.json").exists()
+    assert find_source(str(saved)) == find_source(str(merged))
+
+
+@pytest.mark.parametrize("name", ["idle-stage", "dense", "beside"])
 def test_the_saved_model_in_transformers(runs, workshop, models, name):
-    """It gives the log-probs of the run's last evaluation, and says which of its layers are new."""
-    kind, saved = GROWN[name][0], runs[name].folder / "checkpoint-2"
+    """It gives the log-probs of the run's last evaluation."""
+    saved = runs[name].folder / ("checkpoint-2-merged" if name == "beside" else "checkpoint-2")
     (line,) = [line for line in runs[name].log if "eval_loss" in line]
     found = mean_logps(load_model(saved), saved, rows_of(workshop.held_out))
     for key, value in found.items():
         assert line[f"eval_{key}"] == pytest.approx(value, rel=1e-5), key
-    assert not torch.equal(logits(saved), logits(models[kind][0]))
+    assert not torch.equal(logits(saved), logits(models[GROWN[name][0]][0]))
+
+
+@pytest.mark.parametrize("name", ["idle-stage", "dense"])
+def test_the_saved_model_says_which_of_its_layers_are_new(runs, name):
+    saved = runs[name].folder / "checkpoint-2"
     assert json.loads((saved / "config.json").read_text())["bvpo_new_layers"] == list(NEW)
     assert json.loads((saved / "expansion.json").read_text())["bvpo_new_layers"] == list(NEW)
 
@@ -183,10 +232,14 @@ def chunks(workshop, tmp_path_factory):
     assert expand(old, folder / "grown", "3,4") == 0
     more = f"{ONLY} --train_iters 4 --save_steps 2 --overlap_grad_reduce true --bvpo_ref_cache {folder / 'cache'}"
     back = f"{more} --finetune false --mcore_model {folder / 'whole' / 'checkpoint-2'}"
+    beside = more.replace(ONLY, BESIDE)
+    back_beside = f"{beside} --finetune false --mcore_adapter {folder / 'beside' / 'checkpoint-2'}"
     found = [
         cell(workshop, "old", old, "dense", "pp2", "--tuner_type full", False),
         cell(workshop, "whole", folder / "grown", "dense", "pp2-vpp2", more, True),
         cell(workshop, "resumed", folder / "grown", "dense", "pp2-vpp2", back, True),
+        cell(workshop, "beside", folder / "grown", "dense", "pp2-vpp2", beside, True),
+        cell(workshop, "beside-resumed", folder / "grown", "dense", "pp2-vpp2", back_beside, True),
     ]
     return run_cells(2, found, folder)
 
@@ -197,13 +250,23 @@ def test_virtual_stages_without_a_new_layer(chunks):
     for key, ((_, expected), *_) in old.items():
         assert all(torch.equal(found, expected) for _, found in whole["reference"][key]), key
     assert whole["trained"] == [{4}, {6}] and whole["ref_models"] == 0
+    assert chunks["beside"].recorded["trained"] == [{0, 1, 4, 5}, {2, 3, 6, 7}]
+    for number in range(8):
+        own, adapters = whole_layer_and_adapters(chunks["beside"].recorded["moved"], number)
+        assert bool(own) is (number in (4, 6)) and bool(adapters) is not bool(own)
 
 
-def test_a_resumed_run_goes_on_as_the_whole_one(chunks):
+@pytest.mark.parametrize(
+    ("name", "again", "saved"),
+    [("whole", "resumed", "checkpoint-4"), ("beside", "beside-resumed", "checkpoint-4-merged")],
+)
+def test_a_resumed_run_goes_on_as_the_whole_one(chunks, name, again, saved):
     """To the last bit, and with the same reference: the cache serves it."""
-    unbroken, resumed = chunks["whole"], chunks["resumed"]
-    assert unbroken.steps("ref_cache/hits") == [0, 0, 1, 1] and resumed.steps("ref_cache/hits") == [1, 1]
+    unbroken, resumed = chunks[name], chunks[again]
+    # With adapters beside the new layers the reference is the same one.
+    assert unbroken.steps("ref_cache/hits") == ([0, 0, 1, 1] if name == "whole" else [1, 1, 1, 1])
+    assert resumed.steps("ref_cache/hits") == [1, 1]
     for key in ("loss", "rewards/margins", "grad_norm"):
         assert resumed.steps(key) == unbroken.steps(key)[2:], key
-    last, again = (ModelFiles(run.folder / "checkpoint-4", "MODEL").entries for run in (unbroken, resumed))
+    last, again = (ModelFiles(run.folder / saved, "MODEL").entries for run in (unbroken, resumed))
     assert last.keys() == again.keys() and all(torch.equal(whole(again[key]), whole(last[key])) for key in last)

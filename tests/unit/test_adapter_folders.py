@@ -56,6 +56,15 @@ def test_another_scale_of_megatrons_form_is_told(tmp_path, flag):
         check_adapters(resumed)
 
 
+def test_megatrons_form_of_adapters_beside_whole_layers_is_told(tmp_path):
+    """The one holds layers that the other has no place for, under other names."""
+    (tmp_path / "args.json").write_text(json.dumps({"lora_rank": 8, "bvpo_new_layers_only": True}))
+    run = RUN | {"mcore_adapter": str(tmp_path), "bvpo_new_layers_only": False}
+    with pytest.raises(UserError, match="bvpo_new_layers_only is True and this run's is False"):
+        check_adapters(SimpleNamespace(**run))
+    check_adapters(SimpleNamespace(**run | {"bvpo_new_layers_only": True}))
+
+
 def test_what_megatron_keeps_passes(tmp_path):
     peft = {"init_lora_weights": True, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "lora_dropout": 0.5}
     (tmp_path / "bare").mkdir()  # no adapter_config.json: mcore-bridge needs none

@@ -202,6 +202,21 @@ def test_a_whole_model_has_the_new_layers_that_its_checkpoint_has(tmp_path, new)
     assert (tmp_path / "out/expansion.json").exists() is bool(new)
 
 
+def test_of_whole_layers_beside_adapters_the_merged_model_is_exported(tmp_path):
+    """The checkpoint itself holds Megatron's files alone."""
+    tensors = exports.base_tensors()
+    base = exports.write_model(tmp_path / "base", tensors)
+    grow(base)
+    write_trained(tmp_path / "checkpoint-7-merged", base, {name: 2 * tensor for name, tensor in tensors.items()})
+    (tmp_path / "checkpoint-7").mkdir()
+    for name in ("bvpo_state.json", "args.json"):
+        (tmp_path / "checkpoint-7-merged" / name).rename(tmp_path / "checkpoint-7" / name)
+    assert export(tmp_path / "checkpoint-7", "--out", tmp_path / "out") == 0
+    assert torch.equal(exports.read_model(tmp_path / "out")["lm_head.weight"], 2 * tensors["lm_head.weight"])
+    assert "bvpo_new_layers" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert export(tmp_path / "checkpoint-7", "--merge", "--out", tmp_path / "again") == 2
+
+
 def test_a_merged_model_has_no_new_layers(tmp_path):
     """Adapters were on its old layers, too: without its new ones it is not the model that was grown."""
     base = exports.write_model(tmp_path / "base", exports.base_tensors())

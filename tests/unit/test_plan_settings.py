@@ -175,7 +175,6 @@ REFUSED_WITH_ADAPTERS = {
     "freeze_parameters_ratio": ADAPTERS | {"freeze_parameters_ratio": 0.5},
     "trainable_parameters": ADAPTERS | {"trainable_parameters": ["embedding"]},
     "trainable_parameters_regex": ADAPTERS | {"trainable_parameters_regex": ".*norm"},
-    "bvpo_new_layers_only": ADAPTERS | {"bvpo_new_layers_only": True},
 }
 
 
@@ -205,17 +204,6 @@ def test_what_the_run_refuses_is_refused(flag, values):
     plans_own = any(words in str(found.value) for words in ("not planned", "the plan knows"))
     assert found.value.field == flag and found.value.file == (None if plans_own else "run.yaml")
     assert "--" not in str(found.value)
-
-
-def test_new_layers_are_resumed_from_megatrons_files():
-    given = {"max_length": 1, "bvpo_new_layers_only": True, "mcore_model": "there", "finetune": False}
-    assert "mcore_model" not in {flag for said, flag, _, _ in refusals(settings_from(given)) if said}
-
-
-@pytest.mark.parametrize("flag", ["ref_model", "mcore_ref_model"])
-def test_new_layers_have_their_reference_in_the_model(flag):
-    with pytest.raises(UserError, match=rf"{flag}: is 'there': the reference is the model without its new layers"):
-        check_run(settings_from({"max_length": 1, "bvpo_new_layers_only": True, flag: "there"}), "run.yaml")
 
 
 def test_a_fixed_alpha_and_other_methods_are_refused_less():

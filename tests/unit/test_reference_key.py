@@ -36,6 +36,13 @@ def test_without_its_new_layers_a_model_is_another_reference():
     assert key.key_of(FILES, args(bvpo_new_layers_only=True))[0] != key.key_of(FILES, args())[0]
 
 
+def test_with_adapters_beside_them_it_is_the_same_reference(tmp_path):
+    given = dict.fromkeys(("ref_model", "mcore_ref_model")) | {"model": "grown", "bvpo_new_layers_only": True}
+    given["model_info"] = SimpleNamespace(model_dir=str(tmp_path))
+    folders = [key.reference_folders(args(tuner_type=tuner, **given)) for tuner in ("full", "lora")]
+    assert folders == [{"reference": str(tmp_path)}] * 2
+
+
 def test_random_rows_of_new_tokens_come_from_the_seed():
     assert key.key_of(FILES, args(seed="another"))[0] == key.key_of(FILES, args())[0]
     added = dict(new_special_tokens=["<x>"])

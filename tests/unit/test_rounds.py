@@ -252,6 +252,7 @@ def test_policies_lie_where_the_chain_puts_them():
         ({"train__learning_rates": 1}, "learning_rates", "train.learning_rates: no such key"),
         ({"train__dataset": "x"}, "dataset", "train.dataset: is given by the rounds"),
         ({"train__tuner_type": "full"}, "train", "train: run.yaml is no LoRA run"),
+        ({"train__bvpo_new_layers_only": True}, "train", "train: run.yaml trains whole layers beside its adapter"),
         ({"train__lora_rank": 600}, "lora_rank", "train.lora_rank: vLLM takes adapters of rank 512 at most"),
         ({"train__ranks": "four"}, "ranks", "train.ranks: is 'four'; expected a whole number"),
         ({"train__slurm": "gpu"}, "slurm", "train.slurm: is no mapping"),

@@ -147,6 +147,7 @@ def test_the_evaluation(write, tmp_path):
         {"name": "plain", "rows": "DS1"},
         {"name": "router", "rows": "DS1", "target_modules": ["all-linear", "all-router"]},
         {"name": "whole", "rows": "DS1", "tuner_type": "full", "lora_rank": None},
+        {"name": "beside", "rows": "DS1", "bvpo_new_layers_only": True},
     ]
     found = stages(write(grid=None, runs=runs, evaluate={**EVALUATE, "job": "job.yaml"}))
     asked = {}
@@ -156,18 +157,18 @@ def test_the_evaluation(write, tmp_path):
             file.parent.mkdir(parents=True)
             file.write_text(stage.files[str(file)])
             asked[name] = read_line(list(stage.command[3:]))
-    assert list(asked) == ["eval/base", "eval/plain", "eval/router", "eval/whole"]
+    assert list(asked) == ["eval/base", "eval/plain", "eval/router", "eval/whole", "eval/beside"]
     runs_folder = tmp_path / "out/runs"
     assert found["eval/base"].after == () and found["eval/plain"].after == ("export/plain",)
-    assert not any("--merge" in found[f"export/{name}"].command for name in ("plain", "whole"))
+    assert not any("--merge" in found[f"export/{name}"].command for name in ("plain", "whole", "beside"))
     assert "--merge" in found["export/router"].command
     assert found["export/plain"].whole == str(runs_folder / "plain/model")
     assert asked["eval/plain"].engine == {
         "tensor_parallel_size": 8, "max_num_seqs": 8, "enable_lora": True, "max_lora_rank": "16",
         "lora_modules": f"plain={runs_folder}/plain/model",
     }  # fmt: skip
-    assert [asked[f"eval/{name}"].model for name in ("base", "plain", "router", "whole")] == [
-        RUN["model"], RUN["model"], f"{runs_folder}/router/model", f"{runs_folder}/whole/model",
+    assert [asked[f"eval/{name}"].model for name in ("base", "plain", "router", "whole", "beside")] == [
+        RUN["model"], RUN["model"], *(f"{runs_folder}/{name}/model" for name in ("router", "whole", "beside")),
     ]  # fmt: skip
     assert asked["eval/router"].out == f"{runs_folder}/router/eval" and asked["eval/router"].name == "router"
     assert found["eval/plain"].reads == ("suite.yaml",)
