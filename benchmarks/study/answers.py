@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
-from benchmarks.study.gradient_parts import bias_means, changes, jackknife, moment_ratios, shift
+from benchmarks.study.gradient_parts import alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import Estimate, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import MORE_ARMS
@@ -67,12 +67,11 @@ def b_t(tables: Tables) -> list[str]:
     if len(tables.bias) < 2:
         return []
     means = bias_means(tables)
-    one, small = (jackknife(means, lambda s, k=k: shift(s, k)) for k in (1.0, 0.03))
-    parts = jackknife(means, lambda s: s["bt_bt"] / s["g_f"])
-    return [
-        f"- **Is b_t = 0 harmless after a round?** ‖b_t‖² is {parts} of the trace gradient's own ‖E g‖²; α would "
-        f"move by {one} at κ = 1 and by {small} at κ = .03 if b_t were known (batches of 8)."
-    ]
+    found = squares(means)
+    words = ", ".join(f"{name} {number(found[name])}" for name in ("‖b_t‖²", "‖b_e‖²", "‖E g_f‖²"))
+    moved = [f"{shift} at κ = {kappa:g}" for kappa, shift in alpha_shifts(means).items()]
+    told = f"α would move by {' and '.join(moved)}" if moved else "too little to say how far α would move"
+    return [f"- **Is b_t = 0 harmless after a round?** At the trained adapters {words}: {told} (batches of 8)."]
 
 
 def less_untrained(tables: Tables, batches: list[int]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.study.intervals import over_seeds
+from benchmarks.study.intervals import Estimate, over_seeds
 from benchmarks.study.results import Rows, Tables
 
+APART = "‖b_e − b_t‖²"
 SETTLED = 8  # the steps that are probes one after the other, and in which the gradient shrinks
 
 
@@ -42,6 +43,22 @@ def changes(steps: Rows) -> dict[str, float]:
 def bias_means(tables: Tables) -> list[dict[str, float]]:
     """The numbers of bias.csv, a run each."""
     return [{k: float(v) for k, v in line.items() if k not in ("run", "seed")} for line in tables.bias]
+
+
+def squares(means: list[dict[str, float]]) -> dict[str, Estimate]:
+    """Means over runs of the unbiased products; each may be negative where there is little to find."""
+    apart = [m["bt_bt"] - 2 * m["bt_be"] + m["be_be"] for m in means]
+    found = {"‖E g_f‖²": "g_f", "‖b_t‖²": "bt_bt", "‖b_e‖²": "be_be", "⟨b_t, b_e⟩": "bt_be"}
+    named = {name: over_seeds(np.array([m[key] for m in means])) for name, key in found.items()}
+    return named | {APART: over_seeds(np.array(apart))}
+
+
+def alpha_shifts(means: list[dict[str, float]]) -> dict[float, str]:
+    """κ → how far α would move if b_t were known; nothing where the means' distance is not told from 0."""
+    apart = squares(means)[APART]
+    if apart.mean <= apart.half:
+        return {}
+    return {kappa: jackknife(means, lambda s, k=kappa: shift(s, k)) for kappa in (1.0, 0.03)}
 
 
 def shift(s: dict[str, float], kappa: float, batch: int = 8) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.study import plots
 from benchmarks.study.answers import all_comparisons, answers
 from benchmarks.study.cells import IN_MODE, compared, difference, number, over_questions, percent, ratio, signed, table
-from benchmarks.study.gradient_parts import SETTLED, bias_means, changes, jackknife, moment_ratios, shift
+from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import crossed, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, Size
@@ -208,7 +208,9 @@ def movement(tables: Tables, batches: list[int]) -> list[str]:
     lines = [["–", "untrained", len(rest), "0", "0", "0", "0", *lengths, "0"]]
     for batch in batches:
         for arm in ARMS:
-            runs = tables.of(arm, batch)
+            runs = [run for run in tables.of(arm, batch) if (run["name"], "empty") in tables.sides]
+            if len(runs) < 2:
+                continue
             line = [batch, arm, len(runs)]
             for mode in MODES:
                 for side in ("chosen", "rejected"):
@@ -264,34 +266,23 @@ def batch_of(arm: str, batch: int) -> int:
 
 
 def bias(tables: Tables) -> list[str]:
-    if not tables.bias:
+    if len(tables.bias) < 2:
         return []
     means = bias_means(tables)
-    told = over_seeds(np.array([line["be_be"] / line["g_f"] for line in means]))
-    rows = [
-        ["‖E g_f‖² (of the loss, per parameter set)", *cell(means, lambda s: s["g_f"])],
-        ["‖b_e‖² / ‖E g_f‖²", *cell(means, lambda s: s["be_be"] / s["g_f"])],
-        ["‖b_t‖² / ‖E g_f‖²", *cell(means, lambda s: s["bt_bt"] / s["g_f"])],
-        ["⟨b_t, b_e⟩ / ‖E g_f‖²", *cell(means, lambda s: s["bt_be"] / s["g_f"])],
-    ]
-    if told.mean > told.half:
-        rows.append(["‖b_t‖² / ‖b_e‖²", *cell(means, lambda s: s["bt_bt"] / s["be_be"])])
-    for kappa in (1.0, 0.03):
-        rows.append([f"true α − α, κ = {kappa:g}, batches of 8", *cell(means, lambda s, k=kappa: shift(s, k))])
+    rows = [[name, len(means), number(estimate)] for name, estimate in squares(means).items()]
+    shifts = alpha_shifts(means)
+    rows += [[f"true α − α, κ = {kappa:g}, batches of 8", len(means), found] for kappa, found in shifts.items()]
     return [
         "## Is b_t = 0 harmless after a round?",
         f"At the adapters of {tables.bias[0]['run']}: b_t is the trace gradient on the untrained model's pairs less "
         "that on the trained policy's fresh ones, b_e the same of the empty gradient, on the same questions, which "
-        f"no run has had (benchmarks/study/bias.py). Of {means[0]['stale']:.0f} questions with pairs of the "
-        f"untrained model {np.mean([m['fresh'] for m in means]):.0f} and their like have fresh ones; those of both "
-        f"count, {np.mean([m['pairs'] for m in means]):.0f} a fold. Jackknife over seeds, for these questions. This "
-        "is what going stale does, and not what Jensen's inequality adds.",
+        f"no run has had (benchmarks/study/bias.py). {means[0]['stale']:.0f} questions have pairs of the untrained "
+        f"model, {np.mean([m['fresh'] for m in means]):.0f} of the trained one on average; those of both count, "
+        f"{np.mean([m['pairs'] for m in means]):.0f} a fold. Student's intervals over seeds, for these questions. "
+        "This is what going stale does, and not what Jensen's inequality adds. How far α would move is said where "
+        "‖b_e − b_t‖² is told from 0: below that the estimate is noise divided by noise.",
         table(["what", "runs", "found"], rows),
     ]
-
-
-def cell(means: list[dict[str, float]], of) -> list[object]:
-    return [len(means), jackknife(means, of)]
 
 
 def layout(tables: Tables) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -176,8 +177,13 @@ def as_worker() -> None:
     parent = os.getppid()
 
     def watch() -> None:
+        import psutil
+
         while os.getppid() == parent:
             time.sleep(1)
+        for process in psutil.Process().children(recursive=True):  # the ranks
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
