@@ -44,7 +44,7 @@ def accuracy(tables: Tables, batches: list[int], path: Path) -> None:
         places = [i + i // len(ARMS) for i in range(len(labels))]
         axis.set_xticks(places, labels, fontsize=8)
         axis.axhline(0, color="black", linewidth=0.8)
-        title = {"thinking": "with thinking", "empty": "without"}[mode]
+        title = {"thinking": "with thinking", "empty": "without thinking"}[mode]
         axis.set(title=f"Right {title}, less the untrained model", ylabel="points")
     figure.savefig(path, dpi=110)
 

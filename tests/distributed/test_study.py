@@ -16,7 +16,7 @@ from benchmarks.study.plan import ARMS, MORE_ARMS, QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run is three or four seconds; the whole took under two minutes on two quiet cores.
-PATIENCE = 900
+PATIENCE = 1500
 
 
 def start(folder: Path) -> subprocess.Popen:
