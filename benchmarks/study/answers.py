@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
 from benchmarks.study.gradient_parts import alpha_shifts, bias_means, changes, moment_ratios, squares
-from benchmarks.study.intervals import Estimate, over_seeds
+from benchmarks.study.intervals import Estimate, crossed, over_seeds
 from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import MORE_ARMS
 from benchmarks.study.results import Tables
@@ -37,6 +37,7 @@ def answers(tables: Tables, batches: list[int]) -> list[str]:
 
     lines = [
         f"- **Does anything help?** Less the untrained model, in points: {less_untrained(tables, batches)}.",
+        *sharpening(tables, max(batches)),
         f"- **Is auto better than α = .5** (both sets as one)**?** {said('auto', 'half')}.",
         f"- **Than trace only?** {said('auto', 'trace')}.",
         f"- **And α = .5 than trace only?** {said('half', 'trace')}.",
@@ -72,6 +73,27 @@ def b_t(tables: Tables) -> list[str]:
     moved = [f"{shift} at κ = {kappa:g}" for kappa, shift in alpha_shifts(means).items()]
     told = f"α would move by {' and '.join(moved)}" if moved else "too little to say how far α would move"
     return [f"- **Is b_t = 0 harmless after a round?** At the trained adapters {words}: {told} (batches of 8)."]
+
+
+def greedy_difference(tables: Tables, arm: str, batch: int, mode: str) -> Estimate | None:
+    """Likeliest tokens, less the untrained model's."""
+    runs = [tables.greedy[run["name"], mode] for run in tables.of(arm, batch) if (run["name"], mode) in tables.greedy]
+    (start,) = [right for (name, of), right in tables.greedy.items() if name.startswith("untrained") and of == mode]
+    return crossed(np.array(runs) - start) if len(runs) > 1 else None
+
+
+def sharpening(tables: Tables, batch: int) -> list[str]:
+    parts = []
+    for arm in ("trace", "half", "auto"):
+        both = [greedy_difference(tables, arm, batch, mode) for mode in MODES]
+        if None in both:
+            return []
+        parts.append(f"{arm} {signed(both[0])} with thinking, {signed(both[1])} without")
+    return [
+        "- **Has it learnt, or only sharpened?** Answers of the likeliest tokens, less the untrained model's, at "
+        f"{batch}: {'; '.join(parts)}. What rises at temperature 1 and not here is a sharper choice among known "
+        "answers."
+    ]
 
 
 def less_untrained(tables: Tables, batches: list[int]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study import plots
-from benchmarks.study.answers import all_comparisons, answers
+from benchmarks.study.answers import all_comparisons, answers, greedy_difference
 from benchmarks.study.cells import IN_MODE, compared, difference, number, over_questions, percent, ratio, signed, table
 from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import crossed, over_seeds
@@ -111,12 +111,12 @@ def accuracy(tables: Tables, batches: list[int]) -> list[str]:
 
 
 def greedy_cell(tables: Tables, arm: str, batch: int, mode: str) -> list[object]:
+    """Greedy answers of one model are the same for all seeds: the untrained one has a single run, over questions."""
     there = [tables.greedy[run["name"], mode] for run in tables.of(arm, batch) if (run["name"], mode) in tables.greedy]
-    if not there:
-        return ["–"]
-    if len(there) == 1:  # greedy answers of one model are the same for all seeds
+    if len(there) == 1:
         return [over_questions(there[0])]
-    return [crossed(np.array(there))]
+    apart = greedy_difference(tables, arm, batch, mode)
+    return ["–" if apart is None else f"{100 * np.mean(there):.1f} ({signed(apart)})"]
 
 
 def families(tables: Tables, batch: int) -> str:
