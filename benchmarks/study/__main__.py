@@ -50,18 +50,18 @@ def run_all(bench: Bench, out: Path, jobs: int) -> None:
     with bench.prepare(), pool_of(jobs) as pool:
         do = partial(in_parallel, pool, study)
         do("pairs", ((bench.make_pairs, seed) for seed in (CHOOSING_SEED, HELDOUT_SEED, *seeds)))
-        do("rates", ((bench.train_and_evaluate, [run]) for run in rate_runs(size)))
+        do("rates", ((bench.train_and_evaluate, run) for run in rate_runs(size)))
         rates = study.chosen_rates()
         print(f"Learning rates, of trace only: {rates}", flush=True)
         first = main_runs(size, rates)
-        do("runs", ((bench.train_and_evaluate, [run]) for run in first))
+        do("runs", ((bench.train_and_evaluate, run) for run in first))
         do("untrained", ((bench.evaluate_base, seed) for seed in seeds))
         again = next(run for run in reversed(first) if run.arm == "auto" and run.seed == 1)
         do("on TP2 · PP2", [(bench.train_under_layout, again)])
         moved = [run for run in first if run.arm == "auto" and run.batch == max(size.batches)]
         do("b_t", ((bench.measure_bias, run) for run in moved))
         do("second look", ((bench.look_again, run) for run in (*map(untrained, seeds[:1]), *first)))
-        do("more", ((bench.train_and_evaluate, [run]) for run in more_runs(size, rates)))
+        do("more", ((bench.train_and_evaluate, run) for run in more_runs(size, rates)))
 
 
 def in_parallel(pool: ProcessPoolExecutor, study: Study, name: str, jobs: Iterable[tuple[Callable, object]]) -> None:

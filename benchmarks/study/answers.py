@@ -7,10 +7,10 @@ import numpy as np
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
 from benchmarks.study.gradient_parts import alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import Estimate, crossed, over_seeds
-from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import MORE_ARMS
 from benchmarks.study.results import Tables
 from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
+from megatron_bvpo.rehearsal.reasoner.tokens import MODES
 
 COMPARED = (("auto", "half"), ("auto", "trace"), ("half", "trace"), ("empty", "trace"))
 

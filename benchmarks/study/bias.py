@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.study.evaluation import pairs_of, responses_log_probs
+from benchmarks.study.plan import BETA
 from megatron_bvpo.rehearsal.reasoner.sampling import Reasoner, load_reasoner
 from megatron_bvpo.rehearsal.reasoner.tokens import END, prompt_text
-
-BETA = 1.0
 
 
 def measure(model: Path, adapter: Path, stale: Path, fresh: Path, *, folds: int) -> dict[str, float]:

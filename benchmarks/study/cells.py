@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from benchmarks.study.intervals import Estimate, crossed, detectable, over_seeds
+from benchmarks.study.intervals import Estimate, crossed, detectable
 from benchmarks.study.results import Tables
+from benchmarks.truth_bench.tables import table as of_words
 from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
 
 IN_MODE = {"thinking": "with thinking", "empty": "without"}
@@ -47,12 +48,6 @@ def verdict(estimate: Estimate, p: float, a: str, b: str, comparisons: int) -> s
     return "cannot tell"
 
 
-def over_questions(right: np.ndarray) -> str:
-    """One run's share of right answers, Student's over questions."""
-    found = over_seeds(right)
-    return f"{100 * found.mean:.1f} ± {100 * found.half:.1f}"
-
-
 def percent(share: str) -> str:
     return f"{100 * float(share):.1f}"
 
@@ -72,5 +67,4 @@ def ratio(estimate: Estimate) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return of_words(list(header), [[str(cell) for cell in row] for row in rows])

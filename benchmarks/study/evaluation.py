@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.study.pairs import MAX_TOKENS, MODES, load_policy
+from benchmarks.study.pairs import MAX_TOKENS, load_policy
 from benchmarks.study.plan import Size
 from megatron_bvpo.rehearsal.reasoner.evaluate import is_right
 from megatron_bvpo.rehearsal.reasoner.problems import Problem, different_problems
 from megatron_bvpo.rehearsal.reasoner.sampling import Reasoner, sample
-from megatron_bvpo.rehearsal.reasoner.tokens import END, prompt_text
+from megatron_bvpo.rehearsal.reasoner.tokens import END, MODES, prompt_text
 
 BATCH = 64
 FIELDS = {
@@ -44,10 +44,6 @@ class Answers:
     repeats: int
     tokens: float
     unended: float
-
-    @property
-    def share(self) -> float:
-        return sum(map(int, self.right)) / len(self.right) / self.repeats
 
 
 def questions(size: Size, *, choosing: bool = False) -> list[Problem]:

@@ -12,14 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_bvpo.data.whole_files import written_whole
+from megatron_bvpo.rehearsal.loop_files import JUDGE
 from megatron_bvpo.rehearsal.reasoner.evaluate import is_right
 from megatron_bvpo.rehearsal.reasoner.problems import Problem, different_problems
 from megatron_bvpo.rehearsal.reasoner.sampling import Answer, Reasoner, load_reasoner, sample
-from megatron_bvpo.rehearsal.reasoner.tokens import END
+from megatron_bvpo.rehearsal.reasoner.tokens import END, MODES
 from megatron_bvpo.sampling.samples import PROMPTS, SAMPLES, SETTINGS, TRUNCATED, Prompt, Sample, write_shard
 
-JUDGE = "megatron_bvpo.sampling.judging.gym_judge:score"
-MODES = ("thinking", "empty")
 MAX_TOKENS = 128
 
 
@@ -50,9 +50,8 @@ def make_pairs(
     _bvpo("judge", asked, "--with", JUDGE, "--name", "gym")
     _bvpo("pairs", asked, "--out", folder / "pairs.jsonl", "--max_pairs_per_prompt", 4, "--seed", seed, "--overwrite")
     whole = [line for line in (folder / "pairs.jsonl").read_text("utf-8").splitlines() if _has_both(json.loads(line))]
-    unfinished = rows.with_suffix(".part")
-    unfinished.write_text("\n".join(whole) + "\n", encoding="utf-8")
-    unfinished.rename(rows)
+    with written_whole(rows) as file:
+        file.write("\n".join(whole) + "\n")
     return rows
 
 

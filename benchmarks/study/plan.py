@@ -18,7 +18,8 @@ MORE_ARMS = {
     "trace-twice": "--bvpo_alpha 1",  # as many pairs as α = .5 has, all of them with traces
     "right-answers": "--bvpo_streams expert",  # imitation of the chosen answers alone
 }
-COMMON = "--beta 1"
+BETA = 1.0
+OTHER_LAYOUT = "-tp2pp2"  # behind the name of a run that was made again on four ranks
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.study.intervals import crossed
-from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import ARMS
+from megatron_bvpo.rehearsal.reasoner.tokens import MODES
 
 if TYPE_CHECKING:
     from benchmarks.study.report import Tables

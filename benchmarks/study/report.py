@@ -8,12 +8,12 @@ import numpy as np
 
 from benchmarks.study import plots
 from benchmarks.study.answers import all_comparisons, answers, greedy_difference
-from benchmarks.study.cells import IN_MODE, compared, difference, number, over_questions, percent, ratio, signed, table
+from benchmarks.study.cells import IN_MODE, compared, difference, number, percent, ratio, signed, table
 from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import crossed, over_seeds
-from benchmarks.study.pairs import MODES
-from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, Size
-from benchmarks.study.results import OTHER_LAYOUT, Tables
+from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, OTHER_LAYOUT, Size
+from benchmarks.study.results import Tables
+from megatron_bvpo.rehearsal.reasoner.tokens import MODES
 
 COMMAND = "benchmarks/study/run.sh"
 
@@ -114,7 +114,7 @@ def greedy_cell(tables: Tables, arm: str, batch: int, mode: str) -> list[object]
     """Greedy answers of one model are the same for all seeds: the untrained one has a single run, over questions."""
     there = [tables.greedy[run["name"], mode] for run in tables.of(arm, batch) if (run["name"], mode) in tables.greedy]
     if len(there) == 1:
-        return [over_questions(there[0])]
+        return [over_seeds(there[0])]
     apart = greedy_difference(tables, arm, batch, mode)
     return ["–" if apart is None else f"{100 * np.mean(there):.1f} ({signed(apart)})"]
 

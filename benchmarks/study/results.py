@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study.plan import ARMS, CHOOSING_SEED
+from benchmarks.study.plan import ARMS, CHOOSING_SEED, OTHER_LAYOUT
+from benchmarks.truth_bench.tables import read as read_lines
 
 Rows = list[dict[str, str]]
-OTHER_LAYOUT = "-tp2pp2"
 
 
 class Tables:
@@ -65,9 +64,7 @@ class Tables:
 
     @property
     def batches(self) -> list[int]:
-        return sorted(
-            {int(line["batch"]) for line in self.runs.values() if line["arm"] in ARMS and "tp2" not in line["name"]}
-        )
+        return sorted({int(line["batch"]) for line in self.runs.values() if line["arm"] in ARMS})
 
 
 def _shares(lines: Rows) -> dict[tuple[str, str], np.ndarray]:
@@ -79,7 +76,4 @@ def _shares(lines: Rows) -> dict[tuple[str, str], np.ndarray]:
 
 def read(path: Path) -> Rows:
     """No lines where there is no such table yet."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_lines(path) if path.exists() else []

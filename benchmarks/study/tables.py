@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study.evaluation import pairs_of, questions
-from benchmarks.study.pairs import MODES
 from benchmarks.study.plan import CHOOSING_SEED
 from benchmarks.study.work import Bench
+from megatron_bvpo.data.whole_files import written_whole
 from megatron_bvpo.rehearsal.reasoner import reasoner_folder
-from megatron_bvpo.rehearsal.reasoner.tokens import prompt_text, read_tokenizer
+from megatron_bvpo.rehearsal.reasoner.tokens import MODES, prompt_text, read_tokenizer
 
-OF_RUN = ("name", "arm", "batch", "rate", "seed", "steps")
+OF_RUN = ("arm", "batch", "rate", "seed", "steps")
 
 
 class Study:
@@ -79,7 +78,7 @@ def _share(answers: dict[str, Any]) -> float:
 
 
 def _run_line(record: dict[str, Any]) -> dict[str, Any]:
-    line = {"name": record["name"], **{name: record["run"][name] for name in OF_RUN[1:]}}
+    line = {"name": record["name"], **{name: record["run"][name] for name in OF_RUN}}
     for mode in MODES:
         answers = record["answers"][mode]
         line |= {f"{mode}_right": _share(answers)}
@@ -107,10 +106,8 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
-    os.replace(unfinished, path)

@@ -1,17 +1,17 @@
-"""The runs of the study: the product's own pipeline, several runs in a process."""
+"""The runs of the study: the product's own pipeline, in processes forked from one that has loaded it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from benchmarks.study.plan import COMMON, Run
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from benchmarks.study.plan import BETA, Run
+from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
 
 FLAGS = (
     "--model_type qwen3 --template qwen3 --tuner_type lora --lora_rank 32 --lora_alpha 32 --lora_dropout 0 "
     "--lr_decay_style constant --lr_warmup_fraction 0 --max_length 512 --logging_steps 1 --bvpo_empty own "
-    "--merge_lora false --no_save_optim true --no_save_rng true --split_dataset_ratio 0 " + COMMON
+    f"--merge_lora false --no_save_optim true --no_save_rng true --split_dataset_ratio 0 --beta {BETA}"
 )
 GRADIENTS = "gradients.json"
 
@@ -28,25 +28,17 @@ def argv_of(run: Run, model: Path, rows: Path) -> list[str]:
     return [*words.split(), *references.split()]
 
 
-def train(runs: list[tuple[Run, Path]], model: Path, folder: Path, *, ranks: int = 1, layout: str = "") -> list[Path]:
-    """Run them one after the other and return their folders, each with a checkpoint.
+def train(run: Run, rows: Path, model: Path, folder: Path, *, ranks: int = 1, layout: str = "") -> Path:
+    """The run's folder, with its checkpoint.
 
     Args:
-        runs: with their files of rows.
         layout: flags of parallelism, for more than one rank. Gradients are recorded of one rank alone.
     """
-    hook = f"benchmarks.study.training:{'record_gradients' if ranks == 1 else 'nothing'}"
+    hook = "benchmarks.study.training:record_gradients" if ranks == 1 else "tests.distributed.recorders:nothing"
+    argv = [*argv_of(run, model, rows), *layout.split(), *CPU_FLAGS]
     # Canaries warn of what a run does with its pairs, which is what is studied here.
-    cells = [
-        Cell(run.name, [*argv_of(run, model, rows), *layout.split(), *CPU_FLAGS], hook=hook, canaries=True)
-        for run, rows in runs
-    ]
-    found: dict[str, CellResult] = run_cells(ranks, cells, folder, timeout=7200)
-    return [found[run.name].folder for run, _ in runs]
-
-
-def nothing(base, folder):
-    return base
+    cell = Cell(run.name, argv, hook=hook, canaries=True)
+    return run_cells(ranks, [cell], folder, timeout=7200)[run.name].folder
 
 
 def record_gradients(base, folder: Path):

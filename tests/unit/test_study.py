@@ -20,7 +20,7 @@ from megatron_bvpo.errors import UserError
 from megatron_bvpo.rehearsal.reasoner import reasoner_folder
 from megatron_bvpo.rehearsal.reasoner.problems import split_of
 from megatron_bvpo.rehearsal.reasoner.sampling import load_reasoner, sample
-from megatron_bvpo.rehearsal.reasoner.tokens import END, prompt_text
+from megatron_bvpo.rehearsal.reasoner.tokens import END, MODES, prompt_text
 
 # Standard deviations of questions, seeds and what is left.
 CHANCE = [(0.3, 0.0, 0.5), (0.3, 0.01, 0.5), (0.1, 0.05, 0.4), (0.0, 0.0, 0.5), (0.2, 0.02, 0.01)]
@@ -143,7 +143,7 @@ def test_log_probs_are_those_that_sampling_had():
     """Batched and padded, by whole texts, against the sampler's own, token by token with its cache."""
     reasoner = load_reasoner(reasoner_folder())
     asked = [problem.question for problem in evaluation.questions(QUICK)[:12]]
-    for mode in pairs.MODES:
+    for mode in MODES:
         answers = [answer for (answer,) in sample(reasoner, asked, mode, seed=3)]
         texts = [
             (prompt_text(question, mode), answer.text.removesuffix(END) + END)
