@@ -11,7 +11,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-from benchmarks.study.plan import CHOOSING_SEED, HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs, untrained
+from benchmarks.study.plan import (
+    CHOOSING_SEED,
+    HELDOUT_SEED,
+    QUICK,
+    Size,
+    main_runs,
+    more_runs,
+    rate_runs,
+    second_rounds,
+    untrained,
+)
 from benchmarks.study.tables import Study
 from benchmarks.study.work import Bench, as_worker
 from megatron_bvpo.errors import UserError
@@ -62,6 +72,9 @@ def run_all(bench: Bench, out: Path, jobs: int) -> None:
         do("b_t", ((bench.measure_bias, run) for run in moved))
         do("second look", ((bench.look_again, run) for run in (*map(untrained, seeds[:1]), *first)))
         do("more", ((bench.train_and_evaluate, run) for run in more_runs(size, rates)))
+        rounds = second_rounds(size, rates)
+        do("second round", ((bench.train_and_evaluate, run) for run in rounds))
+        do("its second look", ((bench.look_again, run) for run in rounds))
 
 
 def in_parallel(pool: ProcessPoolExecutor, study: Study, name: str, jobs: Iterable[tuple[Callable, object]]) -> None:

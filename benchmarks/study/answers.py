@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
 from benchmarks.study.gradient_parts import alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import Estimate, crossed, over_seeds
-from benchmarks.study.plan import MORE_ARMS
+from benchmarks.study.plan import MORE_ARMS, SECOND_ROUND
 from benchmarks.study.results import Tables
 from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
 from megatron_bvpo.rehearsal.reasoner.tokens import MODES
@@ -43,7 +43,7 @@ def answers(tables: Tables, batches: list[int]) -> list[str]:
         f"- **And α = .5 than trace only?** {said('half', 'trace')}.",
         *variance(tables, batches),
         *kappa(tables, min(batches)),
-        *b_t(tables),
+        *b_t(tables, max(batches)),
         f"- **What follows for the defaults?** {defaults(told)}",
     ]
     return ["## The questions", "\n".join(lines)]
@@ -64,7 +64,15 @@ def defaults(told: dict[tuple, tuple[Estimate, float]]) -> str:
     )
 
 
-def b_t(tables: Tables) -> list[str]:
+def second_rounds_compared(tables: Tables, batch: int) -> tuple[list[tuple[str, str, str]], list[Estimate]]:
+    """((mode, a, b), …) and a − b; nothing where no second round is there."""
+    stale, fresh = SECOND_ROUND
+    pairs = [(fresh, stale), (fresh, "auto"), (stale, "auto")] if len(tables.of(fresh, batch)) > 1 else []
+    cells = [(mode, a, b) for mode in MODES for a, b in pairs]
+    return cells, [difference(tables, (a, batch), (b, batch), mode) for mode, a, b in cells]
+
+
+def b_t(tables: Tables, batch: int) -> list[str]:
     if len(tables.bias) < 2:
         return []
     means = bias_means(tables)
@@ -72,7 +80,17 @@ def b_t(tables: Tables) -> list[str]:
     words = ", ".join(f"{name} {number(found[name])}" for name in ("‖b_t‖²", "‖b_e‖²", "‖E g_f‖²"))
     moved = [f"{shift} at κ = {kappa:g}" for kappa, shift in alpha_shifts(means).items()]
     told = f"α would move by {' and '.join(moved)}" if moved else "too little to say how far α would move"
-    return [f"- **Is b_t = 0 harmless after a round?** At the trained adapters {words}: {told} (batches of 8)."]
+    line = f"- **Is b_t = 0 harmless after a round?** At the trained adapters {words}: {told} (batches of 8)."
+    cells, found = second_rounds_compared(tables, batch)
+    corrected = holm([estimate.p for estimate in found])
+    parts = [
+        f"{signed(estimate)} {IN_MODE[mode]} ({verdict(estimate, p, a, b, len(found))})"
+        for (mode, a, b), estimate, p in zip(cells, found, corrected, strict=True)
+        if (a, b) == SECOND_ROUND[::-1]
+    ]
+    if parts:
+        line += f" A second round on fresh pairs, less one on the old pairs once more: {'; '.join(parts)}."
+    return [line]
 
 
 def greedy_difference(tables: Tables, arm: str, batch: int, mode: str) -> Estimate | None:

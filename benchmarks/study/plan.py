@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ARMS = {
     "trace": "--bvpo_alpha 1",
@@ -16,8 +16,13 @@ MORE_ARMS = {
     "auto-every-step": "--bvpo_probe_interval 1",
     "mse-every-step": "--bvpo_probe_interval 1 --bvpo_criterion mse",
     "trace-twice": "--bvpo_alpha 1",  # as many pairs as α = .5 has, all of them with traces
+    # Beside both pairs their chosen answers to imitate, as CHORD weighs them (2508.11408).
+    "three-streams": "--bvpo_streams trace empty expert "
+    "--bvpo_expert_loss sft_phi --bvpo_mu_peak .1 --bvpo_mu_valley .1",
     "right-answers": "--bvpo_streams expert",  # imitation of the chosen answers alone
 }
+# A second round, from what auto became at the large batch: on its pairs once more, or on fresh ones of its own answers.
+SECOND_ROUND = ("again-stale", "again-fresh")
 BETA = 1.0
 OTHER_LAYOUT = "-tp2pp2"  # behind the name of a run that was made again on four ranks
 
@@ -80,6 +85,7 @@ class Run:
         arm, flags: its name in the report, and what makes it that arm.
         batch: rows of a step.
         seed: of the pairs (their questions and answers) and of their order.
+        after: the run whose adapter it begins with.
     """
 
     arm: str
@@ -88,6 +94,7 @@ class Run:
     seed: int
     rate: float
     steps: int
+    after: str = ""
 
     @property
     def name(self) -> str:
@@ -117,6 +124,12 @@ def more_runs(size: Size, rates: dict[int, float]) -> list[Run]:
         for seed in size.of_seeds
         for arm, flags in MORE_ARMS.items()
     ]
+
+
+def second_rounds(size: Size, rates: dict[int, float]) -> list[Run]:
+    """As many steps more, at the same rate and with an optimizer of their own."""
+    first = [run for run in main_runs(size, rates) if run.arm == "auto" and run.batch == max(size.batches)]
+    return [replace(run, arm=arm, after=run.name) for run in first for arm in SECOND_ROUND]
 
 
 def rate_runs(size: Size) -> list[Run]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.study import plots
-from benchmarks.study.answers import all_comparisons, answers, greedy_difference
+from benchmarks.study.answers import all_comparisons, answers, greedy_difference, second_rounds_compared
 from benchmarks.study.cells import IN_MODE, compared, difference, number, percent, ratio, signed, table
 from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import crossed, over_seeds
-from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, OTHER_LAYOUT, Size
+from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, OTHER_LAYOUT, SECOND_ROUND, Size
 from benchmarks.study.results import Tables
 from megatron_bvpo.rehearsal.reasoner.tokens import MODES
 
@@ -35,6 +35,7 @@ def write_report(folder: Path, size: Size) -> Path:
         *movement(tables, batches),
         *more(tables, min(batches)),
         *bias(tables),
+        *second_round(tables, max(batches)),
         *layout(tables),
     ]
     plots.accuracy(tables, batches, folder / "accuracy.png")
@@ -255,7 +256,7 @@ def more(tables: Tables, batch: int) -> list[str]:
     return [
         "## Beside the main arms",
         f"At batches of {batch} (`trace-twice`: {2 * batch} trace pairs, as many pairs as α = .5 has; `right-answers`: "
-        "imitation of the chosen answers alone).",
+        "imitation of the chosen answers alone; `three-streams`: a tenth of it beside the two pairs).",
         table(["arm", "runs", *(f"right {IN_MODE[mode]}, %" for mode in MODES), "last α"], last),
         compared([(IN_MODE[mode], arm, b) for mode, arm, b in cells], found),
     ]
@@ -282,6 +283,30 @@ def bias(tables: Tables) -> list[str]:
         "This is what going stale does, and not what Jensen's inequality adds. How far α would move is said where "
         "‖b_e − b_t‖² is told from 0: below that the estimate is noise divided by noise.",
         table(["what", "runs", "found"], rows),
+    ]
+
+
+def second_round(tables: Tables, batch: int) -> list[str]:
+    """From what auto became, on its old pairs and on fresh ones."""
+    there = [arm for arm in SECOND_ROUND if len(tables.of(arm, batch)) > 1]
+    if len(there) < len(SECOND_ROUND):
+        return []
+    lines = []
+    for arm in ("auto", *there):
+        runs = tables.of(arm, batch)
+        line = [arm, len(runs), *(crossed(tables.answers(arm, batch, mode)) for mode in MODES)]
+        line += [signed(greedy) if (greedy := greedy_difference(tables, arm, batch, mode)) else "–" for mode in MODES]
+        lines.append([*line, number(over_seeds(np.array([float(tables.steps[r["name"]][-1]["alpha"]) for r in runs])))])
+    cells, found = second_rounds_compared(tables, batch)
+    columns = [f"{what} {IN_MODE[mode]}" for what in ("right, %,", "greedy") for mode in MODES]
+    return [
+        "## A second round",
+        f"From auto's adapters at batches of {batch}, as many steps more at the same rate, with the model itself as "
+        "the reference: `again-stale` on the pairs of the first round once more, `again-fresh` on pairs that the "
+        "trained policy answered anew, to the same questions. What fresh pairs are worth is their difference: b_t = 0 "
+        "holds for them and not for the old ones. Greedy: less the untrained model's, in points.",
+        table(["arm", "runs", *columns, "last α"], lines),
+        compared([(IN_MODE[mode], a, b) for mode, a, b in cells], found),
     ]
 
 

@@ -14,28 +14,37 @@ FLAGS = (
     f"--merge_lora false --no_save_optim true --no_save_rng true --split_dataset_ratio 0 --beta {BETA}"
 )
 GRADIENTS = "gradients.json"
+SECOND_ORDER = 10  # a second round has the rows in another order
 
 
-def argv_of(run: Run, model: Path, rows: Path) -> list[str]:
-    """What comes after `swift rlhf --rlhf_type bvpo`, but for what a CPU needs and the layout."""
+def adapter(name: str) -> Path:
+    """Where a run's adapter is kept, in the study's folder."""
+    return Path("adapters") / name
+
+
+def argv_of(run: Run, rows: Path, study: Path = Path()) -> list[str]:
+    """What comes after `swift rlhf --rlhf_type bvpo`, but for what a CPU needs and the layout; `study`: its folder."""
+    order = run.seed + (SECOND_ORDER if run.after else 0)
     words = (
-        f"--model {model} --dataset {rows} {FLAGS} {run.flags} --lr {run.rate} --seed {run.seed} "
-        f"--data_seed {run.seed} --micro_batch_size {min(run.batch, 16)} --global_batch_size {run.batch} "
+        f"--model {study / 'reasoner'} --dataset {rows} {FLAGS} {run.flags} --lr {run.rate} --seed {order} "
+        f"--data_seed {order} --micro_batch_size {min(run.batch, 16)} --global_batch_size {run.batch} "
         f"--train_iters {run.steps} --save_steps {run.steps}"
     )
-    # Demonstrations have no reference.
-    references = "" if "expert" in run.flags else f"--bvpo_ref_cache {rows.parent / 'references'}"
-    return [*words.split(), *references.split()]
+    if run.after:
+        words += f" --adapters {study / adapter(run.after)}"  # the reference is the model without it
+    if run.arm != "right-answers":  # which have no reference
+        words += f" --bvpo_ref_cache {rows.parent / 'references'}"
+    return words.split()
 
 
-def train(run: Run, rows: Path, model: Path, folder: Path, *, ranks: int = 1, layout: str = "") -> Path:
+def train(run: Run, rows: Path, study: Path, folder: Path, *, ranks: int = 1, layout: str = "") -> Path:
     """The run's folder, with its checkpoint.
 
     Args:
         layout: flags of parallelism, for more than one rank. Gradients are recorded of one rank alone.
     """
     hook = "benchmarks.study.training:record_gradients" if ranks == 1 else "tests.distributed.recorders:nothing"
-    argv = [*argv_of(run, model, rows), *layout.split(), *CPU_FLAGS]
+    argv = [*argv_of(run, rows, study), *layout.split(), *CPU_FLAGS]
     # Canaries warn of what a run does with its pairs, which is what is studied here.
     cell = Cell(run.name, argv, hook=hook, canaries=True)
     return run_cells(ranks, [cell], folder, timeout=7200)[run.name].folder

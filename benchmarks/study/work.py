@@ -90,8 +90,8 @@ class Bench:
             return
         rows, trained = self._rows_of(run), self.folder / "trained" / name
         started = time.monotonic()
-        folder = training.train(run, rows, self.model, trained, ranks=ranks, layout=layout)
-        argv = [*training.argv_of(run, Path("reasoner"), rows.relative_to(self.folder)), *layout.split()]
+        folder = training.train(run, rows, self.folder, trained, ranks=ranks, layout=layout)
+        argv = [*training.argv_of(run, rows.relative_to(self.folder)), *layout.split()]
         of_run = {
             "steps": training.steps_of(folder),
             "argv": " ".join(argv),
@@ -128,7 +128,7 @@ class Bench:
 
     def adapter(self, run: Run) -> Path:
         """Where a run's adapter is kept."""
-        return self.folder / "adapters" / run.name
+        return self.folder / training.adapter(run.name)
 
     def _keep(self, run: Run, checkpoint: Path) -> None:
         kept = self.adapter(run)
@@ -139,15 +139,22 @@ class Bench:
 
     def _rows_of(self, run: Run) -> Path:
         rows = self.rows(run.seed)
-        if "expert" not in run.flags:
-            return rows
-        made = rows.with_name("right-answers.jsonl")
+        if run.arm == "again-fresh":
+            return self._fresh_rows(run)
+        return self._with_demonstrations(rows) if "expert" in run.flags else rows
+
+    def _fresh_rows(self, run: Run) -> Path:
+        """The same questions, answered by what `run` begins with."""
+        policy, size = self.folder / training.adapter(run.after), self.size
+        folder = self.folder / "fresh" / run.name
+        return pairs.make_pairs(folder, self.model, run.seed, size.prompts, size.samples, adapter=policy)
+
+    def _with_demonstrations(self, rows: Path) -> Path:
+        made = rows.with_name("demonstrations.jsonl")
         if not made.exists():
-            lines = []
-            for row in map(json.loads, rows.read_text("utf-8").splitlines()):
-                *before, answer = row["messages"]
-                lines.append(json.dumps({"messages": before, "expert_response": answer["content"]}) + "\n")
-            _put(made, "".join(lines))
+            lines = map(json.loads, rows.read_text("utf-8").splitlines())
+            shown = ({**row, "expert_response": row["messages"][-1]["content"]} for row in lines)
+            _put(made, "".join(json.dumps(row) + "\n" for row in shown))
         return made
 
     def _evaluated(self, run: Run, adapter: Path | None) -> dict[str, dict]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study.plan import ARMS, MORE_ARMS, QUICK
+from benchmarks.study.plan import ARMS, MORE_ARMS, QUICK, SECOND_ROUND
 
 ROOT = Path(__file__).resolve().parents[2]
 # A run is three or four seconds; the whole took under two minutes on two quiet cores.
@@ -67,8 +67,9 @@ def test_it_goes_on_where_it_was_killed(study):
 def test_all_runs_are_there_with_their_steps_and_answers(study):
     runs = table(study, "runs.csv")
     arms = [line["arm"] for line in runs if int(line["seed"]) <= QUICK.seeds and "tp2pp2" not in line["name"]]
-    wanted = dict.fromkeys(ARMS, QUICK.seeds * len(QUICK.batches)) | dict.fromkeys(MORE_ARMS, QUICK.seeds)
-    assert {arm: arms.count(arm) for arm in set(arms)} == wanted | {"untrained": QUICK.seeds}
+    wanted = dict.fromkeys(("untrained", *MORE_ARMS, *SECOND_ROUND), QUICK.seeds)
+    wanted |= dict.fromkeys(ARMS, QUICK.seeds * len(QUICK.batches))
+    assert {arm: arms.count(arm) for arm in set(arms)} == wanted
     steps = table(study, "steps.csv")
     answers = {(line["name"], line["mode"]): line["right"] for line in table(study, "answers.csv")}
     for run in runs:
@@ -107,6 +108,21 @@ def test_arms_are_what_they_are_called(study):
     assert apart == pytest.approx(float(first["auto"]["D"]), rel=1e-3)
 
 
+def test_a_second_round_goes_on_from_the_first(study):
+    """Its policy is no longer the reference; the fresh pairs are others, of the same questions."""
+    folder, _ = study
+    for seed in range(1, QUICK.seeds + 1):
+        again = [run for run in table(study, "runs.csv") if run["arm"] in SECOND_ROUND and run["seed"] == str(seed)]
+        assert len(again) == 2
+        for line in again:
+            of_run = [step for step in table(study, "steps.csv") if step["name"] == line["name"]]
+            assert abs(float(of_run[0]["loss"]) - 0.693147) > 1e-4
+            assert f"--adapters adapters/auto-batch{max(QUICK.batches)}-" in line["flags"]
+        (fresh,) = (folder / "work" / "fresh").glob(f"again-fresh-*-seed{seed}/rows.jsonl")
+        stale = folder / "work" / f"seed-{seed}" / "rows.jsonl"
+        assert fresh.read_text("utf-8") != stale.read_text("utf-8")
+
+
 def test_the_references_are_paid_once(study):
     """Arms of one seed share them: behind the first two runs of a seed nothing is computed."""
     steps = table(study, "steps.csv")
@@ -129,7 +145,7 @@ def test_the_report_has_every_part(study):
     report = (study[0] / "out" / "report.md").read_text("utf-8")
     for part in ("What ran", "Accuracy", "Arm against arm", "Does variance fall", "α and its band", "How far it moves"):
         assert f"## {part}" in report
-    for part in ("Beside the main arms", "Is b_t = 0 harmless", "One rank and TP2 · PP2"):
+    for part in ("Beside the main arms", "Is b_t = 0 harmless", "A second round", "One rank and TP2 · PP2"):
         assert f"## {part}" in report
     assert "nan" not in report
     for name in ("accuracy.png", "alpha.png"):

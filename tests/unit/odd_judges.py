@@ -75,6 +75,16 @@ def compute(text):
     return True
 
 
+def hand_over(text):
+    """As `compute`, in a second thread, while the first waits for it."""
+    import threading
+
+    thread = threading.Thread(target=compute, args=(text,))
+    thread.start()
+    thread.join()
+    return True
+
+
 def slow(text):
     time.sleep(0.01)
     return True

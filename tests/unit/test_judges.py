@@ -172,9 +172,10 @@ def test_a_judge_that_never_returns_costs_its_limit_and_no_more(workers):
     assert took < limit + 10 + 10 * calm
 
 
-def test_a_busy_machine_is_no_reason_for_no_verdict():
-    """Three others on the one processor that it may use: a second of computing takes four."""
-    judge = make_judge(f"{ODD}:compute", workers=1, time_limit=1.5)
+@pytest.mark.parametrize("computing", ["compute", "hand_over"])
+def test_a_busy_machine_is_no_reason_for_no_verdict(computing):
+    """Three others on the one processor that it may use: a second of computing takes four, in whichever thread."""
+    judge = make_judge(f"{ODD}:{computing}", workers=1, time_limit=1.5)
     (worker,) = judge._pool._workers
     core = {min(os.sched_getaffinity(0))}
     os.sched_setaffinity(worker.process.pid, core)

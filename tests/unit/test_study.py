@@ -14,7 +14,7 @@ from benchmarks.study import bias, evaluation, pairs
 from benchmarks.study.cells import compared
 from benchmarks.study.gradient_parts import moment_ratios, shift
 from benchmarks.study.intervals import crossed, detectable, over_seeds
-from benchmarks.study.plan import HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs
+from benchmarks.study.plan import HELDOUT_SEED, QUICK, Size, main_runs, more_runs, rate_runs, second_rounds
 from benchmarks.study.work import Bench
 from megatron_bvpo.errors import UserError
 from megatron_bvpo.rehearsal.reasoner import reasoner_folder
@@ -211,4 +211,7 @@ def test_all_48_runs_differ_in_arm_batch_and_seed_alone():
     assert {run.steps for run in runs} == {size.steps}
     assert {(run.batch, run.rate) for run in runs} == {(8, 1e-3), (64, 5e-4)}
     names = {run.name for run in [*runs, *more_runs(size, {8: 1e-3}), *rate_runs(size)]}
-    assert len(names) == 48 + 30 + 6
+    assert len(names) == 48 + 36 + 6
+    again = second_rounds(size, {8: 1e-3, 64: 5e-4})
+    assert len({run.name for run in again}) == 12
+    assert {run.after for run in again} == {run.name for run in runs if run.arm == "auto" and run.batch == 64}

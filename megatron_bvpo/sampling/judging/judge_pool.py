@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -167,7 +168,7 @@ class JudgePool:
             return False
         try:
             process = psutil.Process(worker.process.pid)
-            waits = process.status() not in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+            waits = not _computes(worker.process.pid)
             times = process.cpu_times()
         except psutil.Error:
             return False
@@ -203,6 +204,18 @@ class JudgePool:
     def _replace(self, worker: _Worker) -> None:
         worker.end()
         self._workers[self._workers.index(worker)] = self._start()
+
+
+def _computes(pid: int) -> bool:
+    """Whether any of its threads runs or reads a disk.
+
+    The first alone will not do: it sleeps while another has the interpreter's lock, long on a busy machine.
+    """
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):  # it ended just now
+            if thread.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 def _how(code: int) -> str:
