@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.cells import CPU_FLAGS, ROOT
+from tests.unit.cluster_ports import free_pair
 
 BIN = Path(sys.executable).parent
 ALPHA = 0.3
@@ -58,16 +60,26 @@ def logs(workshop, runs_folder) -> dict[str, list[dict]]:
     ours = ["--bvpo_alpha", str(ALPHA)]
     bvpo = ["--rlhf_type", "bvpo", *ours]
     plugin = ROOT / "plugins" / "megatron_bvpo_plugin.py"
-    run(["swift", "rlhf", "--megatron", *common(workshop, folder / "swift"), *bvpo])
     yaml = as_yaml([*common(workshop, folder / "yaml"), *bvpo], folder / "run.yaml")
-    run(["swift", "rlhf", str(yaml)])
-    run(["megatron", "rlhf", *common(workshop, folder / "megatron"), *bvpo])
     flags = [*common(workshop, folder / "plugin"), "--rlhf_type", "dpo", "--external_plugins", str(plugin)]
-    run(["megatron", "rlhf", *flags], BVPO_ALPHA=str(ALPHA))
-    run(["swift", "rlhf", "--megatron", *common(workshop, folder / "dpo"), "--rlhf_type", "dpo"])
+    commands = {
+        "swift": ["swift", "rlhf", "--megatron", *common(workshop, folder / "swift"), *bvpo],
+        "yaml": ["swift", "rlhf", str(yaml)],
+        "megatron": ["megatron", "rlhf", *common(workshop, folder / "megatron"), *bvpo],
+        "plugin": ["megatron", "rlhf", *flags],
+        "dpo": ["swift", "rlhf", "--megatron", *common(workshop, folder / "dpo"), "--rlhf_type", "dpo"],
+    }
+    environments = {"plugin": {"BVPO_ALPHA": str(ALPHA)}}
+    with ThreadPoolExecutor(2) as pool:  # a core each
+        of_commands = {
+            pool.submit(run, command, MASTER_PORT=str(free_pair()), **environments.get(name, {})): name
+            for name, command in commands.items()
+        }
+        for done in as_completed(of_commands):
+            done.result()
     return {
         name: [json.loads(line) for line in (folder / name / "logging.jsonl").read_text().splitlines()]
-        for name in ("swift", "yaml", "megatron", "plugin", "dpo")
+        for name in commands
     }
 
 
