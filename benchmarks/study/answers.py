@@ -143,15 +143,21 @@ def noise_share(tables: Tables, arm: str, batch: int) -> Estimate:
 
 
 def kappa(tables: Tables, batch: int) -> list[str]:
+    """What other κ, and a fixed α, do to right answers where every step is a probe."""
     there = [arm for arm in MORE_ARMS if len(tables.of(arm, batch)) > 1]
     wanted = [("mse-every-step", "auto-every-step"), ("fixed-.75", "auto-every-step"), ("auto-every-step", "auto")]
-    parts = []
-    for a, b in wanted:
-        if a in there and (b in there or b == "auto"):
-            both = [signed(difference(tables, (a, batch), (b, batch), mode)) for mode in MODES]
-            parts.append(f"{a} − {b} {both[0]} with thinking, {both[1]} without")
-    what = "; ".join(parts) or "no arm here can say"
-    return [
-        f"- **Is κ = .03 right?** {what}. Thirty steps are ten probes, or thirty with one in every step: no κ is "
-        "told from another by this, and docs/alpha.md's bench stays the ground of the default."
+    cells = [(mode, a, b) for a, b in wanted if a in there and (b in there or b == "auto") for mode in MODES]
+    found = [difference(tables, (a, batch), (b, batch), mode) for mode, a, b in cells]
+    corrected = holm([estimate.p for estimate in found])
+    parts = [
+        f"{a} − {b} {signed(estimate)} {IN_MODE[mode]} ({verdict(estimate, p, a, b, len(found))})"
+        for (mode, a, b), estimate, p in zip(cells, found, corrected, strict=True)
     ]
+    what = "; ".join(parts) or "no arm here can say"
+    told = any(p < LEVEL for p in corrected)
+    end = (
+        ""
+        if told
+        else " So no κ is told from another by this, and docs/alpha.md's bench stays the ground of the default."
+    )
+    return [f"- **Is κ = .03 right?** With a probe in every step, at {batch}: {what}.{end}"]

@@ -25,7 +25,7 @@ def main(spec_file: str) -> None:
     without_plots()
     spec = json.loads(Path(spec_file).read_text())
     for i, cell in enumerate(spec["cells"]):
-        os.environ["MASTER_PORT"] = agree_on_port(Path(spec["folder"]) / f"port_{i}")
+        os.environ["MASTER_PORT"] = agree_on_port(Path(spec["folder"]) / f"port{spec['lane']}_{i}")
         folder = Path(spec["folder"]) / cell["name"]
         print(f"===== cell {cell['name']}", flush=True)
         try:

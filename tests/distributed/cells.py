@@ -15,7 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -92,27 +94,40 @@ def run_cells(
     timeout: float = 1500,
     rehearsal: bool = True,
     forked: bool = True,
+    lane: str = "",
 ) -> dict[str, CellResult]:
     """Run `cells` one after the other on `world_size` ranks; raises AssertionError with the ranks' logs.
 
+    `lane` is in the names of the ranks' files, for runs beside these in the same folder (`run_beside`).
     `rehearsal` puts the stand-ins in place; on a GPU those for Transformer Engine alone (benchmarks). Rehearsals are
     `forked` unless there is a GPU, which a fork would not survive.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(cells), CELLS_A_PROCESS):
-        _run_batch(world_size, cells[first : first + CELLS_A_PROCESS], folder, timeout, rehearsal, forked)
+        batch = cells[first : first + CELLS_A_PROCESS]
+        _run_batch(world_size, batch, folder, timeout, rehearsal, forked, lane)
     return {cell.name: _result(cell, folder) for cell in cells}
 
 
-def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float, rehearsal: bool, forked: bool) -> None:
+def run_beside(folder: Path, *lists: list[Cell]) -> dict[str, CellResult]:
+    """Cells of one rank, which leaves a core idle: each list in a process of its own, beside the others."""
+    nursery()
+    with ThreadPoolExecutor(len(lists)) as pool:
+        lanes = [pool.submit(run_cells, 1, cells, folder, lane=f"-{i}" if i else "") for i, cells in enumerate(lists)]
+    return {name: result for lane in lanes for name, result in lane.result().items()}
+
+
+def _run_batch(
+    world_size: int, cells: list[Cell], folder: Path, timeout: float, rehearsal: bool, forked: bool, lane: str
+) -> None:
     for cell in cells:
         if not cell.keep_folder:
             shutil.rmtree(folder / cell.name, ignore_errors=True)
-    spec = folder / f"spec_{world_size}.json"
-    for port in folder.glob("port_*"):
+    spec = folder / f"spec_{world_size}{lane}.json"
+    for port in folder.glob(f"port{lane}_*"):
         port.unlink()
-    spec.write_text(json.dumps({"cells": [asdict(c) for c in cells], "folder": str(folder)}))
+    spec.write_text(json.dumps({"cells": [asdict(c) for c in cells], "folder": str(folder), "lane": lane}))
     workers = []
     for rank in range(world_size):
         env = {
@@ -125,7 +140,7 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": python_path(),
         }
-        log = folder / f"rank{rank}_of_{world_size}.log"
+        log = folder / f"rank{rank}_of_{world_size}{lane}.log"
         if rehearsal and forked and not torch.cuda.is_available():
             workers.append(nursery().start(spec, log, env))
         else:
@@ -135,7 +150,7 @@ def _run_batch(world_size: int, cells: list[Cell], folder: Path, timeout: float,
                     command, env={**os.environ, **env}, stdout=log.open("a"), stderr=subprocess.STDOUT, cwd=ROOT
                 )
             )
-    _wait(workers, folder, world_size, timeout)
+    _wait(workers, folder, f"{world_size}{lane}", timeout)
 
 
 def python_path() -> str:
@@ -153,11 +168,13 @@ class Nursery:
         self.process = subprocess.Popen(command, env=env, cwd=ROOT, **pipes)
         answer = self.process.stdout.readline().strip()
         assert answer == READY, f"the process that forks ranks did not start: {answer}"
+        self.one_question = threading.Lock()
 
     def ask(self, **command):
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        with self.one_question:
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
 
     def start(self, spec: Path, log: Path, env: dict[str, str]) -> ForkedRank:
         return ForkedRank(self, self.ask(start={"spec": str(spec), "log": str(log), "env": env}))
@@ -195,7 +212,7 @@ def nursery() -> Nursery:
     return made
 
 
-def _wait(workers, folder: Path, world_size: int, timeout: float) -> None:
+def _wait(workers, folder: Path, ranks: str, timeout: float) -> None:
     end = time.monotonic() + timeout
     while any(w.poll() is None for w in workers):
         failed = [w for w in workers if w.poll() not in (None, 0)]
@@ -209,8 +226,8 @@ def _wait(workers, folder: Path, world_size: int, timeout: float) -> None:
     codes = [w.wait() for w in workers]
     if any(codes):
         tails = []
-        for rank in range(world_size):
-            text = (folder / f"rank{rank}_of_{world_size}.log").read_text(errors="replace")
+        for rank in range(len(workers)):
+            text = (folder / f"rank{rank}_of_{ranks}.log").read_text(errors="replace")
             tails.append(f"--- rank {rank} (exit {codes[rank]}) ---\n{text[-3000:]}")
         raise AssertionError("ranks failed:\n" + "\n".join(tails))
 

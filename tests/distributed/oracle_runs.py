@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_beside
 from tests.distributed.hf_oracle import pair_of, read_rows
 
 ALPHA = 0.3
@@ -87,15 +87,12 @@ def saved_flags(workshop) -> str:
 def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
     """LoRA on both models, with an evaluation and a checkpoint at the end; and runs that begin with a checkpoint."""
     data, save = saved_data(workshop), {"save": True}
-    cells = [
-        cell(
-            "moe",
-            f"{data} {moe(workshop)} --use_rslora true --target_modules all-linear all-router",
-            hook_args=save,
-        ),
-        cell("moe-experts", saved_flags(workshop), hook_args=save),
+    router = "--use_rslora true --target_modules all-linear all-router"
+    alone = [
+        cell("moe", f"{data} {moe(workshop)} {router}", hook_args=save),
         cell("dense", f"{data} {dense(workshop)}", hook_args=save),
     ]
+    cells = [cell("moe-experts", saved_flags(workshop), hook_args=save)]  # which the others begin with
     adapter = f"{folder}/moe-experts/last-checkpoint"
     both = f"--adapters {adapter} --ref_adapters {adapter} --bvpo_eval_on_start true --train_iters 1"
     hook = {"hook": "tests.distributed.recorders:record_first_step", "hook_args": {"lora_scale": 0}}
@@ -104,7 +101,7 @@ def run_saved(workshop, folder: Path) -> dict[str, CellResult]:
     for name, flags in (("fewer", "--adapters"), ("fewer-ref", "--ref_adapters")):
         given = f"{flags} {adapter} --target_modules linear_qkv linear_proj"
         cells.append(cell(name, f"{data} {moe(workshop)} {given}", may_fail=True))
-    return run_cells(1, cells, folder)
+    return run_beside(folder, alone, cells)
 
 
 def run_packings(workshop, folder: Path) -> dict[str, CellResult]:
@@ -118,7 +115,7 @@ def run_packings(workshop, folder: Path) -> dict[str, CellResult]:
         cell("packs", f"{run} --global_batch_size 4 --packing true --packing_length 800"),
         cell("longer-packs", f"{run} --global_batch_size 3 --packing true --packing_length 1200"),
     ]
-    return run_cells(1, cells, folder)
+    return run_beside(folder, cells[::2], cells[1::2])
 
 
 def run_beside_stock(workshop, folder: Path) -> dict[str, CellResult]:
@@ -134,4 +131,4 @@ def run_beside_stock(workshop, folder: Path) -> dict[str, CellResult]:
         cell("empty", f"{run} --dataset {workshop.train} --bvpo_alpha 0 {full}"),
         cell("stock-empty", f"{run} --dataset {bare_answers(workshop)} {full} {native}", **stock),
     ]
-    return run_cells(1, cells, folder)
+    return run_beside(folder, cells[:2], cells[2:])

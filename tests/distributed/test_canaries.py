@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_beside, run_cells
 
 PLANT = "tests.distributed.canary_recorder"
 TP2 = "--tensor_model_parallel_size 2 --sequence_parallel true"
@@ -57,7 +57,7 @@ def runs(workshop, tmp_path_factory) -> dict[str, CellResult]:
         cell(workshop, "dropout", f"{LORA} --lora_dropout 0.1", faults=["adapters_on"]),
         cell(workshop, "live-dropout", LORA, faults=[], live_dropout=0.1),
     ]
-    found = run_cells(1, one, folder)
+    found = run_beside(folder, one[:2], one[2:])
     copies = {**{name: (part, 1e-3) for name, part in COPIES.items()}, "rounding": (FACTOR, 1e-8)}
     two = [
         cell(workshop, "own-draws", f"{LORA} {TP2}", "own_draws", may_fail=True),

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, run_beside, run_cells
 
 QUIET = {"lora_scale": 0.02, "gradients": False, "save": False}
 
@@ -61,7 +61,8 @@ def runs(workshop, tmp_path_factory):
             workshop, held_out, "--micro_batch_size 2 --global_batch_size 8 --train_iters 1 --eval_steps 1"
         ),
     }
-    found = run_cells(1, [Cell(n, a, hook_args=QUIET) for n, a in cells.items()], folder)
+    one = [Cell(n, a, hook_args=QUIET) for n, a in cells.items()]
+    found = run_beside(folder, one[::2], one[1::2])
     two = Cell("eval-dp2", argv(workshop, held_out), hook_args=QUIET)
     found.update(run_cells(2, [two], folder))
     return found

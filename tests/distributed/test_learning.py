@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, run_beside
 
 STREAMS = ("", "empty/")
 
@@ -30,7 +30,7 @@ def runs(workshop, tmp_path_factory):
         cells.append(
             Cell(name, [*flags.split(), *CPU_FLAGS], hook_args={"lora_scale": 0.0, "gradients": False, "save": False})
         )
-    return run_cells(1, cells, folder)
+    return run_beside(folder, *([cell] for cell in cells))
 
 
 def held_out(result) -> dict:

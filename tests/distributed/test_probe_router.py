@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_beside, run_cells
 
 RECORDERS = "tests.distributed.router_recorder"
 PRIOR, STEPS, SEEDS = 0.3, 3, 40
@@ -133,7 +133,7 @@ def runs(shop, tmp_path_factory) -> dict[str, CellResult]:
         biased("probe-ep2", "auto", f"{EVERYTHING} --expert_model_parallel_size 2"),
         dense_first("dense-first-pp2", PP2),
     ]
-    return run_cells(1, one_rank, folder) | run_cells(2, two_ranks, folder, timeout=240)
+    return run_beside(folder, one_rank[:1], one_rank[1:]) | run_cells(2, two_ranks, folder, timeout=240)
 
 
 def router(result: CellResult) -> dict:

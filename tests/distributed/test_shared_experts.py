@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.cells import Cell, CellResult, run_cells
+from tests.distributed.cells import Cell, CellResult, run_beside, run_cells
 from tests.distributed.recorders import record_first_step
 from tests.distributed.test_parity import TOLERANCE, argv, errors
 
@@ -96,7 +96,8 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
         return Cell(name, flags, hook=f"{__name__}:record_overlap", hook_args=start)
 
     alone = {baseline_of(name): CELLS[name][1] for name in names}
-    results = run_cells(1, [cell(name, "one-rank", tuner) for name, tuner in alone.items()], folder)
+    one = [cell(name, "one-rank", tuner) for name, tuner in alone.items()]
+    results = run_beside(folder, one[::2], one[1::2])
     return results | run_cells(2, [cell(name, *CELLS[name], OVERLAP) for name in names], folder)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import stream_runs as runs_of
-from tests.distributed.cells import run_cells
+from tests.distributed.cells import run_beside, run_cells
 from tests.distributed.hf_oracle import Oracle, Pair, dpo_loss, tokens
 from tests.distributed.stream_runs import ALL, FULL, LORA, MU, SHARES, TOLERANCE, WEIGHTS, against, cell, close
 from tests.distributed.test_parity import LAYOUTS
@@ -81,7 +81,7 @@ def runs(workshop, tmp_path_factory, request):
              f"--global_batch_size 4 --dataset {runs_of.write(workshop, 'first', demonstration_first(workshop))}"),
         cell("cut", f"{gate} --dataset {runs_of.write(workshop, 'cut', [cut(row) for row in rows])}"),
     ]  # fmt: skip
-    found = run_cells(1, single, folder)
+    found = run_beside(folder, single[:9], single[9:])  # `cold` before `warm`
     by_ranks: dict[int, list] = {2: [], 4: []}
     for name, (layout, tuner) in parallel(request.config).items():
         ranks, flags = LAYOUTS[layout]
