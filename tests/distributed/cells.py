@@ -112,10 +112,19 @@ def run_cells(
 
 def run_beside(folder: Path, *lists: list[Cell]) -> dict[str, CellResult]:
     """Cells of one rank, which leaves a core idle: each list in a process of its own, beside the others."""
-    nursery()
+    if not torch.cuda.is_available():
+        nursery()  # one, whichever list asks first
     with ThreadPoolExecutor(len(lists)) as pool:
         lanes = [pool.submit(run_cells, 1, cells, folder, lane=f"-{i}" if i else "") for i, cells in enumerate(lists)]
     return {name: result for lane in lanes for name, result in lane.result().items()}
+
+
+def run_by_ranks(folder: Path, by_ranks: dict[int, list[Cell]]) -> dict[str, CellResult]:
+    """Cells by how many ranks they have, none of which needs another."""
+    found: dict[str, CellResult] = {}
+    for ranks, cells in by_ranks.items():
+        found |= run_beside(folder, cells[::2], cells[1::2]) if ranks == 1 else run_cells(ranks, cells, folder)
+    return found
 
 
 def _run_batch(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, Cell, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, run_by_ranks
 from tests.distributed.oracle_runs import dense, moe, other_dense, packing_rows
 from tests.distributed.test_parity import LAYOUTS
 
@@ -60,9 +60,7 @@ def cells(workshop, folder: Path) -> dict[int, list[Cell]]:
 @pytest.fixture(scope="module")
 def logged(workshop, tmp_path_factory) -> dict[str, list[dict[str, float]]]:
     folder = tmp_path_factory.mktemp("golden")
-    found = {}
-    for ranks, named in cells(workshop, folder).items():
-        found.update(run_cells(ranks, named, folder))
+    found = run_by_ranks(folder, cells(workshop, folder))
     lines = {name: result.recorded for name, result in found.items()}
     if exact := os.environ.get("BVPO_WRITE_GOLDEN"):
         (GOLDEN if exact == "1" else Path(exact)).write_text(json.dumps(lines, indent=1) + "\n")

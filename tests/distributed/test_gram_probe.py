@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from tests.distributed.cells import CellResult, run_cells
+from tests.distributed.cells import CellResult, run_by_ranks
 from tests.distributed.full_gradients import shared_factor
 from tests.distributed.oracle_runs import moe
 from tests.distributed.stream_runs import cell, stream_rows, write
@@ -57,10 +57,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
         # With local gradients the replicas take steps of their own, and the canaries say so, too.
         apart = {"canaries": True} if fault == "local gradients" else {}
         by_ranks[ranks].append(cell(fault.replace(" ", "_"), broken, hook=HOOK, hook_args={"mutation": fault}, **apart))
-    found: dict[str, CellResult] = {}
-    for ranks, cells in by_ranks.items():
-        found.update(run_cells(ranks, cells, folder))
-    return found
+    return run_by_ranks(folder, by_ranks)
 
 
 def float64_grams(result: CellResult) -> dict[str, float]:

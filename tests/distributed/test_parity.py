@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cells import CPU_FLAGS, SHIPPED_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, SHIPPED_FLAGS, Cell, CellResult, run_by_ranks
 from tests.distributed.full_gradients import shared_factor
 
 TP2 = "--tensor_model_parallel_size 2 --sequence_parallel true"
@@ -146,9 +146,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
     for name, (layout, tuner, more) in (variants(whole) | BF16_CELLS).items():
         hook = {"hook_args": {"lora_scale": 0, "spread_seeds": True}} if name.endswith("-start") else {}
         by_ranks[LAYOUTS[layout][0]].append(Cell(name, argv(workshop, layout, tuner, "free", more), **hook))
-    results: dict[str, CellResult] = {}
-    for ranks, cells in by_ranks.items():
-        results.update(run_cells(ranks, cells, folder))
+    results = run_by_ranks(folder, by_ranks)
     if table := os.environ.get("BVPO_PARITY_TABLE"):
         Path(table).write_text(
             json.dumps(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_bvpo.gradients.alpha import AlphaEstimator, Moments
-from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_cells
+from tests.distributed.cells import CPU_FLAGS, Cell, CellResult, run_by_ranks
 from tests.distributed.full_gradients import shared_factor
 from tests.distributed.hf_oracle import pair_of, read_rows
 from tests.distributed.oracle_runs import write_rows
@@ -146,10 +146,7 @@ def runs(workshop, tmp_path_factory, request) -> dict[str, CellResult]:
         add(mutation.replace(" ", "_"), layout, "lora", more, mutation=mutation)
     add("lagged", "one-rank", "lora", at_step=STEPS - 1)
     add("same_batch", "one-rank", "lora", mutation="same batch's alpha", at_step=STEPS - 1)
-    found: dict[str, CellResult] = {}
-    for ranks, cells in by_ranks.items():
-        found.update(run_cells(ranks, cells, folder))
-    return found
+    return run_by_ranks(folder, by_ranks)
 
 
 def uneven_rows(workshop) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed import stream_runs as runs_of
-from tests.distributed.cells import run_beside, run_cells
+from tests.distributed.cells import run_beside, run_by_ranks
 from tests.distributed.hf_oracle import Oracle, Pair, dpo_loss, tokens
 from tests.distributed.stream_runs import ALL, FULL, LORA, MU, SHARES, TOLERANCE, WEIGHTS, against, cell, close
 from tests.distributed.test_parity import LAYOUTS
@@ -87,9 +87,7 @@ def runs(workshop, tmp_path_factory, request):
         ranks, flags = LAYOUTS[layout]
         weights = "--bvpo_weights auto" if name.endswith("auto") else WEIGHTS
         by_ranks[ranks].append(cell(name, f"{four} {weights} {tuner} {flags}"))
-    for ranks, cells in by_ranks.items():
-        found.update(run_cells(ranks, cells, folder))
-    return found
+    return found | run_by_ranks(folder, by_ranks)
 
 
 def cut(row: dict) -> dict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import stream_runs as runs_of
-from tests.distributed.cells import run_cells
+from tests.distributed.cells import run_by_ranks
 from tests.distributed.hf_oracle import EMPTY_BLOCK, Oracle, Pair, pair_of, read_rows, response_logp, tokens
 from tests.distributed.oracle_runs import moe
 from tests.distributed.stream_runs import LORA, TOLERANCE, against, cell, close
@@ -52,32 +52,26 @@ def pytest_generate_tests(metafunc):
 def runs(workshop, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("unpaired")
     file = runs_of.write(workshop, "single", single_rows(workshop))
-    single = f"{runs_of.single_flags(workshop)} {runs_of.other_reference(workshop)} --global_batch_size 16"
-    one = f"{single} --dataset {file} {KTO}"
+    alone = f"{runs_of.single_flags(workshop)} {runs_of.other_reference(workshop)} --global_batch_size 16"
+    one = f"{alone} --dataset {file} {KTO}"
     held_out = f"--val_dataset {file} --bvpo_eval_on_start true --eval_iters -1"
     many = f"{moe(workshop)} --dataset {file} --global_batch_size 8 --train_iters 2 {KTO} {LORA} {held_out}"
-    pairs = f"{single} --dataset {workshop.train} --bvpo_alpha 0.4 --beta {BETA}"
-    found = run_cells(
-        1,
-        [
-            cell("kto", one),
-            cell("kto-two", f"{one} --micro_batch_size 2"),
-            cell("auto", f"{one} --bvpo_alpha auto --bvpo_alpha_prior 0.4"),
-            cell("apo", f"{one} --loss_type apo_zero_unpaired"),
-            cell("apo-packed", f"{one} --loss_type apo_zero_unpaired {PACKED}"),
-            cell("kto-packed", f"{one} {PACKED}"),
-            cell("norm", f"{pairs} --loss_type sigmoid_norm --bvpo_empty_beta {EMPTY_BETA}"),
-            cell("one-rank", many),
-        ],
-        folder,
-    )
-    by_ranks: dict[int, list] = {2: [], 4: []}
+    pairs = f"{alone} --dataset {workshop.train} --bvpo_alpha 0.4 --beta {BETA}"
+    single = [
+        cell("kto", one),
+        cell("kto-two", f"{one} --micro_batch_size 2"),
+        cell("auto", f"{one} --bvpo_alpha auto --bvpo_alpha_prior 0.4"),
+        cell("apo", f"{one} --loss_type apo_zero_unpaired"),
+        cell("apo-packed", f"{one} --loss_type apo_zero_unpaired {PACKED}"),
+        cell("kto-packed", f"{one} {PACKED}"),
+        cell("norm", f"{pairs} --loss_type sigmoid_norm --bvpo_empty_beta {EMPTY_BETA}"),
+        cell("one-rank", many),
+    ]
+    by_ranks: dict[int, list] = {1: single, 2: [], 4: []}
     for layout in parallel(request.config):
         ranks, flags = LAYOUTS[layout]
         by_ranks[ranks].append(cell(layout, f"{many} {flags}"))
-    for ranks, cells in by_ranks.items():
-        found.update(run_cells(ranks, cells, folder))
-    return found
+    return run_by_ranks(folder, by_ranks)
 
 
 # ---- against Hugging Face
