@@ -16,9 +16,9 @@ IN_MODE = {"thinking": "with thinking", "empty": "without"}
 ALIKE = 0.02
 
 
-def difference(tables: Tables, a: tuple[str, int], b: tuple[str, int], mode: str) -> Estimate:
+def difference(tables: Tables, a: tuple[str, int], b: tuple[str, int], mode: str, *, greedy: bool = False) -> Estimate:
     """a − b, seed by seed and question by question."""
-    return crossed(tables.differences(a, b, mode))
+    return crossed(tables.differences(a, b, mode, greedy=greedy))
 
 
 def compared(cells: Sequence[tuple[str, str, str]], found: Sequence[Estimate]) -> str:

@@ -1,4 +1,4 @@
-"""report.md and its plots, from the tables alone (runs.csv, steps.csv, answers.csv, pairs.csv, bias.csv)."""
+"""report.md and its plots, from the tables alone (runs.csv, steps.csv, answers.csv and so on)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study import plots
-from benchmarks.study.answers import all_comparisons, answers, greedy_difference, second_rounds_compared
+from benchmarks.study import plots, second_round, side_arms
+from benchmarks.study.answers import all_comparisons, answers, greedy_difference
 from benchmarks.study.cells import IN_MODE, compared, difference, number, percent, ratio, signed, table
 from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
 from benchmarks.study.intervals import crossed, over_seeds
-from benchmarks.study.plan import ARMS, CHOOSING_SEED, MORE_ARMS, OTHER_LAYOUT, SECOND_ROUND, Size
+from benchmarks.study.plan import ARMS, CHOOSING_SEED, OTHER_LAYOUT, SECOND_ROUND, Size
 from benchmarks.study.results import Tables
 from megatron_bvpo.rehearsal.reasoner.tokens import MODES
 
@@ -33,9 +33,9 @@ def write_report(folder: Path, size: Size) -> Path:
         *noise(tables, batches),
         *alpha(tables, batches),
         *movement(tables, batches),
-        *more(tables, min(batches)),
+        *side_arms.section(tables, min(batches)),
         *bias(tables),
-        *second_round(tables, max(batches)),
+        *second_round.section(tables, max(batches)),
         *layout(tables),
     ]
     plots.accuracy(tables, batches, folder / "accuracy.png")
@@ -59,7 +59,7 @@ def set_up(tables: Tables, size: Size) -> list[str]:
         "## What ran",
         "The small reasoner (three million parameters), LoRA of rank 32, β = 1, "
         f"{size.steps} steps of every run at a constant rate, {size.seeds} seeds of questions, answers and order, the "
-        "same for all arms. A seed's file has "
+        "same for all arms but `again-fresh`. A seed's file has "
         f"{min(rows)} to {max(rows)} rows, each with a trace pair and an empty pair. Evaluated on {size.questions:,} "
         f"held-out questions, {size.repeats} answers each at temperature 1 and mode.",
         "± is half a 95 % interval: over questions and seeds for accuracies (benchmarks/study/intervals.py), over "
@@ -208,7 +208,7 @@ def movement(tables: Tables, batches: list[int]) -> list[str]:
     lengths = [number(over_seeds(np.array([float(run[f"{m}_tokens"]) for run in rest]))) for m in MODES]
     lines = [["–", "untrained", len(rest), "0", "0", "0", "0", *lengths, "0"]]
     for batch in batches:
-        for arm in ARMS:
+        for arm in (*ARMS, *SECOND_ROUND):
             runs = [run for run in tables.of(arm, batch) if (run["name"], "empty") in tables.sides]
             if len(runs) < 2:
                 continue
@@ -235,35 +235,8 @@ def movement(tables: Tables, batches: list[int]) -> list[str]:
 def tokens(tables: Tables, arm: str, batch: int, steps: int) -> float:
     """Of prompts and responses, a run."""
     used = {"trace": ("trace",), "empty": ("empty",)}.get(arm, ("trace", "empty"))
-    mine = [line for line in tables.pairs if line["seed"] in {r["seed"] for r in tables.of(arm, batch)}]
+    mine = [tables.pairs_of(run) for run in tables.of(arm, batch)]
     return steps * batch * float(np.mean([sum(float(line[f"{name}_tokens"]) for name in used) for line in mine]))
-
-
-def more(tables: Tables, batch: int) -> list[str]:
-    """The arms beside, at the smallest batch."""
-    there = [arm for arm in MORE_ARMS if tables.of(arm, batch_of(arm, batch))]
-    if not there:
-        return []
-    cells = [(mode, arm, b) for mode in MODES for arm in there for b in ("auto", "trace")]
-    found = [difference(tables, (arm, batch_of(arm, batch)), (b, batch), mode) for mode, arm, b in cells]
-    last = []
-    for arm in there:
-        runs = tables.of(arm, batch_of(arm, batch))
-        path = [tables.steps[run["name"]][-1].get("alpha") for run in runs]
-        where = over_seeds(np.array([float(a) for a in path])) if all(path) else None
-        last.append([arm, len(runs), *(crossed(tables.answers(arm, batch_of(arm, batch), m)) for m in MODES)])
-        last[-1].append(f"{where.mean:.2f} ± {where.half:.2f}" if where else "–")
-    return [
-        "## Beside the main arms",
-        f"At batches of {batch} (`trace-twice`: {2 * batch} trace pairs, as many pairs as α = .5 has; `right-answers`: "
-        "imitation of the chosen answers alone; `three-streams`: a tenth of it beside the two pairs).",
-        table(["arm", "runs", *(f"right {IN_MODE[mode]}, %" for mode in MODES), "last α"], last),
-        compared([(IN_MODE[mode], arm, b) for mode, arm, b in cells], found),
-    ]
-
-
-def batch_of(arm: str, batch: int) -> int:
-    return 2 * batch if arm == "trace-twice" else batch
 
 
 def bias(tables: Tables) -> list[str]:
@@ -283,30 +256,6 @@ def bias(tables: Tables) -> list[str]:
         "This is what going stale does, and not what Jensen's inequality adds. How far α would move is said where "
         "‖b_e − b_t‖² is told from 0: below that the estimate is noise divided by noise.",
         table(["what", "runs", "found"], rows),
-    ]
-
-
-def second_round(tables: Tables, batch: int) -> list[str]:
-    """From what auto became, on its old pairs and on fresh ones."""
-    there = [arm for arm in SECOND_ROUND if len(tables.of(arm, batch)) > 1]
-    if len(there) < len(SECOND_ROUND):
-        return []
-    lines = []
-    for arm in ("auto", *there):
-        runs = tables.of(arm, batch)
-        line = [arm, len(runs), *(crossed(tables.answers(arm, batch, mode)) for mode in MODES)]
-        line += [signed(greedy) if (greedy := greedy_difference(tables, arm, batch, mode)) else "–" for mode in MODES]
-        lines.append([*line, number(over_seeds(np.array([float(tables.steps[r["name"]][-1]["alpha"]) for r in runs])))])
-    cells, found = second_rounds_compared(tables, batch)
-    columns = [f"{what} {IN_MODE[mode]}" for what in ("right, %,", "greedy") for mode in MODES]
-    return [
-        "## A second round",
-        f"From auto's adapters at batches of {batch}, as many steps more at the same rate, with the model itself as "
-        "the reference: `again-stale` on the pairs of the first round once more, `again-fresh` on pairs that the "
-        "trained policy answered anew, to the same questions. What fresh pairs are worth is their difference: b_t = 0 "
-        "holds for them and not for the old ones. Greedy: less the untrained model's, in points.",
-        table(["arm", "runs", *columns, "last α"], lines),
-        compared([(IN_MODE[mode], a, b) for mode, a, b in cells], found),
     ]
 
 

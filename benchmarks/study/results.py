@@ -19,7 +19,7 @@ class Tables:
     Attributes:
         runs: name → line of runs.csv. right, greedy: (name, mode) → [questions] share of the answers that are right.
         sides: (name, mode) → line of sides.csv. families: of the questions.
-        steps: name → lines of steps.csv.
+        steps: name → lines of steps.csv. fresh: name → line of fresh.csv.
     """
 
     def __init__(self, folder: Path):
@@ -30,6 +30,7 @@ class Tables:
         for line in read(folder / "steps.csv"):
             self.steps[line["name"]].append(line)
         self.bias, self.pairs = read(folder / "bias.csv"), read(folder / "pairs.csv")
+        self.fresh = {line["name"]: line for line in read(folder / "fresh.csv")}
         self.greedy = _shares(read(folder / "greedy.csv"))
         self.sides = {(line["name"], line["mode"]): line for line in read(folder / "sides.csv")}
         self.families = [line["family"] for line in read(folder / "questions.csv")]
@@ -59,8 +60,15 @@ class Tables:
     def differences(self, a: tuple[str, int], b: tuple[str, int], mode: str, *, greedy: bool = False) -> np.ndarray:
         """[seeds, questions] a − b, of the seeds that both have."""
         right = self.greedy if greedy else self.right
-        ours, theirs = ({line["seed"]: right[line["name"], mode] for line in self.of(*arm)} for arm in (a, b))
+        ours, theirs = (
+            {line["seed"]: right[line["name"], mode] for line in self.of(*arm) if (line["name"], mode) in right}
+            for arm in (a, b)
+        )
         return np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+
+    def pairs_of(self, run: dict[str, str]) -> dict[str, str]:
+        """The line of a run's pairs."""
+        return self.fresh.get(run["name"]) or next(line for line in self.pairs if line["seed"] == run["seed"])
 
     @property
     def batches(self) -> list[int]:

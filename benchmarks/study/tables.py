@@ -25,7 +25,8 @@ class Study:
         out: `runs.csv` (a line a run), `steps.csv` (a line a step), `answers.csv` (a line a run and mode: right
             answers, a digit a question), `questions.csv` (in the same order), `greedy.csv` (as answers.csv, likeliest
             tokens), `sides.csv` (log-probabilities of held-out pairs), `bias.csv` (bias.py), `pairs.csv` (a line a
-            seed: rows, and mean tokens of a row's pairs, prompts included).
+            seed: rows, and mean tokens of a row's pairs, prompts included), `fresh.csv` (the same of second rounds).
+            A run's seconds are those of its training.
     """
 
     def __init__(self, bench: Bench, out: Path):
@@ -60,6 +61,8 @@ class Study:
         lines = [{"number": i, "family": p.family, "question": p.question, "answer": p.answer} for i, p in asked]
         write_csv(self.out / "questions.csv", lines)
         write_csv(self.out / "pairs.csv", [_pairs_line(path) for path in self._files("seed-*/rows.jsonl")])
+        fresh = [(path, self.bench.rows(_seed_of(path))) for path in self._files("fresh/*/rows.jsonl")]
+        write_csv(self.out / "fresh.csv", [_fresh_line(*paths) for paths in fresh])
         biases = [json.loads(path.read_text("utf-8")) for path in self._files("bias/*/found.json")]
         write_csv(self.out / "bias.csv", biases)
 
@@ -86,14 +89,24 @@ def _run_line(record: dict[str, Any]) -> dict[str, Any]:
     return {**line, "seconds": round(record["seconds"], 1), "flags": record["argv"]}
 
 
-@cache
 def _pairs_line(path: Path) -> dict[str, Any]:
+    return {"seed": _seed_of(path), **_numbers_of_pairs(path)}
+
+
+def _fresh_line(path: Path, stale: Path) -> dict[str, Any]:
+    """A second round's fresh pairs; `shared`: how many of their questions have pairs among the old ones."""
+    questions, old = ({question for question, *_ in pairs_of(rows, "empty")} for rows in (path, stale))
+    return {"name": path.parent.name, **_numbers_of_pairs(path), "shared": len(questions & old)}
+
+
+def _seed_of(rows: Path) -> int:
+    return int(rows.parent.name.rpartition("seed")[2].removeprefix("-"))
+
+
+@cache
+def _numbers_of_pairs(path: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    line = {
-        "seed": path.parent.name.removeprefix("seed-"),
-        "rows": len(rows),
-        "questions": len({row["prompt_id"] for row in rows}),
-    }
+    line: dict[str, Any] = {"rows": len(rows), "questions": len({row["prompt_id"] for row in rows})}
     tokenizer = read_tokenizer(reasoner_folder())
     for stream, mode in (("trace", "thinking"), ("empty", "empty")):
         texts = [prompt_text(q, mode) + answer for q, *sides in pairs_of(path, mode) for answer in sides]

@@ -74,12 +74,13 @@ class Cell:
 
 @dataclass
 class CellResult:
-    """What a cell left behind: the lines of logging.jsonl, what the hook recorded, and its folder."""
+    """What a cell left behind: its folder, the lines of logging.jsonl, what the hook recorded, rank 0's output."""
 
     name: str
     folder: Path
     log: list[dict]
     recorded: dict
+    rank_0: Path
     error: str | None = None
 
     def steps(self, key: str) -> list[float]:
@@ -107,15 +108,17 @@ def run_cells(
     for first in range(0, len(cells), CELLS_A_PROCESS):
         batch = cells[first : first + CELLS_A_PROCESS]
         _run_batch(world_size, batch, folder, timeout, rehearsal, forked, lane)
-    return {cell.name: _result(cell, folder) for cell in cells}
+    log = folder / f"rank0_of_{world_size}{lane}.log"
+    return {cell.name: _result(cell, folder, log) for cell in cells}
 
 
 def run_beside(folder: Path, *lists: list[Cell]) -> dict[str, CellResult]:
     """Cells of one rank, which leaves a core idle: each list in a process of its own, beside the others."""
-    if not torch.cuda.is_available():
-        nursery()  # one, whichever list asks first
+    if torch.cuda.is_available():  # of which there may be one
+        return run_cells(1, [cell for cells in lists for cell in cells], folder)
+    nursery()  # one, whichever list asks first
     with ThreadPoolExecutor(len(lists)) as pool:
-        lanes = [pool.submit(run_cells, 1, cells, folder, lane=f"-{i}" if i else "") for i, cells in enumerate(lists)]
+        lanes = [pool.submit(run_cells, 1, cells, folder, lane=f"-{i}") for i, cells in enumerate(lists)]
     return {name: result for lane in lanes for name, result in lane.result().items()}
 
 
@@ -241,7 +244,7 @@ def _wait(workers, folder: Path, ranks: str, timeout: float) -> None:
         raise AssertionError("ranks failed:\n" + "\n".join(tails))
 
 
-def _result(cell: Cell, folder: Path) -> CellResult:
+def _result(cell: Cell, folder: Path, rank_0: Path) -> CellResult:
     out = folder / cell.name
     log_file = out / "logging.jsonl"
     log = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
@@ -249,4 +252,4 @@ def _result(cell: Cell, folder: Path) -> CellResult:
     recorded = torch.load(recorded_file, weights_only=False) if recorded_file.exists() else {}
     error_file = out / "error.txt"
     error = error_file.read_text() if error_file.exists() else None
-    return CellResult(cell.name, out, log, recorded, error)
+    return CellResult(cell.name, out, log, recorded, rank_0, error)

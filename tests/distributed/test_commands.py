@@ -37,6 +37,7 @@ def as_yaml(flags: list[str], path: Path) -> Path:
 def run(command: list[str], **environment: str) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith("BVPO_")}
     env |= {"BVPO_REHEARSAL": "1", "OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "1", "PATH": f"{BIN}:{env['PATH']}"}
+    env["MASTER_PORT"] = str(free_pair())
     done = subprocess.run(
         command,
         env=env | environment,
@@ -72,8 +73,7 @@ def logs(workshop, runs_folder) -> dict[str, list[dict]]:
     environments = {"plugin": {"BVPO_ALPHA": str(ALPHA)}}
     with ThreadPoolExecutor(2) as pool:  # a core each
         of_commands = {
-            pool.submit(run, command, MASTER_PORT=str(free_pair()), **environments.get(name, {})): name
-            for name, command in commands.items()
+            pool.submit(run, command, **environments.get(name, {})): name for name, command in commands.items()
         }
         for done in as_completed(of_commands):
             done.result()

@@ -142,7 +142,7 @@ def test_peft_alone_would_make_another_adapter_of_it(saved_runs, workshop):
 
 def said_in(run) -> list[str]:
     """What rank 0 of a run has logged."""
-    text = (run.folder.parent / "rank0_of_1.log").read_text(errors="replace")
+    text = run.rank_0.read_text(errors="replace")
     return text.split(f"===== cell {run.folder.name}\n")[1].partition("===== cell ")[0].splitlines()
 
 

@@ -117,10 +117,13 @@ def test_a_second_round_goes_on_from_the_first(study):
         for line in again:
             of_run = [step for step in table(study, "steps.csv") if step["name"] == line["name"]]
             assert abs(float(of_run[0]["loss"]) - 0.693147) > 1e-4
-            assert f"--adapters adapters/auto-batch{max(QUICK.batches)}-" in line["flags"]
+            start = f"--adapters adapters/auto-batch{max(QUICK.batches)}-rate{line['rate']}-seed{seed} "
+            assert start in line["flags"]
         (fresh,) = (folder / "work" / "fresh").glob(f"again-fresh-*-seed{seed}/rows.jsonl")
         stale = folder / "work" / f"seed-{seed}" / "rows.jsonl"
         assert fresh.read_text("utf-8") != stale.read_text("utf-8")
+        (line,) = (line for line in table(study, "fresh.csv") if line["name"].endswith(f"seed{seed}"))
+        assert 0 < int(line["shared"]) <= int(line["questions"]) <= int(line["rows"])
 
 
 def test_the_references_are_paid_once(study):

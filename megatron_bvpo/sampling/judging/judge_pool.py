@@ -5,8 +5,8 @@ its place. Each process holds one item at a time: the others' clocks start when 
 the queue behind a hanging item goes to the other processes.
 
 On a machine with more to do than cores, a process that computes is given its limit in processor time, so that verdicts
-do not depend on what else runs there; one that waits (asleep, for a network) has it by the clock. The kernel ends a
-process whose parent is gone (`judge_worker`).
+do not depend on what else runs there; one that waits (all its threads asleep, for a network) has it by the clock. The
+kernel ends a process whose parent is gone (`judge_worker`).
 """
 
 import os
@@ -168,7 +168,7 @@ class JudgePool:
             return False
         try:
             process = psutil.Process(worker.process.pid)
-            waits = not _computes(worker.process.pid)
+            waits = not _computes(process)
             times = process.cpu_times()
         except psutil.Error:
             return False
@@ -206,14 +206,17 @@ class JudgePool:
         self._workers[self._workers.index(worker)] = self._start()
 
 
-def _computes(pid: int) -> bool:
-    """Whether any of its threads runs or reads a disk.
+def _computes(process: Any) -> bool:
+    """Whether any thread of a psutil.Process runs or reads a disk.
 
     The first alone will not do: it sleeps while another has the interpreter's lock, long on a busy machine.
     """
-    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(OSError):  # it ended just now
-            if thread.read_text().rpartition(")")[2].split()[0] in "RD":
+    import psutil
+
+    for thread in process.threads():
+        with suppress(psutil.Error):  # it ended just now
+            # On Linux a thread has a process's files.
+            if psutil.Process(thread.id).status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP):
                 return True
     return False
 
