@@ -74,9 +74,14 @@ class SectionReader:
         found = self.values.get(name)
         if found is None and needed:
             self.fail(name, "is missing", f"add `{name}:` with its flags below it; {self.example} has one")
-        if not isinstance(found or {}, dict):
-            self.fail(name, "is no mapping", "write `flag: value` a line, indented")
-        return {str(key).replace("-", "_"): value for key, value in (found or {}).items()}
+        found = self.mapping(name, found, "write `flag: value` a line, indented")
+        return {str(key).replace("-", "_"): value for key, value in found.items()}
+
+    def mapping(self, key: str, found: Any, remedy: str) -> dict[str, Any]:
+        """Refuses all but a mapping and nothing; 0 and false are not nothing."""
+        if found is not None and not isinstance(found, dict):
+            self.fail(key, "is no mapping", remedy)
+        return found or {}
 
     def beside(self, name: Any) -> str:
         """A file's path, from the working folder or from that of this file."""
@@ -85,21 +90,17 @@ class SectionReader:
 
     def place(self, name: str, section: dict[str, Any]) -> Place:
         """Takes `slurm` out of a section."""
-        own, common = section.pop("slurm", None), self.values.get("slurm") or {}
+        own, common = section.pop("slurm", None), self.values.get("slurm")
         for key, found in ((f"{name}.slurm", own), ("slurm", common)):
-            if found is not None and not isinstance(found, dict):
-                self.fail(key, "is no mapping", "write flags of sbatch: {nodes: 4, gpus_per_node: 8}")
-            for flag in found or {}:
+            for flag in self.mapping(key, found, "write flags of sbatch: {nodes: 4, gpus_per_node: 8}"):
                 plain = str(flag).replace("-", "_").strip("_")
                 if len(plain) > 1 and any(own.startswith(plain) for own in OF_THE_CHAIN):
                     self.fail(f"{key}.{flag}", f"is given by the {self.what}", "leave it out")
-        return Place(None if own is None else {**common, **own})
+        return Place(None if own is None else {**(common or {}), **own})
 
     def engine(self, name: str, section: dict[str, Any]) -> dict[str, Any]:
         """Takes `engine` out of a section."""
-        found = section.pop(ENGINE, None) or {}
-        if not isinstance(found, dict):
-            self.fail(f"{name}.{ENGINE}", "is no mapping", "write flags of vllm serve, indented")
+        found = self.mapping(f"{name}.{ENGINE}", section.pop(ENGINE, None), "write flags of vllm serve, indented")
         found = {str(key).replace("-", "_"): value for key, value in found.items()}
         for key in found.keys() & set(OF_THE_ENGINE):
             self.fail(f"{name}.{ENGINE}.{key}", f"is given by the {self.what}", "leave it out")
