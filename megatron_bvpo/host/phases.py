@@ -70,7 +70,7 @@ def stop_warning(step: float, save: float, env: Mapping[str, str] | None = None)
         f"A stop on request takes up to {step + save:.0f} s (a step {step:.0f} s, a save {save:.0f} s), more than "
         f"{SHARE:.0%} of the {window:.0f} s between the request and the end. Ask earlier (sbatch "
         f"--signal=B:USR1@SECONDS with {WINDOW}=SECONDS), or make steps or saves shorter (global_batch_size, "
-        "merge_lora false)."
+        "merge_lora false or save_safetensors false)."
     )
 
 
