@@ -9,8 +9,8 @@ number here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -88,17 +88,20 @@ def names_of(models: Sequence[nn.Module], numbers: Sequence[int]) -> list[tuple[
 
 
 @contextmanager
-def without_layers(models: Sequence[nn.Module], numbers: Sequence[int]) -> Iterator[Sequence[nn.Module]]:
-    """The models with these layers switched off: each gives on what it gets. The others' weights are shared, so they
-    must be frozen."""
+def without_layers(
+    reference: Callable[[], AbstractContextManager], models: Sequence[nn.Module], numbers: Sequence[int]
+) -> Iterator[Sequence[nn.Module]]:
+    """A grown model's reference: these models in ms-swift's own context, which switches adapters off, and with these
+    layers switched off, too: each gives on what it gets. The others' weights are shared, so they must be frozen."""
     layers = layers_with(models, numbers)
-    for layer in layers:
-        layer.forward = _give_on
-    try:
-        yield models
-    finally:
+    with reference():
         for layer in layers:
-            del layer.forward  # the class's own again
+            layer.forward = _give_on
+        try:
+            yield models
+        finally:
+            for layer in layers:
+                del layer.forward  # the class's own again
 
 
 def _give_on(hidden_states: Tensor, *args, context: Tensor | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ A step is step.py's, which is where to read on: pass → loss, or probe → pass
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -96,7 +96,10 @@ class BvpoTrainer(MegatronRLHFTrainer):
         args, bvpo, groups, models = self.args, self.bvpo, self.groups, self.wrapped_models
         routers, zero_gradients = router_configs(self.unwrapped_models), partial(shards.clear, models, self.optimizer)
         self.references = References(args, bvpo.ref_cache, groups)
-        self.passes = Passes(args, models, groups, bvpo.losses, self.references, self.null_ref_context, self.get_batch)
+        reference_models = self.null_ref_context
+        if self.new_layers:
+            reference_models = partial(without_layers, reference_models, self.unwrapped_models, self.new_layers)
+        self.passes = Passes(args, models, groups, bvpo.losses, self.references, reference_models, self.get_batch)
         self.probes = Probes(
             self.mixture,
             self.passes,
@@ -167,16 +170,6 @@ class BvpoTrainer(MegatronRLHFTrainer):
         vocab_size = getattr(getattr(config, "text_config", None) or config, "vocab_size", None)
         for model in (*self.unwrapped_models, *self.ref_models):
             install_fused_head(model, impl=self.bvpo.logp_impl, vocab_size=vocab_size, memory_gib=self.bvpo.logp_memory)
-
-    @contextmanager
-    def null_ref_context(self):
-        """The reference's models. Of a grown model: the policy's, without adapters and without its new layers."""
-        with super().null_ref_context() as models:
-            if not self.new_layers:
-                yield models
-                return
-            with without_layers(self.unwrapped_models, self.new_layers):
-                yield self.unwrapped_models
 
     # ---- data
 
