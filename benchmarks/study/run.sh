@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does it help? The whole study from nothing, on a CPU; goes on where it was stopped. Does its own set-up.
 #
-#   benchmarks/study/run.sh            about two hours on two cores; tables, plots and report to benchmarks/results/study
+#   benchmarks/study/run.sh            about three hours on two cores; tables, plots and report to benchmarks/results/study
 #   benchmarks/study/run.sh --quick    all of it at sizes that mean nothing, in minutes; to output/study-quick
 #   benchmarks/study/run.sh --help     more
 set -euo pipefail
