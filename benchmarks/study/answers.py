@@ -6,7 +6,15 @@ import numpy as np
 
 from benchmarks.study import second_round, side_arms
 from benchmarks.study.cells import IN_MODE, difference, number, signed, verdict
-from benchmarks.study.gradient_parts import alpha_shifts, bias_means, changes, moment_ratios, squares
+from benchmarks.study.gradient_parts import (
+    alpha_shifts,
+    bias_means,
+    changes,
+    last_alphas,
+    last_bands,
+    moment_ratios,
+    squares,
+)
 from benchmarks.study.intervals import Estimate, crossed, over_seeds
 from benchmarks.study.results import Tables
 from megatron_bvpo.evaluation.paired_differences import LEVEL, holm
@@ -57,9 +65,10 @@ def defaults(tables: Tables, told: dict[tuple, tuple[Estimate, float]]) -> str:
         where = ", ".join(f"{a} − {b} {IN_MODE[mode]} at {batch}" for batch, mode, a, b in auto)
         return f"Auto differs where this can tell: {where} (above). Weigh it with docs/alpha.md's bench."
     batches = sorted({batch for batch, *_ in told})
-    lasts = " and ".join(number(last_alpha(tables, batch)) for batch in batches)
-    bands = " and ".join("[{:.2f}, {:.2f}]".format(*band(tables, batch)) for batch in batches)
-    hardly = all(wide(band(tables, batch)) for batch in batches)
+    lasts = " and ".join(number(over_seeds(last_alphas(tables, batch))) for batch in batches)
+    ends = [last_bands(tables, batch).mean(1) for batch in batches]
+    bands = " and ".join(f"[{low:.2f}, {high:.2f}]" for low, high in ends)
+    hardly = all(high - low > 0.5 for low, high in ends)
     known = "the band shows that it is hardly measured yet" if hardly else "see the band"
     return (
         f"None changes, and none is shown right. Auto is told from no other arm; α ended at {lasts} with a mean band "
@@ -67,24 +76,6 @@ def defaults(tables: Tables, told: dict[tuple, tuple[Estimate, float]]) -> str:
         "study gives no reason against them. Auto stays the default for long runs and for what the bench of "
         "docs/alpha.md shows, an insurance where noise rules; this study is no evidence for it."
     )
-
-
-def wide(of: tuple[float, float]) -> bool:
-    return of[1] - of[0] > 0.5
-
-
-def last_alpha(tables: Tables, batch: int) -> Estimate:
-    return over_seeds(np.array([float(tables.steps[run["name"]][-1]["alpha"]) for run in tables.of("auto", batch)]))
-
-
-def band(tables: Tables, batch: int) -> tuple[float, float]:
-    """Of the last probe, mean of auto's runs."""
-    paths = [tables.steps[run["name"]] for run in tables.of("auto", batch)]
-    low, high = (
-        float(np.mean([[float(step[end]) for step in path if step.get(end)][-1] for path in paths]))
-        for end in ("low", "high")
-    )
-    return low, high
 
 
 def b_t(tables: Tables) -> list[str]:

@@ -40,6 +40,17 @@ def changes(steps: Rows) -> dict[str, float]:
     return found
 
 
+def last_alphas(tables: Tables, batch: int) -> np.ndarray:
+    """[runs] of auto: α of the last step."""
+    return np.array([float(tables.steps[run["name"]][-1]["alpha"]) for run in tables.of("auto", batch)])
+
+
+def last_bands(tables: Tables, batch: int) -> np.ndarray:
+    """[2, runs] of auto: the ends of the last probe's band."""
+    paths = [tables.steps[run["name"]] for run in tables.of("auto", batch)]
+    return np.array([[[float(s[end]) for s in path if s.get(end)][-1] for path in paths] for end in ("low", "high")])
+
+
 def bias_means(tables: Tables) -> list[dict[str, float]]:
     """The numbers of bias.csv, a run each."""
     return [{k: float(v) for k, v in line.items() if k not in ("run", "seed")} for line in tables.bias]

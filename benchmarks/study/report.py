@@ -9,7 +9,16 @@ import numpy as np
 from benchmarks.study import plots, second_round, side_arms
 from benchmarks.study.answers import all_comparisons, answers, greedy_difference
 from benchmarks.study.cells import IN_MODE, compared, difference, number, percent, ratio, signed, table
-from benchmarks.study.gradient_parts import SETTLED, alpha_shifts, bias_means, changes, moment_ratios, squares
+from benchmarks.study.gradient_parts import (
+    SETTLED,
+    alpha_shifts,
+    bias_means,
+    changes,
+    last_alphas,
+    last_bands,
+    moment_ratios,
+    squares,
+)
 from benchmarks.study.intervals import crossed, over_seeds
 from benchmarks.study.plan import ARMS, CHOOSING_SEED, OTHER_LAYOUT, SECOND_ROUND, Size
 from benchmarks.study.results import Tables
@@ -181,16 +190,10 @@ def alpha(tables: Tables, batches: list[int]) -> list[str]:
     lines = []
     for batch in batches:
         paths = [tables.steps[line["name"]] for line in tables.of("auto", batch)]
-        last, mean = (
-            over_seeds(np.array([of([float(line["alpha"]) for line in path]) for path in paths]))
-            for of in (lambda path: path[-1], np.mean)
-        )
-        ends = [
-            over_seeds(np.array([[float(line[end]) for line in path if line.get(end)][-1] for path in paths]))
-            for end in ("low", "high")
-        ]
+        mean = np.array([np.mean([float(line["alpha"]) for line in path]) for path in paths])
+        found = (last_alphas(tables, batch), mean, *last_bands(tables, batch))
         probes = sum(bool(line.get("D")) for line in paths[0])
-        lines.append([batch, len(paths), probes, *map(number, (last, mean, *ends))])
+        lines.append([batch, len(paths), probes, *(number(over_seeds(values)) for values in found)])
     return [
         "## α and its band",
         "The band is the estimator's at its last probe.",

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,11 +72,7 @@ def logs(workshop, runs_folder) -> dict[str, list[dict]]:
     }
     environments = {"plugin": {"BVPO_ALPHA": str(ALPHA)}}
     with ThreadPoolExecutor(2) as pool:  # a core each
-        of_commands = {
-            pool.submit(run, command, **environments.get(name, {})): name for name, command in commands.items()
-        }
-        for done in as_completed(of_commands):
-            done.result()
+        list(pool.map(lambda name: run(commands[name], **environments.get(name, {})), commands))
     return {
         name: [json.loads(line) for line in (folder / name / "logging.jsonl").read_text().splitlines()]
         for name in commands

@@ -109,7 +109,7 @@ def test_arms_are_what_they_are_called(study):
 
 
 def test_a_second_round_goes_on_from_the_first(study):
-    """Its policy is no longer the reference; the fresh pairs are others, of the same questions."""
+    """Its policy is no longer the reference; the fresh pairs are others, of questions that were asked before."""
     folder, _ = study
     for seed in range(1, QUICK.seeds + 1):
         again = [run for run in table(study, "runs.csv") if run["arm"] in SECOND_ROUND and run["seed"] == str(seed)]
